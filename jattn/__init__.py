@@ -1,0 +1,50 @@
+"""Attention for JAX: one definition, and everything fast equal to it.
+
+Read in this order:
+
+`definition`    what attention is: for one query in three steps, for many by vmap
+`masks`         which keys a query may attend to: functions (b, n, t, s) → bool
+`modifiers`     what happens to a logit: functions (logit, b, n, t, s) → logit
+`dropout`       which weights drop: a pure function of the seed and (b, n, t, s)
+`state`         how partial answers combine: (output, logsumexp) under merge
+`shapes`        the letters B T S N K H D, and the checks at the door
+`pointwise`     masks and modifiers made into data that compare by structure
+`problem`       one call, taken apart: static facts and operands
+`tile`          the logits of some queries by some keys
+`dense`         attention in one tile
+`dispatch`      which implementation runs, and why
+`explanation`   what a call would do
+`api`           the public functions
+`testing`       named cases and the checks that every implementation passes
+`plot`          pictures of masks and weights
+`adapters`      the same functions under other libraries' signatures
+"""
+
+from jattn import masks, modifiers
+from jattn.api import (
+    attention,
+    attention_logits,
+    attention_state,
+    attention_weights,
+    explain,
+)
+from jattn.dropout import Dropout
+from jattn.explanation import Explanation
+from jattn.state import EMPTY, State, merge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EMPTY",
+    "Dropout",
+    "Explanation",
+    "State",
+    "attention",
+    "attention_logits",
+    "attention_state",
+    "attention_weights",
+    "explain",
+    "masks",
+    "merge",
+    "modifiers",
+]

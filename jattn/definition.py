@@ -1,0 +1,228 @@
+"""What attention is: for one query, in three steps; for many, by `vmap`.
+
+    scores         scoreₛ = scale · q·kₛ
+    softmax        weightₛ = exp(logitₛ) / (Σₛ exp(logitₛ) + exp(sink))
+    weighted_sum   output = Σₛ weightₛ vₛ
+
+Between the first two, each score becomes a logit: modifier(scoreₛ, b, n, t, s) + biasₛ,
+and counts only where the mask allows it. Everything else in this library is a faster way
+to get the same numbers, and is tested against this page, value and derivatives.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jattn.dropout import keep, words
+from jattn.masks import as_mask
+from jattn.modifiers import as_modifier
+from jattn.shapes import align, flatten_batch, measure, positions
+from jattn.state import State
+
+__all__ = [
+    "Answer",
+    "attend",
+    "attention",
+    "attention_state",
+    "attention_weights",
+    "logsumexp",
+    "scores",
+    "softmax",
+    "weighted_sum",
+]
+
+
+def scores(query, key, scale=1.0):
+    """How well one query `H` fits each of the keys `SH`: scale · q·kₛ, `S`."""
+    return scale * (key @ query)
+
+
+def softmax(logits, sink=-jnp.inf):
+    """Weights in proportion to exp(logit), `S` → `S`; they sum to 1.
+
+    The largest logit is taken off first, so that nothing overflows. The sink is one more
+    logit in the sum, whose weight goes to no key. Where every logit is −∞ all weights
+    are 0.
+    """
+    top = jnp.maximum(jnp.max(logits, initial=-jnp.inf), sink)
+    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+    exponentials = jnp.exp(logits - top)
+    total = jnp.sum(exponentials) + jnp.exp(sink - top)
+    return exponentials / jnp.where(total == 0, 1, total)
+
+
+def logsumexp(logits):
+    """The logarithm of Σₛ exp(logitₛ), a scalar; −∞ where every logit is −∞."""
+    top = jnp.max(logits, initial=-jnp.inf)
+    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+    total = jnp.sum(jnp.exp(logits - top))
+    empty = total == 0
+    return jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))
+
+
+def weighted_sum(weights, value):
+    """The values `SD` in proportion to their weights `S`: Σₛ weightₛ vₛ, `D`."""
+    return weights @ value
+
+
+class Answer(NamedTuple):
+    """What attention gives one query."""
+
+    output: jax.Array  # D
+    weights: jax.Array  # S
+    logsumexp: jax.Array
+
+
+def attend(
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    bias=None,
+    modifier=None,
+    sink=-jnp.inf,
+    scale=None,
+    dropout=None,
+) -> Answer:
+    """Attends from one query to a sequence of keys and values.
+
+        output = Σₛ weightₛ vₛ        weights = softmax(modifier(scores) + bias)
+
+    A key that the mask leaves out touches nothing, NaN or not. A query that sees no key
+    has output zero, weights zero, logsumexp −∞ and every gradient zero.
+
+    Args:
+        query: The query, `H`.
+        key: The keys, `SH`.
+        value: The values, `SD`.
+        mask: Which keys count, Booleans `S`; every key by default.
+        bias: What is added to the logits, `S`.
+        modifier: What turns the scores, `S`, into logits, `S`.
+        sink: A logit that only takes weight away.
+        scale: Multiplies the scores; 1/√H by default.
+        dropout: What turns the weights, `S`, into those used for the sum.
+
+    Returns:
+        The output `D`, the weights `S`, and the logsumexp of the logits, without the sink.
+
+    Example:
+        >>> attend(jnp.zeros(2), jnp.zeros((2, 2)), jnp.array([[0.0], [1.0]])).output
+        Array([0.5], dtype=float32)
+
+    Reference:
+        Vaswani et al., 2017, arXiv:1706.03762, section 3.2.1, equation 1.
+    """
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    query, key, dtype = query.astype(wide), key.astype(wide), value.dtype
+    value = value.astype(wide)
+    if mask is not None:
+        key = jnp.where(mask[:, None], key, 0)
+        value = jnp.where(mask[:, None], value, 0)
+    logits = scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+    logits = logits if modifier is None else modifier(logits)
+    logits = logits if bias is None else logits + bias
+    logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+    weights = softmax(logits, sink)
+    weights = weights if dropout is None else dropout(weights)
+    return Answer(weighted_sum(weights, value).astype(dtype), weights, logsumexp(logits))
+
+
+def attention(query, key, value, **options) -> jax.Array:
+    """`jattn.attention` by this definition: BTNH, BSKH, BSKD → BTND."""
+    return attention_state(query, key, value, **options).output
+
+
+def attention_state(query, key, value, **options) -> State:
+    """`jattn.attention_state` by this definition: `attend`, mapped over all queries."""
+    answer = _attend_all(query, key, value, **options)
+    output = jnp.swapaxes(answer.output, -3, -2)
+    return State(output, jnp.swapaxes(answer.logsumexp, -2, -1))
+
+
+def attention_weights(query, key, **options) -> jax.Array:
+    """`jattn.attention_weights` by this definition: BTNH, BSKH → BNTS."""
+    return _attend_all(query, key, key, **options).weights
+
+
+def _attend_all(
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    bias=None,
+    modifier=None,
+    sink=None,
+    scale=None,
+    query_position=None,
+    key_position=None,
+    dropout=None,
+) -> Answer:
+    """Maps `attend` over queries, heads and examples; every field starts BNT."""
+    where = "definition"
+    sizes = measure(where, query, key, value)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    mask = None if mask is None else as_mask(mask, where)
+    modifier = None if modifier is None else as_modifier(modifier, where)
+    sink = jnp.full(sizes.N, -jnp.inf, wide) if sink is None else sink
+
+    def everywhere(array):  # an aligned array, for each example, head and query
+        return jnp.broadcast_to(array, sizes.BNTS)
+
+    def one(b, n, t, s, query, key, value, sink, elements):
+        mask_elements, modifier_elements, bias = elements
+        at = functools.partial(jax.vmap, in_axes=0)
+        if mask is not None:
+            allowed = at(lambda s, e: mask.allows(b, n, t, s, e))(s, mask_elements)
+        modify = at(lambda x, s, e: modifier.modify(x, b, n, t, s, e).astype(wide))
+        drop = None
+        if dropout is not None:
+            kept = keep(
+                words(dropout.rng, b, n, t, side=0),
+                words(dropout.rng, b, n, s, side=1),
+                dropout.rate,
+            )
+            drop = lambda weights: jnp.where(kept, weights / (1 - dropout.rate), 0)
+        kv_head = n // sizes.G  # the query heads of one group share a key/value head
+        return attend(
+            query,
+            key[:, kv_head],
+            value[:, kv_head],
+            mask=None if mask is None else allowed,
+            bias=bias,
+            modifier=modifier and (lambda scores: modify(scores, s, modifier_elements)),
+            sink=sink,
+            scale=scale,
+            dropout=drop,
+        )
+
+    over_queries = jax.vmap(one, (None, None, 0, None, 0, None, None, None, 0))
+    over_heads = jax.vmap(over_queries, (None, 0, None, None, 1, None, None, 0, 0))
+    over_examples = jax.vmap(over_heads, (0, None, 0, 0, 0, 0, 0, None, 0))
+    elements = (
+        () if mask is None else mask.aligned(sizes),
+        () if modifier is None else modifier.aligned(sizes),
+        None if bias is None else align(where, "bias", bias, sizes).astype(wide),
+    )
+    answer = over_examples(
+        jnp.arange(sizes.B, dtype=jnp.int32),
+        jnp.arange(sizes.N, dtype=jnp.int32),
+        jnp.broadcast_to(
+            positions(where, "query_position", query_position, sizes, "T"),
+            (sizes.B, sizes.T),
+        ),
+        jnp.broadcast_to(
+            positions(where, "key_position", key_position, sizes, "S"),
+            (sizes.B, sizes.S),
+        ),
+        flatten_batch(query, sizes),
+        flatten_batch(key, sizes),
+        flatten_batch(value, sizes),
+        jnp.broadcast_to(sink, (sizes.N,)).astype(wide),
+        jax.tree.map(everywhere, elements),
+    )
+    unflatten = lambda x: x.reshape(*sizes.batch, *x.shape[1:])
+    return jax.tree.map(unflatten, answer)

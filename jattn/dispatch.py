@@ -1,0 +1,47 @@
+"""Which implementation runs, and why.
+
+Each implementation says in a sentence why it cannot take a problem, or None. Without a
+name, the first that does not refuse runs, in the order written here for the platform; a
+named one runs or its sentence is raised. Nothing falls back in silence.
+"""
+
+import types
+
+from jattn import dense
+from jattn.problem import Problem
+
+IMPLEMENTATIONS: dict[str, types.ModuleType] = {"dense": dense}
+
+# The first that does not refuse is taken; a platform not listed takes DEFAULT_ORDER.
+ORDER: dict[str, tuple[str, ...]] = {}
+DEFAULT_ORDER = ("dense",)
+
+
+def refusals(problem: Problem, platform: str) -> dict[str, str | None]:
+    """What each implementation says of this problem, in the platform's order."""
+    order = ORDER.get(platform, DEFAULT_ORDER)
+    others = [name for name in IMPLEMENTATIONS if name not in order]
+    return {
+        name: IMPLEMENTATIONS[name].refusal(problem, platform) for name in (*order, *others)
+    }
+
+
+def choose(where: str, problem: Problem, platform: str, implementation=None) -> str:
+    """The name of the implementation that runs.
+
+    Raises:
+        ValueError: If the named one is unknown or refuses.
+    """
+    if implementation is None:
+        answers = refusals(problem, platform)
+        return next(name for name, sentence in answers.items() if sentence is None)
+    if implementation not in IMPLEMENTATIONS:
+        names = ", ".join(f'"{name}"' for name in IMPLEMENTATIONS)
+        raise ValueError(
+            f"{where}: `implementation` must be None or one of {names}, got "
+            f"{implementation!r}."
+        )
+    sentence = IMPLEMENTATIONS[implementation].refusal(problem, platform)
+    if sentence is not None:
+        raise ValueError(f'{where}(implementation="{implementation}"): {sentence}')
+    return implementation

@@ -1,0 +1,68 @@
+"""Dropout of weights, as a pure function of the seed and of (b, n, t, s).
+
+Each weight is kept with probability 1 − rate and then divided by it. Whether one is kept
+depends on nothing but the seed, the example, the head and the two positions: not on the
+implementation, its blocks, or how many queries a call holds. So the same weights drop
+forward and backward, dense and blockwise, on one device and on many.
+
+    word  = query_word[b, n, t] + key_word[b, n, s]     (mod 2³²)
+    kept  = mix(word) ≥ rate · 2³²
+
+The words of queries and keys come from JAX's generator; `mix` is the 32-bit finalizer of
+MurmurHash3 (Appleby, 2011), where each bit of the input changes each bit of the output
+half of the time. A tile of T × S weights costs T + S draws and a few integer operations.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Dropout", "keep", "words"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dropout:
+    """Drops weights at `rate`, drawn from the JAX random key `rng`."""
+
+    rate: float
+    rng: jax.Array
+
+    def __post_init__(self):
+        rate = self.rate
+        if not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise ValueError(
+                f"Dropout: `rate` must be a Python number in [0, 1), got {rate!r}."
+            )
+
+
+jax.tree_util.register_dataclass(Dropout, ["rng"], ["rate"])
+
+
+def words(rng, b, n, position, side: int) -> jax.Array:
+    """One uint32 for each (b, n, position), arrays that broadcast to BNTS.
+
+    `side` is 0 for queries and 1 for keys.
+    """
+    rng = jax.random.fold_in(rng, side)
+    shape = jnp.broadcast_shapes(b.shape, n.shape, position.shape)
+
+    def draw(*index):
+        key = rng
+        for i in index:
+            key = jax.random.fold_in(key, i)
+        return jax.random.bits(key)
+
+    flat = [jnp.broadcast_to(x, shape).reshape(-1) for x in (b, n, position)]
+    return jax.vmap(draw)(*flat).reshape(shape)
+
+
+def keep(query_words, key_words, rate: float) -> jax.Array:
+    """Which weights stay, for words that broadcast to BNTS."""
+    return _mix(query_words + key_words) >= jnp.uint32(round(rate * 2**32))
+
+
+def _mix(x):
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

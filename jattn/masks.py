@@ -1,0 +1,373 @@
+"""Which keys a query may attend to: functions (b, n, t, s) → bool, with `&`, `|`, `~`.
+
+A mask sees one query and one key: the example b, the query head n, and the positions
+t and s. True means *may attend*. Any function of these scalars is a mask, alone or
+combined with the ones below: `Causal() & (lambda b, n, t, s: doc[t] == doc[s])`.
+
+Masks are frozen dataclasses and JAX pytrees: their arrays may be traced and batched.
+A mask may also read arrays that lie along the inputs, by row and column instead of by
+position: `aligned` gives them, as any pytree, and `allows` gets the same tree of their
+elements at its pair.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jattn.pointwise import pytree
+from jattn.shapes import Sizes, align, check_array
+
+__all__ = [
+    "Causal",
+    "Explicit",
+    "Lengths",
+    "Mask",
+    "Pointwise",
+    "Prefix",
+    "Segments",
+    "Window",
+    "as_mask",
+]
+
+
+class Mask:
+    """A predicate on pairs of a query and a key; subclasses say which pairs count."""
+
+    __array_ufunc__ = None  # so that `array & mask` asks the mask
+
+    def aligned(self, sizes: Sizes) -> Any:
+        """A pytree of arrays that broadcast to BNTS, read by row and column."""
+        del sizes
+        return ()
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """Whether this query may attend to this key, as a Boolean scalar."""
+        raise TypeError(f"{type(self).__name__} must define `allows`")
+
+    def __call__(self, b, n, t, s):
+        """The same, for a mask that reads positions only."""
+        return self.allows(b, n, t, s, ())
+
+    def __and__(self, other) -> "Mask":
+        return And(self, as_mask(other))
+
+    def __rand__(self, other) -> "Mask":
+        return And(as_mask(other), self)
+
+    def __or__(self, other) -> "Mask":
+        return Or(self, as_mask(other))
+
+    def __ror__(self, other) -> "Mask":
+        return Or(as_mask(other), self)
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+
+def as_mask(mask, where: str = "masks") -> Mask:
+    """A mask from a mask, a Boolean array, or a function of (b, n, t, s)."""
+    if isinstance(mask, Mask):
+        return mask
+    if callable(mask):
+        return Pointwise(mask)
+    return Explicit(_boolean(where, "mask", mask))
+
+
+@pytree(static=("function",))
+class Pointwise(Mask):
+    """A mask from any function (b, n, t, s) → bool, written for scalars."""
+
+    function: Callable
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """Asks the function."""
+        return self.function(b, n, t, s)
+
+
+@pytree("offset")
+class Causal(Mask):
+    """No query sees a later key: t + offset ≥ s.
+
+    The corner is a matter of positions. For T queries at the end of S keys, the last
+    query sees every key with `Causal(S - T)`, or with `query_position=S - T`.
+
+        Causal()   1 0 0 0      Causal(1)   1 1 0 0
+                   1 1 0 0                  1 1 1 0
+                   1 1 1 0                  1 1 1 1
+    """
+
+    offset: int | jax.Array = 0
+
+    def __post_init__(self):
+        _check_whole("masks.Causal", "offset", self.offset)
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """The query, moved by the offset, is not before the key."""
+        return t + _int32(self.offset) >= s
+
+
+@pytree("left", "right")
+class Window(Mask):
+    """Each query sees the keys around it: t − left ≤ s ≤ t + right.
+
+    `None` on a side sets no limit there.
+
+        Window(1, 0)   1 0 0 0      Window(1, 1)   1 1 0 0
+                       1 1 0 0                     1 1 1 0
+                       0 1 1 0                     0 1 1 1
+                       0 0 1 1                     0 0 1 1
+    """
+
+    left: int | jax.Array | None
+    right: int | jax.Array | None
+
+    def __post_init__(self):
+        for name in ("left", "right"):
+            side = getattr(self, name)
+            _check_whole("masks.Window", name, side)
+            if isinstance(side, int) and side < 0:
+                raise ValueError(
+                    f"masks.Window: `{name}` must be ≥ 0, or None for no limit, got "
+                    f"{side}; a window always holds the query's own position."
+                )
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """The key is no further to the left or right."""
+        inside = jnp.bool_(True)
+        if self.left is not None:
+            inside = t - s <= _int32(self.left)
+        if self.right is not None:
+            inside = inside & (s - t <= _int32(self.right))
+        return inside
+
+
+@pytree("length")
+class Prefix(Mask):
+    """Every query sees the first keys: s < length, one for all or one per example.
+
+    `Prefix(p) | Causal()` is the mask of a prefix language model.
+    """
+
+    length: int | jax.Array
+
+    def __post_init__(self):
+        _check_whole("masks.Prefix", "length", self.length)
+
+    def aligned(self, sizes) -> Any:
+        """The length of each example, where there is more than one."""
+        if jnp.ndim(self.length) == 0:
+            return ()
+        return _per_example("masks.Prefix", "length", self.length, sizes)
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """The key is in the prefix."""
+        return s < (_int32(self.length) if jnp.ndim(self.length) == 0 else elements)
+
+
+class _ByRow(Mask):
+    """A mask of arrays that lie along the inputs."""
+
+    def __call__(self, b, n, t, s):
+        """Refuses: positions alone do not say which row and column are meant."""
+        raise ValueError(
+            f"masks.{type(self).__name__}: reads its arrays by row and column, not by "
+            f"position; combine it by &, | and ~ instead of calling it."
+        )
+
+
+@pytree("query_ids", "key_ids", "padding_id")
+class Segments(_ByRow):
+    """A query sees the keys of its own segment: query_ids[row] = key_ids[column].
+
+    Ids are integers, `T` and `S` or `BT` and `BS`; without `key_ids` the query's are
+    taken. Rows and columns whose id is `padding_id` see nothing and are not seen.
+
+        Segments(jnp.array([7, 7, 8]))   1 1 0
+                                         1 1 0
+                                         0 0 1
+    """
+
+    query_ids: jax.Array
+    key_ids: jax.Array | None = None
+    padding_id: int | jax.Array | None = None
+
+    def aligned(self, sizes) -> Any:
+        """The ids of rows and of columns."""
+        where, names = "masks.Segments", ("query_ids", "key_ids")
+        ids = self.query_ids, self.key_ids
+        if self.key_ids is None:
+            names, ids = ("query_ids", "query_ids (as key_ids)"), (ids[0], ids[0])
+        return tuple(
+            align(where, name, _whole(where, name, array), sizes, axis)
+            for name, array, axis in zip(names, ids, "TS", strict=True)
+        )
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """Both are of one segment, and that is not the padding."""
+        query_id, key_id = elements
+        same = query_id == key_id
+        if self.padding_id is None:
+            return same
+        return same & (query_id != _int32(self.padding_id))
+
+
+@pytree("key_lengths", "query_lengths")
+class Lengths(_ByRow):
+    """Only the first rows and columns of each example count.
+
+        column < key_lengths[b]    row < query_lengths[b]
+
+    Lengths are integers, one for all or one per example. A row beyond its length sees
+    nothing: its output is zero.
+    """
+
+    key_lengths: int | jax.Array
+    query_lengths: int | jax.Array | None = None
+
+    def aligned(self, sizes) -> Any:
+        """Each side's index and length; without `query_lengths` the key's alone."""
+        where, sides = "masks.Lengths", []
+        column = jnp.arange(sizes.S, dtype=jnp.int32).reshape(1, 1, 1, -1)
+        sides.append((column, _per_example(where, "key_lengths", self.key_lengths, sizes)))
+        if self.query_lengths is not None:
+            row = jnp.arange(sizes.T, dtype=jnp.int32).reshape(1, 1, -1, 1)
+            lengths = _per_example(where, "query_lengths", self.query_lengths, sizes)
+            sides.append((row, lengths))
+        return sides
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """Neither is beyond its length."""
+        inside = jnp.bool_(True)
+        for index, length in elements:
+            inside = inside & (index < length)
+        return inside
+
+
+@pytree("array")
+class Explicit(_ByRow):
+    """The mask in full: a Boolean array that broadcasts to BNTS."""
+
+    array: jax.Array
+
+    def aligned(self, sizes) -> Any:
+        """The array itself."""
+        array = _boolean("masks.Explicit", "array", self.array)
+        return align("masks.Explicit", "array", array, sizes)
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """What the array says."""
+        return elements
+
+
+class _Both(Mask):
+    """Two masks; reads the arrays of both."""
+
+    left: Mask
+    right: Mask
+    combine: ClassVar[Callable]
+
+    def aligned(self, sizes) -> Any:
+        """The arrays of each."""
+        return self.left.aligned(sizes), self.right.aligned(sizes)
+
+    def __call__(self, b, n, t, s):
+        """The same, for masks that read positions only."""
+        return self.combine(self.left(b, n, t, s), self.right(b, n, t, s))
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """Combines what each allows."""
+        left, right = elements
+        left = self.left.allows(b, n, t, s, left)
+        return self.combine(left, self.right.allows(b, n, t, s, right))
+
+
+@pytree("left", "right")
+class And(_Both):
+    """Both masks allow it: `left & right`."""
+
+    left: Mask
+    right: Mask
+    combine: ClassVar[Callable] = staticmethod(operator.and_)
+
+
+@pytree("left", "right")
+class Or(_Both):
+    """Either mask allows it: `left | right`."""
+
+    left: Mask
+    right: Mask
+    combine: ClassVar[Callable] = staticmethod(operator.or_)
+
+
+@pytree("mask")
+class Not(Mask):
+    """The mask does not allow it: `~mask`."""
+
+    mask: Mask
+
+    def aligned(self, sizes) -> Any:
+        """The mask's arrays."""
+        return self.mask.aligned(sizes)
+
+    def __call__(self, b, n, t, s):
+        """The same, for a mask that reads positions only."""
+        return jnp.logical_not(self.mask(b, n, t, s))
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """The opposite of what the mask allows."""
+        return jnp.logical_not(self.mask.allows(b, n, t, s, elements))
+
+
+def _int32(x):
+    """An integer that combines with positions under strict promotion."""
+    return x if isinstance(x, int) else jnp.asarray(x).astype(jnp.int32)
+
+
+def _check_whole(where: str, name: str, value) -> None:
+    """Raises for a Python number that is no whole one; arrays are checked when read."""
+    dtype = getattr(value, "dtype", None)
+    wrong = isinstance(value, float | bool | str) or (
+        dtype is not None and not jnp.issubdtype(dtype, jnp.integer)
+    )
+    if wrong:
+        got = f"{value!r}" if dtype is None else f"an array of {dtype}"
+        raise ValueError(f"{where}: `{name}` must be a whole number, got {got}.")
+
+
+def _whole(where: str, name: str, array) -> jax.Array:
+    """An integer array, as int32."""
+    array = check_array(where, name, array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(
+            f"{where}: `{name}` must hold integers, got {array.dtype}; convert it with "
+            f"`.astype(int)`."
+        )
+    return array.astype(jnp.int32)
+
+
+def _boolean(where: str, name: str, array) -> jax.Array:
+    """A Boolean array; a float one is told where it belongs."""
+    array = check_array(where, name, array)
+    if array.dtype == jnp.bool_:
+        return array
+    advice = "convert it with `.astype(bool)`"
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        advice = "what is added to the logits belongs in `bias`"
+    raise ValueError(
+        f"{where}: `{name}` must be Boolean (True = may attend), got {array.dtype}; "
+        f"{advice}."
+    )
+
+
+def _per_example(where: str, name: str, array, sizes: Sizes) -> jax.Array:
+    """One integer for all or one per example, as B111."""
+    array = _whole(where, name, array)
+    if array.shape not in ((), sizes.batch, (1,) * len(sizes.batch)):
+        raise ValueError(
+            f"{where}: `{name}` must have shape () or B = {sizes.batch}, got "
+            f"{array.shape}; give one length for all or one per example."
+        )
+    return align(where, name, array, sizes, "")

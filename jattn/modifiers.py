@@ -1,0 +1,248 @@
+"""What happens to a logit before the softmax: functions (logit, b, n, t, s) → logit.
+
+A modifier acts on the scaled product of one query and one key, before `bias` and `mask`.
+Any function of these scalars is a modifier, alone or composed left to right by `>>`:
+`SoftCap(50.0) >> ALiBi() >> (lambda logit, b, n, t, s: logit * heat[n])`. The arrays that
+it holds or closes over have gradients.
+
+Modifiers are frozen dataclasses and JAX pytrees. As with masks, arrays that lie along the
+inputs come from `aligned`, and their elements at this pair go to `modify`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.pointwise import pytree
+from jattn.shapes import Sizes, align, check_array
+
+__all__ = [
+    "ALiBi",
+    "Bias",
+    "Modifier",
+    "Pointwise",
+    "RelativeBias",
+    "SoftCap",
+    "as_modifier",
+    "distance",
+    "log_bucket",
+]
+
+
+class Modifier:
+    """A map on logits; subclasses say which."""
+
+    __array_ufunc__ = None
+
+    def aligned(self, sizes: Sizes) -> Any:
+        """A pytree of arrays that broadcast to BNTS, read by row and column."""
+        del sizes
+        return ()
+
+    def modify(self, logit, b, n, t, s, elements) -> jax.Array:
+        """The new logit of this query and key, a scalar."""
+        raise TypeError(f"{type(self).__name__} must define `modify`")
+
+    def __rshift__(self, other) -> "Modifier":
+        return Compose(self, as_modifier(other))
+
+    def __rrshift__(self, other) -> "Modifier":
+        return Compose(as_modifier(other), self)
+
+
+def as_modifier(modifier, where: str = "modifiers") -> Modifier:
+    """A modifier from a modifier or a function of (logit, b, n, t, s)."""
+    if isinstance(modifier, Modifier):
+        return modifier
+    if callable(modifier):
+        return Pointwise(modifier)
+    raise ValueError(
+        f"{where}: `modifier` must be a function (logit, b, n, t, s) → logit or one of "
+        f"jattn.modifiers, got {type(modifier).__name__}; an array belongs in `bias`."
+    )
+
+
+@pytree(static=("function",))
+class Pointwise(Modifier):
+    """A modifier from any function (logit, b, n, t, s) → logit, written for scalars."""
+
+    function: Callable
+
+    def modify(self, logit, b, n, t, s, elements) -> jax.Array:
+        """Asks the function."""
+        return self.function(logit, b, n, t, s)
+
+
+@pytree("first", "second")
+class Compose(Modifier):
+    """One modifier, then the other: `first >> second`."""
+
+    first: Modifier
+    second: Modifier
+
+    def aligned(self, sizes) -> Any:
+        """The arrays of each."""
+        return self.first.aligned(sizes), self.second.aligned(sizes)
+
+    def modify(self, logit, b, n, t, s, elements) -> jax.Array:
+        """The second of the first."""
+        first, second = elements
+        logit = self.first.modify(logit, b, n, t, s, first).astype(logit.dtype)
+        return self.second.modify(logit, b, n, t, s, second)
+
+
+@pytree("array")
+class Bias(Modifier):
+    """Adds an array that broadcasts to BNTS: logit + array[b, n, row, column].
+
+    The argument `bias` adds after every modifier; this one adds where it stands, so that
+    `Bias(array) >> SoftCap(50.0)` caps the sum.
+    """
+
+    array: jax.Array
+
+    def aligned(self, sizes) -> Any:
+        """The array itself."""
+        array = check_array("modifiers.Bias", "array", self.array)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"modifiers.Bias: `array` must be floating, got {array.dtype}; a Boolean "
+                f"array belongs in `mask`."
+            )
+        return align("modifiers.Bias", "array", array, sizes)
+
+    def modify(self, logit, b, n, t, s, elements) -> jax.Array:
+        """The sum, in the logit's precision."""
+        return logit + elements.astype(logit.dtype)
+
+
+@pytree("cap")
+class SoftCap(Modifier):
+    """Holds logits inside ±cap, smoothly: cap · tanh(logit / cap).
+
+    Reference:
+        Gemma Team, 2024, arXiv:2408.00118, section 2.
+    """
+
+    cap: float | jax.Array
+
+    def __post_init__(self):
+        if isinstance(self.cap, int | float) and not self.cap > 0:
+            raise ValueError(f"modifiers.SoftCap: `cap` must be > 0, got {self.cap}.")
+
+    def modify(self, logit, b, n, t, s, elements) -> jax.Array:
+        """The capped logit."""
+        cap = jnp.asarray(self.cap, logit.dtype)
+        return cap * jnp.tanh(logit / cap)
+
+
+@pytree("slopes")
+class ALiBi(Modifier):
+    """A penalty that grows with distance: logit − slopes[n] · |t − s|.
+
+    Without slopes, those of the paper: 2^(−8(n+1)/N) for N a power of two, and otherwise
+    these for the power of two below N followed by every other one of the next.
+
+    Reference:
+        Press, Smith and Lewis, 2021, arXiv:2108.12409, section 3.
+    """
+
+    slopes: jax.Array | None = None
+
+    def aligned(self, sizes) -> Any:
+        """The slope of each head."""
+        slopes = alibi_slopes(sizes.N) if self.slopes is None else self.slopes
+        slopes = check_array("modifiers.ALiBi", "slopes", slopes)
+        if slopes.shape not in ((), (sizes.N,)):
+            raise ValueError(
+                f"modifiers.ALiBi: `slopes` must have shape N = ({sizes.N},), one per "
+                f"query head, got {slopes.shape}."
+            )
+        return jnp.broadcast_to(slopes, (sizes.N,)).reshape(1, -1, 1, 1)
+
+    def modify(self, logit, b, n, t, s, elements) -> jax.Array:
+        """The logit less the penalty."""
+        return logit - elements.astype(logit.dtype) * jnp.abs(t - s).astype(logit.dtype)
+
+
+def alibi_slopes(num_heads: int) -> jax.Array:
+    """The geometric sequence of the paper, one slope per head."""
+    below = 2 ** (num_heads.bit_length() - 1) if num_heads else 1
+
+    def powers(count):
+        return [2.0 ** (-8.0 * (i + 1) / count) for i in range(count)]
+
+    slopes = powers(below) + powers(2 * below)[::2]
+    return jnp.asarray(slopes[:num_heads], jnp.float32)
+
+
+def log_bucket(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True):
+    """T5's buckets: exact for near keys, logarithmic for far ones, as s − t → index.
+
+    Reference:
+        Raffel et al., 2020, arXiv:1910.10683, section 2.1.
+    """
+    sides = 2 if bidirectional else 1
+    count = num_buckets // sides
+    exact = count // 2
+    if exact < 1 or max_distance <= exact:
+        raise ValueError(
+            f"modifiers.log_bucket: needs num_buckets ≥ {2 * sides} and max_distance > "
+            f"{max(exact, 1)}, got {num_buckets} and {max_distance}."
+        )
+
+    def bucket(offset):
+        far = jnp.abs(offset) if bidirectional else jnp.maximum(-offset, 0)
+        ratio = jnp.maximum(far, 1).astype(jnp.float32) / exact
+        log = jnp.log(ratio) / jnp.log(jnp.float32(max_distance / exact))
+        log = exact + (log * (count - exact)).astype(jnp.int32)
+        index = jnp.where(far < exact, far, jnp.minimum(log, count - 1))
+        return index + jnp.where(offset > 0, count, 0) if bidirectional else index
+
+    return bucket
+
+
+def distance(radius: int):
+    """A bucket for each offset s − t up to ±radius, the farther ones joining the last."""
+    return lambda offset: jnp.clip(offset, -radius, radius) + radius
+
+
+@pytree("table", static=("bucket",))
+class RelativeBias(Modifier):
+    """Adds a learned number for each head and bucket of s − t.
+
+        logit + table[n, bucket(s − t)]
+
+    `table` is N × buckets. `bucket` maps the integer s − t to a column: `distance(radius)`
+    and `log_bucket(…)` of this module, or any function written for a scalar. Without
+    one, it is `distance` of the radius that the table's width says: (width − 1) / 2.
+    """
+
+    table: jax.Array
+    bucket: Callable | None = None
+
+    def __post_init__(self):
+        width = self.table.shape[-1] if hasattr(self.table, "shape") else 1
+        if self.bucket is None and width % 2 == 0:
+            raise ValueError(
+                f"modifiers.RelativeBias: `table` must have an odd number of columns, one "
+                f"for each s − t from −radius to radius, got {width}; or give `bucket`."
+            )
+
+    def aligned(self, sizes) -> Any:
+        """Nothing; only checks that there is a row for each head."""
+        shape = jnp.shape(self.table)
+        if len(shape) != 2 or shape[0] != sizes.N:
+            raise ValueError(
+                f"modifiers.RelativeBias: `table` must be N × buckets with N={sizes.N} "
+                f"query heads, got shape {shape}."
+            )
+        return ()
+
+    def modify(self, logit, b, n, t, s, elements) -> jax.Array:
+        """The logit plus the table's entry."""
+        table = jnp.asarray(self.table)
+        bucket = self.bucket or distance((table.shape[1] - 1) // 2)
+        return logit + table[n, bucket(s - t)].astype(logit.dtype)

@@ -1,0 +1,202 @@
+"""One call, taken apart: a `Problem` of static facts and the `Operands` it applies to.
+
+Equal problems share one compiled program. Everything that may change from call to call
+without changing the program, document ids and slopes included, is an operand.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jattn.dropout import Dropout, keep, words
+from jattn.masks import as_mask
+from jattn.modifiers import as_modifier
+from jattn.pointwise import Arrays, Index, Program, trace
+from jattn.shapes import Sizes, align, check_array, flatten_batch, measure, positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The facts that decide what is compiled; hashable."""
+
+    sizes: Sizes
+    dtype: jnp.dtype
+    mask: Program | None
+    modifier: Program | None
+    rate: float  # of dropout
+
+    @property
+    def wide(self) -> jnp.dtype:
+        """The precision of logits, softmax and sums."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+
+class Operands(NamedTuple):
+    """The arrays of a call, with one batch axis; None where an option is absent."""
+
+    query: jax.Array  # BTNH
+    key: jax.Array  # BSKH
+    value: jax.Array | None  # BSKD
+    scale: jax.Array
+    bias: jax.Array | None  # BNTS, any axis 1
+    mask: Arrays
+    modifier: Arrays
+    query_position: jax.Array  # BT, B may be 1
+    key_position: jax.Array  # BS, B may be 1
+    rng: jax.Array | None
+
+
+def pose(
+    where: str,
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    bias=None,
+    modifier=None,
+    scale=None,
+    query_position=None,
+    key_position=None,
+    dropout=None,
+) -> tuple[Problem, Operands]:
+    """Checks the arguments of `where` and takes them apart.
+
+    Raises:
+        ValueError: *where: what must hold, what was got, what to do*.
+    """
+    query, key = check_array(where, "query", query), check_array(where, "key", key)
+    value = None if value is None else check_array(where, "value", value)
+    sizes = measure(where, query, key, value)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    mask_program, mask_arrays = _trace_mask(where, mask, sizes)
+    modifier_program, modifier_arrays = _trace_modifier(where, modifier, sizes, wide)
+    rate, rng = _check_dropout(where, dropout)
+    problem = Problem(sizes, query.dtype, mask_program, modifier_program, rate)
+    operands = Operands(
+        query=flatten_batch(query, sizes),
+        key=flatten_batch(key, sizes),
+        value=None if value is None else flatten_batch(value, sizes),
+        scale=_check_scale(where, scale, sizes).astype(wide),
+        bias=None if bias is None else _check_bias(where, bias, sizes).astype(wide),
+        mask=mask_arrays,
+        modifier=modifier_arrays,
+        query_position=positions(where, "query_position", query_position, sizes, "T"),
+        key_position=positions(where, "key_position", key_position, sizes, "S"),
+        rng=rng,
+    )
+    return problem, operands
+
+
+def index(problem: Problem, operands: Operands) -> Index:
+    """Example, head and positions of every pair."""
+    sizes = problem.sizes
+    return Index(
+        b=jnp.arange(sizes.B, dtype=jnp.int32)[:, None, None, None],
+        n=jnp.arange(sizes.N, dtype=jnp.int32)[None, :, None, None],
+        t=operands.query_position[:, None, :, None],
+        s=operands.key_position[:, None, None, :],
+    )
+
+
+def kept(problem: Problem, operands: Operands, index: Index):
+    """Which weights dropout leaves, or None without dropout."""
+    if operands.rng is None:
+        return None
+    query_words = words(operands.rng, index.b, index.n, index.t, side=0)
+    key_words = words(operands.rng, index.b, index.n, index.s, side=1)
+    return keep(query_words, key_words, problem.rate)
+
+
+def select_rows(problem: Problem, operands: Operands, rows: jax.Array):
+    """The same call for some of its queries."""
+    count = rows.shape[0]
+
+    def cut(array):
+        return array if array.shape[2] == 1 else jnp.take(array, rows, axis=2)
+
+    def cut_aligned(arrays):
+        return arrays._replace(aligned=tuple(map(cut, arrays.aligned)))
+
+    sizes = dataclasses.replace(problem.sizes, T=count)
+    return dataclasses.replace(problem, sizes=sizes), operands._replace(
+        query=jnp.take(operands.query, rows, axis=1),
+        bias=None if operands.bias is None else cut(operands.bias),
+        mask=cut_aligned(operands.mask),
+        modifier=cut_aligned(operands.modifier),
+        query_position=jnp.take(operands.query_position, rows, axis=1),
+    )
+
+
+def check_sink(where: str, sink, sizes: Sizes) -> jax.Array | None:
+    """The sink of each query head, `N`."""
+    if sink is None:
+        return None
+    sink = _check_floating(where, "sink", sink)
+    if sink.shape not in ((), (sizes.N,)):
+        raise ValueError(
+            f"{where}: `sink` must be one number or N = ({sizes.N},), one per query head, "
+            f"got shape {sink.shape}."
+        )
+    return jnp.broadcast_to(sink, (sizes.N,))
+
+
+def _trace_mask(where, mask, sizes):
+    if mask is None:
+        return None, Arrays()
+    mask = as_mask(mask, where)
+    elements, tree = jax.tree.flatten(mask.aligned(sizes))
+
+    def allows(b, n, t, s, *elements):
+        return mask.allows(b, n, t, s, tree.unflatten(elements))
+
+    return trace(f"{where}: `mask`", allows, elements)
+
+
+def _trace_modifier(where, modifier, sizes, wide):
+    if modifier is None:
+        return None, Arrays()
+    modifier = as_modifier(modifier, where)
+    elements, tree = jax.tree.flatten(modifier.aligned(sizes))
+
+    def modify(logit, b, n, t, s, *elements):
+        return modifier.modify(logit, b, n, t, s, tree.unflatten(elements))
+
+    return trace(f"{where}: `modifier`", modify, elements, wide)
+
+
+def _check_floating(where, name, array):
+    array = check_array(where, name, array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        hint = "; a Boolean array belongs in `mask`" if array.dtype == jnp.bool_ else ""
+        raise ValueError(f"{where}: `{name}` must be floating, got {array.dtype}{hint}.")
+    return array
+
+
+def _check_bias(where, bias, sizes):
+    return align(where, "bias", _check_floating(where, "bias", bias), sizes)
+
+
+def _check_scale(where, scale, sizes):
+    if scale is None:
+        return jnp.asarray(sizes.H**-0.5 if sizes.H else 1.0)
+    scale = check_array(where, "scale", scale)
+    if scale.shape != () or not jnp.issubdtype(scale.dtype, jnp.number):
+        raise ValueError(
+            f"{where}: `scale` must be one number, got {scale.dtype}{list(scale.shape)}; "
+            f"a scale per head belongs in `modifier`."
+        )
+    return scale
+
+
+def _check_dropout(where, dropout):
+    if dropout is None:
+        return 0.0, None
+    if not isinstance(dropout, Dropout):
+        raise ValueError(
+            f"{where}: `dropout` must be jattn.Dropout(rate, rng), got "
+            f"{type(dropout).__name__}."
+        )
+    return dropout.rate, dropout.rng

@@ -1,0 +1,53 @@
+"""The logits of a tile, some queries by some keys, shared by every implementation.
+
+A NaN or Inf in a key that a query does not see must not reach it, forward or backward,
+though a matrix product mixes every query with every key and 0 · NaN is NaN. So where
+there is a mask, products are taken of finite arrays, and what was not finite comes back
+as `poison`, added to the logits before the mask: whoever sees it gets NaN.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jattn.pointwise import Index
+from jattn.problem import Operands, Problem
+
+
+def allowed(problem: Problem, operands: Operands, index: Index) -> jax.Array | None:
+    """Which pairs count, four axes that broadcast to BNTS; None where all do."""
+    if problem.mask is None:
+        return None
+    return problem.mask(operands.mask, index)
+
+
+def isolate(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The array with 0 for what is not finite, and NaN for each row that had some."""
+    finite = jnp.isfinite(array)
+    poison = jnp.where(jnp.all(finite, axis=-1), 0, jnp.nan).astype(array.dtype)
+    return jnp.where(finite, array, 0), poison
+
+
+def products(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Each query by each key, BTNH and BSKH to BNTS, in the precision of both."""
+    B, T, N, H = query.shape
+    K, S = key.shape[2], key.shape[1]
+    grouped = query.reshape(B, T, K, N // K, H)
+    return jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key).reshape(B, N, T, S)
+
+
+def sums(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """The values in proportion to weights, BNTS and BSKD to BTND."""
+    B, N, T, S = weights.shape
+    K, D = value.shape[2:]
+    grouped = weights.reshape(B, K, N // K, T, S)
+    return jnp.einsum("BKGTS,BSKD->BTKGD", grouped, value).reshape(B, T, N, D)
+
+
+def logits(problem: Problem, operands: Operands, index: Index, products) -> jax.Array:
+    """Modifier, then bias, on products that were scaled."""
+    if problem.modifier is not None:
+        modified = problem.modifier(operands.modifier, index, products)
+        products = modified.astype(products.dtype)
+    if operands.bias is not None:
+        products = products + operands.bias
+    return products
