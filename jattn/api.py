@@ -190,7 +190,7 @@ def attention_logits(
         where,
         query,
         key,
-        None,
+        key,  # no value is needed, and the keys are sure to fit
         mask=mask,
         bias=bias,
         modifier=modifier,
@@ -251,7 +251,7 @@ def attention_weights(
         where,
         query,
         key,
-        None,
+        key,  # no value is needed, and the keys are sure to fit
         mask=mask,
         bias=bias,
         modifier=modifier,

@@ -9,7 +9,6 @@ and counts only where the mask allows it. Everything else in this library is a f
 to get the same numbers, and is tested against this page, value and derivatives.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -174,11 +173,13 @@ def _attend_all(
 
     def one(b, n, t, s, query, key, value, sink, elements):
         mask_elements, modifier_elements, bias = elements
-        at = functools.partial(jax.vmap, in_axes=0)
+        allowed = modify = drop = None
         if mask is not None:
-            allowed = at(lambda s, e: mask.allows(b, n, t, s, e))(s, mask_elements)
-        modify = at(lambda x, s, e: modifier.modify(x, b, n, t, s, e).astype(wide))
-        drop = None
+            allows = lambda s, e: mask.allows(b, n, t, s, e)
+            allowed = jax.vmap(allows)(s, mask_elements)
+        if modifier is not None:
+            change = lambda x, s, e: modifier.modify(x, b, n, t, s, e).astype(wide)
+            modify = lambda scores: jax.vmap(change)(scores, s, modifier_elements)
         if dropout is not None:
             kept = keep(
                 words(dropout.rng, b, n, t, side=0),
@@ -191,9 +192,9 @@ def _attend_all(
             query,
             key[:, kv_head],
             value[:, kv_head],
-            mask=None if mask is None else allowed,
+            mask=allowed,
             bias=bias,
-            modifier=modifier and (lambda scores: modify(scores, s, modifier_elements)),
+            modifier=modify,
             sink=sink,
             scale=scale,
             dropout=drop,

@@ -10,6 +10,7 @@ position: `aligned` gives them, as any pytree, and `allows` gets the same tree o
 elements at its pair.
 """
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -262,6 +263,7 @@ class Explicit(_ByRow):
         return elements
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Both(Mask):
     """Two masks; reads the arrays of both."""
 
@@ -288,8 +290,6 @@ class _Both(Mask):
 class And(_Both):
     """Both masks allow it: `left & right`."""
 
-    left: Mask
-    right: Mask
     combine: ClassVar[Callable] = staticmethod(operator.and_)
 
 
@@ -297,8 +297,6 @@ class And(_Both):
 class Or(_Both):
     """Either mask allows it: `left | right`."""
 
-    left: Mask
-    right: Mask
     combine: ClassVar[Callable] = staticmethod(operator.or_)
 
 

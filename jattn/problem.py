@@ -38,7 +38,7 @@ class Operands(NamedTuple):
 
     query: jax.Array  # BTNH
     key: jax.Array  # BSKH
-    value: jax.Array | None  # BSKD
+    value: jax.Array  # BSKD
     scale: jax.Array
     bias: jax.Array | None  # BNTS, any axis 1
     mask: Arrays
@@ -68,7 +68,7 @@ def pose(
         ValueError: *where: what must hold, what was got, what to do*.
     """
     query, key = check_array(where, "query", query), check_array(where, "key", key)
-    value = None if value is None else check_array(where, "value", value)
+    value = check_array(where, "value", value)
     sizes = measure(where, query, key, value)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     mask_program, mask_arrays = _trace_mask(where, mask, sizes)
@@ -78,7 +78,7 @@ def pose(
     operands = Operands(
         query=flatten_batch(query, sizes),
         key=flatten_batch(key, sizes),
-        value=None if value is None else flatten_batch(value, sizes),
+        value=flatten_batch(value, sizes),
         scale=_check_scale(where, scale, sizes).astype(wide),
         bias=None if bias is None else _check_bias(where, bias, sizes).astype(wide),
         mask=mask_arrays,

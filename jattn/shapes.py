@@ -46,27 +46,25 @@ class Sizes:
         return self.B, self.N, self.T, self.S
 
 
-def measure(where: str, query, key, value=None) -> Sizes:
+def measure(where: str, query, key, value) -> Sizes:
     """Reads the letters off the inputs, or says which input does not fit."""
     arrays = {"query": query, "key": key, "value": value}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
     _check_dtypes(where, arrays)
     _check_ranks(where, arrays)
     *batch, T, N, H = query.shape
     *key_batch, S, K, key_H = key.shape
     hint = _layout_hint(query, key)
-    letters = "batch, S, K" if value is not None else "batch"
     if tuple(key_batch) != tuple(batch):
         raise ValueError(
             f"{where}: `key` has batch axes {tuple(key_batch)} in {key.shape}, but "
-            f"`query` has {tuple(batch)} in {query.shape}; make the {letters} axes agree."
+            f"`query` has {tuple(batch)} in {query.shape}; give both the same batch axes."
         )
     if key_H != H:
         raise ValueError(
             f"{where}: `key` has shape {key.shape} = …SKH, but H={H} in `query`; "
             f"project both to the same head size."
         )
-    if value is not None and value.shape[:-1] != key.shape[:-1]:
+    if value.shape[:-1] != key.shape[:-1]:
         raise ValueError(
             f"{where}: `value` has shape {value.shape} = …SKD, but `key` has "
             f"{key.shape} = …SKH; all axes but the last must agree."
@@ -77,8 +75,7 @@ def measure(where: str, query, key, value=None) -> Sizes:
             f"of num_kv_heads K={K} in `key` {key.shape} = …SKH; repeat or regroup the "
             f"keys.{hint}"
         )
-    D = H if value is None else value.shape[-1]
-    return Sizes(tuple(batch), T=T, S=S, N=N, K=K, H=H, D=D)
+    return Sizes(tuple(batch), T=T, S=S, N=N, K=K, H=H, D=value.shape[-1])
 
 
 def check_array(where: str, name: str, array) -> jax.Array:

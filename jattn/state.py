@@ -20,11 +20,11 @@ References:
 """
 
 import functools
-from typing import NamedTuple
+import math
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 __all__ = ["EMPTY", "State", "merge", "with_sink"]
 
@@ -36,7 +36,8 @@ class State(NamedTuple):
     logsumexp: jax.Array
 
 
-EMPTY = State(np.float32(0), np.float32(-np.inf))
+# Python numbers, which take any dtype and broadcast to any shape.
+EMPTY = State(cast(jax.Array, 0.0), cast(jax.Array, -math.inf))
 
 
 def merge(state: State, *states: State) -> State:
