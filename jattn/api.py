@@ -322,7 +322,6 @@ def _attend(where, query, key, value, sink, implementation, options) -> State:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _state(problem: Problem, name: str, operands: Operands, sink) -> State:
     state = dispatch.IMPLEMENTATIONS[name].attention_state(problem, operands)
-    sink = None if sink is None else sink.astype(problem.wide)
     return state._replace(output=with_sink(state, sink).astype(problem.dtype))
 
 
@@ -339,7 +338,8 @@ def _weights(problem: Problem, operands: Operands, sink, rows) -> jax.Array:
         problem, operands = select_rows(problem, operands, rows)
     weights, logsumexp = dense.attention_weights(problem, operands)
     weights = dense.drop(problem, operands, weights)
-    sink = None if sink is None else sink.astype(problem.wide)[:, None]
+    # Here heads come before queries.
+    sink = None if sink is None else sink[:, None]
     return with_sink(State(weights, logsumexp), sink)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jattn.dropout import keep, words
 from jattn.masks import as_mask
 from jattn.modifiers import as_modifier
-from jattn.shapes import align, flatten_batch, measure, positions
+from jattn.shapes import align, flatten_batch, measure, positions, wide_dtype
 from jattn.state import State
 
 __all__ = [
@@ -114,7 +114,7 @@ def attend(
     Reference:
         Vaswani et al., 2017, arXiv:1706.03762, section 3.2.1, equation 1.
     """
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = wide_dtype(query.dtype)
     query, key, dtype = query.astype(wide), key.astype(wide), value.dtype
     value = value.astype(wide)
     if mask is not None:
@@ -163,7 +163,7 @@ def _attend_all(
     """Maps `attend` over queries, heads and examples; every field starts BNT."""
     where = "definition"
     sizes = measure(where, query, key, value)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = wide_dtype(query.dtype)
     mask = None if mask is None else as_mask(mask, where)
     modifier = None if modifier is None else as_modifier(modifier, where)
     sink = jnp.full(sizes.N, -jnp.inf, wide) if sink is None else sink

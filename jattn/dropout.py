@@ -51,7 +51,7 @@ def words(rng, b, n, position, side: int) -> jax.Array:
         key = rng
         for i in index:
             key = jax.random.fold_in(key, i)
-        return jax.random.bits(key)
+        return jax.random.bits(key, dtype=jnp.uint32)
 
     flat = [jnp.broadcast_to(x, shape).reshape(-1) for x in (b, n, position)]
     return jax.vmap(draw)(*flat).reshape(shape)

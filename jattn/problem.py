@@ -14,7 +14,15 @@ from jattn.dropout import Dropout, keep, words
 from jattn.masks import as_mask
 from jattn.modifiers import as_modifier
 from jattn.pointwise import Arrays, Index, Program, trace
-from jattn.shapes import Sizes, align, check_array, flatten_batch, measure, positions
+from jattn.shapes import (
+    Sizes,
+    align,
+    check_array,
+    flatten_batch,
+    measure,
+    positions,
+    wide_dtype,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Problem:
     @property
     def wide(self) -> jnp.dtype:
         """The precision of logits, softmax and sums."""
-        return jnp.promote_types(self.dtype, jnp.float32)
+        return wide_dtype(self.dtype)
 
 
 class Operands(NamedTuple):
@@ -70,7 +78,7 @@ def pose(
     query, key = check_array(where, "query", query), check_array(where, "key", key)
     value = check_array(where, "value", value)
     sizes = measure(where, query, key, value)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = wide_dtype(query.dtype)
     mask_program, mask_arrays = _trace_mask(where, mask, sizes)
     modifier_program, modifier_arrays = _trace_modifier(where, modifier, sizes, wide)
     rate, rng = _check_dropout(where, dropout)

@@ -18,6 +18,11 @@ import jax.numpy as jnp
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
+def wide_dtype(dtype) -> jnp.dtype:
+    """The precision of logits, softmax and sums: float32 at least."""
+    return jnp.dtype("float64" if dtype == jnp.float64 else "float32")
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What each letter stands for in one call."""

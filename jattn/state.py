@@ -26,6 +26,8 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from jattn.shapes import wide_dtype
+
 __all__ = ["EMPTY", "State", "merge", "with_sink"]
 
 
@@ -71,7 +73,7 @@ def merge(state: State, *states: State) -> State:
 @jax.jit
 def _merge(parts) -> State:
     dtype = jnp.result_type(*(part.output for part in parts))
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = wide_dtype(dtype)
     logsumexps = [jnp.asarray(part.logsumexp).astype(wide) for part in parts]
     row_max = jax.lax.stop_gradient(functools.reduce(jnp.maximum, logsumexps))
     row_max = jnp.where(row_max == -jnp.inf, 0, row_max)
@@ -95,6 +97,7 @@ def with_sink(state: State, sink: jax.Array | None) -> jax.Array:
     if sink is None:
         return state.output
     seen = state.logsumexp != -jnp.inf
+    sink = jnp.broadcast_to(sink, seen.shape).astype(state.logsumexp.dtype)
     excess = jnp.where(seen, state.logsumexp, 0) - sink
     return state.output * jnp.where(seen, jax.nn.sigmoid(excess), 0)[..., None]
 

@@ -1,0 +1,439 @@
+"""Named cases, and the checks that every implementation passes on each of them.
+
+For whoever writes a kernel: run `assert_matches_definition` and `check_gradients` over
+`CASES` with a function of the signature of `jattn.attention_state`. The judge is
+`jattn.definition` in float64, and nothing has a tolerance of its own: an error may be at
+most `budget` times that of the definition computed in the same dtype.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+
+from jattn import definition
+from jattn.dropout import Dropout
+from jattn.masks import Causal, Explicit, Lengths, Prefix, Segments, Window
+from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap, log_bucket
+from jattn.shapes import Sizes
+
+__all__ = [
+    "CASES",
+    "Case",
+    "assert_matches_definition",
+    "check_gradients",
+    "derivatives",
+    "errors",
+    "random_inputs",
+]
+
+Inputs = dict[str, Any]
+SMALL = Sizes(batch=(2,), T=7, S=7, N=4, K=2, H=8, D=8)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """Inputs and options of a call that has a name.
+
+    Attributes:
+        name: What is special about it.
+        options: The keyword arguments of `attention`, from the inputs.
+        extra: Further inputs besides query, key and value: functions of the sizes and of a
+            NumPy generator.
+        sizes: Of the inputs, unless others are asked for.
+        adjust: Changes the inputs, where the case is about their values.
+        smooth: Whether finite differences can be taken of it: no infinite inputs, and no
+            logits so large that a step changes everything.
+    """
+
+    name: str
+    options: Callable[[Inputs], Inputs]
+    extra: dict[str, Callable[[Sizes, np.random.Generator], np.ndarray]]
+    sizes: Sizes = SMALL
+    adjust: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    smooth: bool = True
+
+    def call(self, function: Callable, inputs: Inputs):
+        """Calls a function of `attention`'s signature."""
+        options = self.options(inputs)
+        return function(inputs["query"], inputs["key"], inputs["value"], **options)
+
+
+def random_inputs(case: Case, dtype="float32", *, sizes=None, seed: int = 0) -> Inputs:
+    """The case's inputs by name: normal numbers, rounded to `dtype` where floating."""
+    sizes = case.sizes if sizes is None else sizes
+    rng = np.random.default_rng(seed)
+    inputs: Inputs = {
+        "query": rng.standard_normal((*sizes.batch, sizes.T, sizes.N, sizes.H)),
+        "key": rng.standard_normal((*sizes.batch, sizes.S, sizes.K, sizes.H)),
+        "value": rng.standard_normal((*sizes.batch, sizes.S, sizes.K, sizes.D)),
+    }
+    inputs |= {name: make(sizes, rng) for name, make in case.extra.items()}
+    return jax.tree.map(lambda x: _cast(x, dtype), case.adjust(inputs))
+
+
+def derivatives(case: Case, attention_state: Callable, inputs: Inputs, seed: int = 0):
+    """Output, logsumexp, and the derivatives of a case, by name.
+
+    The gradient is that of Σ output · a + Σ logsumexp · b with random a and b, for each
+    floating input; the tangents are along one random direction in all of them.
+    """
+    floating = {name: x for name, x in inputs.items() if _is_floating(x)}
+
+    def state(floating):
+        output, logsumexp = case.call(attention_state, inputs | floating)
+        return output, jnp.where(logsumexp == -jnp.inf, 0, logsumexp)
+
+    rng = np.random.default_rng(seed + 1)
+    like = lambda x: _cast(rng.standard_normal(x.shape), x.dtype)
+    result, pullback = jax.vjp(state, floating)
+    (gradients,) = pullback(jax.tree.map(like, result))
+    tangents = jax.jvp(state, (floating,), (jax.tree.map(like, floating),))[1]
+    named = {"output": result[0], "logsumexp": result[1]}
+    named |= {"d_output": tangents[0], "d_logsumexp": tangents[1]}
+    return named | {f"d_{name}": gradient for name, gradient in gradients.items()}
+
+
+def errors(case: Case, attention_state: Callable, dtype="float32", **options) -> dict:
+    """Largest errors against the definition in float64, by name.
+
+    Returns:
+        For the output, the logsumexp and each derivative: the error of the function, the
+        error of the definition in the same dtype, and the largest magnitude.
+    """
+    inputs = random_inputs(case, dtype, **options)
+    got = _derivatives(case, attention_state, inputs)
+    near = _derivatives(case, definition.attention_state, inputs)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: _cast(np.asarray(x), "float64"), inputs)
+        exact = _derivatives(case, definition.attention_state, wide)
+    for name in exact:
+        if got[name].shape != exact[name].shape or got[name].dtype != near[name].dtype:
+            raise AssertionError(
+                f"{case.name}, {dtype}: `{name}` must be {near[name].dtype}"
+                f"{list(exact[name].shape)}, got {got[name].dtype}{list(got[name].shape)}."
+            )
+    return {
+        name: (
+            _distance(got[name], exact[name]),
+            _distance(near[name], exact[name]),
+            float(np.max(np.abs(exact[name]), initial=0)),
+        )
+        for name in exact
+    }
+
+
+def assert_matches_definition(
+    attention_state: Callable,
+    case: Case,
+    dtype="float32",
+    *,
+    budget: float = 2.0,
+    sizes=None,
+    seed: int = 0,
+) -> None:
+    """Asserts that a function equals the definition: values, gradients and tangents.
+
+    Args:
+        attention_state: A function of the signature of `jattn.attention_state`.
+        case: One of `CASES`, or your own.
+        dtype: Of the inputs.
+        budget: How many times the definition's error in the same dtype is allowed, plus
+            two units in the last place of the largest number.
+        sizes: Other sizes than the case's own.
+        seed: Of the inputs.
+
+    Raises:
+        AssertionError: Naming the case, what differs, and by how much.
+    """
+    found = errors(case, attention_state, dtype, sizes=sizes, seed=seed)
+    for name, (error, baseline, largest) in found.items():
+        wide = name in ("logsumexp", "d_logsumexp") and jnp.finfo(dtype).bits < 32
+        allowed = budget * baseline
+        allowed += 2 * float(jnp.finfo("float32" if wide else dtype).eps) * largest
+        if not error <= allowed:
+            raise AssertionError(
+                f"{case.name}, {dtype}: `{name}` is off by {error:.2e}, more than {budget} "
+                f"times the {baseline:.2e} of the definition in {dtype}; the largest "
+                f"number is {largest:.2e}."
+            )
+
+
+def check_gradients(
+    attention_state: Callable, case: Case, *, sizes=None, seed: int = 0
+) -> None:
+    """Asserts, in float64, that derivatives are right: by differences and by definition.
+
+    Gradients of the first and second order are compared with finite differences along a
+    random direction; each element of each first derivative with the definition's; and
+    all must be finite, empty rows or not. An error of 0.1 % does not pass.
+
+    Args:
+        attention_state: A function of the signature of `jattn.attention_state`.
+        case: One of `CASES`, or your own.
+        sizes: Other sizes than the case's own; small ones.
+        seed: Of the inputs.
+
+    Raises:
+        AssertionError: Naming the case and what differs.
+    """
+    with jax.enable_x64(True):
+        inputs = random_inputs(case, "float64", sizes=sizes, seed=seed)
+        got = _derivatives(case, attention_state, inputs)
+        want = _derivatives(case, definition.attention_state, inputs)
+        for name, expected in want.items():
+            if not np.all(np.isfinite(got[name])):
+                raise AssertionError(f"{case.name}: `{name}` is not finite everywhere.")
+            np.testing.assert_allclose(
+                got[name], expected, rtol=1e-9, atol=1e-11, err_msg=f"{case.name}: {name}"
+            )
+        floating = {name: x for name, x in inputs.items() if _is_floating(x)}
+
+        def scalar(floating):
+            output, logsumexp = case.call(attention_state, inputs | floating)
+            seen = jnp.where(logsumexp == -jnp.inf, 0, logsumexp)
+            return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(seen))
+
+        if case.smooth:
+            check = jax.test_util.check_grads
+            check(jax.jit(scalar), (floating,), 2, ("rev",), atol=1e-4, rtol=1e-4, eps=1e-5)
+
+
+_derivatives = jax.jit(derivatives, static_argnums=(0, 1))
+
+
+def _cast(x, dtype):
+    x = np.asarray(x)
+    floating = np.issubdtype(x.dtype, np.floating) or x.dtype.name == "bfloat16"
+    return jnp.asarray(x.astype(jnp.dtype(dtype)) if floating else x)
+
+
+def _is_floating(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _distance(x, exact) -> float:
+    difference = np.asarray(x, np.float64) - np.asarray(exact)
+    return float(np.max(np.abs(difference), initial=0))
+
+
+def _normal(*letters: str):
+    """A maker of normal numbers; a letter is a size, "1" is 1."""
+
+    def make(sizes: Sizes, rng: np.random.Generator):
+        size = lambda letter: 1 if letter == "1" else getattr(sizes, letter)
+        return rng.standard_normal([size(letter) for letter in letters])
+
+    return make
+
+
+def _ids(letter: str, count: int = 3):
+    """A maker of sorted ids 0 … count − 1, another for each example."""
+
+    def make(sizes: Sizes, rng: np.random.Generator):
+        shape = (*sizes.batch, getattr(sizes, letter))
+        return np.sort(rng.integers(0, count, shape), axis=-1).astype(np.int32)
+
+    return make
+
+
+def _lengths(letter: str):
+    """A maker of a length for each example, 0 among them."""
+
+    def make(sizes: Sizes, rng: np.random.Generator):
+        longest = getattr(sizes, letter)
+        lengths = rng.integers(0, longest + 1, sizes.B)
+        lengths[:1] = 0
+        return lengths.reshape(sizes.batch).astype(np.int32)
+
+    return make
+
+
+def _booleans(sizes: Sizes, rng: np.random.Generator):
+    return rng.random((*sizes.batch, 1, sizes.T, sizes.S)) < 0.6
+
+
+def _infinite_bias(sizes: Sizes, rng: np.random.Generator):
+    bias = rng.standard_normal((*sizes.batch, 1, sizes.T, sizes.S))
+    bias[..., rng.random(bias.shape[-2:]) < 0.4] = -np.inf
+    bias[..., :1, :] = -np.inf  # a row that sees nothing
+    return bias
+
+
+def _fixed(array):
+    return lambda sizes, rng: np.asarray(array)
+
+
+def _dropout(x):
+    return {"dropout": Dropout(0.3, jax.random.key(7)), "mask": Causal()}
+
+
+def _captured(x):
+    """A user's lambda over arrays that it closes over, two of them floating."""
+    heat, decay = x["heat"], x["decay"]
+
+    def bend(logit, b, n, t, s):
+        return logit * heat[n] - decay[n, t] * jnp.abs(t - s).astype(logit.dtype)
+
+    return {"modifier": bend}
+
+
+def _documents(x):
+    document = x["document"]
+    return {"mask": lambda b, n, t, s: (t >= s) & (document[b, t] == document[b, s])}
+
+
+def _case(name, options=lambda inputs: {}, *, extra=None, **different):
+    """A case from functions, and from the sizes and fields in which it differs."""
+    letters = {field.name for field in dataclasses.fields(Sizes)}
+    sizes = {letter: different.pop(letter) for letter in letters & set(different)}
+    return Case(
+        name, options, extra or {}, dataclasses.replace(SMALL, **sizes), **different
+    )
+
+
+def _large(inputs: Inputs) -> Inputs:
+    return inputs | {"query": inputs["query"] * 5e3}
+
+
+CASES = (
+    _case("plain"),
+    _case("unbatched", batch=(), T=5),
+    _case("two_batch_axes", batch=(2, 3), T=4, S=5),
+    _case("no_batch_at_all", batch=(0,)),
+    _case("one_head", N=1, K=1),
+    _case("ungrouped", N=3, K=3),
+    _case("head_size_one", H=1, D=1),
+    _case("value_size", H=6, D=3),
+    _case("lengths_differ", T=5, S=9),
+    _case("one_query", T=1, S=9),
+    _case("one_key", T=5, S=1),
+    _case("no_keys", T=5, S=0),
+    _case("no_queries", T=0, S=5),
+    _case("large_logits", adjust=_large, smooth=False),
+    _case("causal", lambda x: {"mask": Causal()}),
+    _case("causal_at_the_end", lambda x: {"mask": Causal(4)}, T=5, S=9),
+    _case("causal_with_empty_rows", lambda x: {"mask": Causal(-3)}),
+    _case("one_visible_key", lambda x: {"mask": Window(0, 0)}),
+    _case("window", lambda x: {"mask": Window(2, 1)}, T=9, S=8),
+    _case("window_open_to_the_left", lambda x: {"mask": Window(None, 0)}),
+    _case("prefix", lambda x: {"mask": Prefix(3) | Causal()}),
+    _case(
+        "prefix_per_example",
+        lambda x: {"mask": Prefix(x["length"]) | Causal()},
+        extra={"length": _lengths("S")},
+    ),
+    _case(
+        "segments",
+        lambda x: {"mask": Segments(x["ids"])},
+        extra={"ids": _ids("T")},
+    ),
+    _case(
+        "segments_with_padding",
+        lambda x: {"mask": Segments(x["query_ids"], x["key_ids"], padding_id=0)},
+        extra={"query_ids": _ids("T"), "key_ids": _ids("S")},
+        T=6,
+        S=8,
+    ),
+    _case(
+        "lengths",
+        lambda x: {"mask": Lengths(x["key_lengths"], x["query_lengths"])},
+        extra={"key_lengths": _lengths("S"), "query_lengths": _lengths("T")},
+    ),
+    _case("explicit", lambda x: {"mask": Explicit(x["array"])}, extra={"array": _booleans}),
+    _case(
+        "algebra",
+        lambda x: {"mask": ~(Causal(-2) | Explicit(x["array"])) & Window(5, 3)},
+        extra={"array": _booleans},
+    ),
+    _case("documents", _documents, extra={"document": _ids("S")}),
+    _case("nothing_visible", lambda x: {"mask": lambda b, n, t, s: s < 0}),
+    _case(
+        "by_head_and_example", lambda x: {"mask": lambda b, n, t, s: (t + s + b) % 4 != n}
+    ),
+    _case("bias", lambda x: {"bias": x["bias"]}, extra={"bias": _normal("N", "T", "S")}),
+    _case(
+        "bias_per_key",
+        lambda x: {"bias": x["bias"], "mask": Causal()},
+        extra={"bias": _normal("N", "1", "S")},
+    ),
+    _case(
+        "bias_per_example",
+        lambda x: {"bias": x["bias"]},
+        extra={"bias": _normal("B", "1", "1", "S")},
+    ),
+    _case(
+        "infinite_bias",
+        lambda x: {"bias": x["bias"]},
+        extra={"bias": _infinite_bias},
+        smooth=False,
+    ),
+    _case(
+        "soft_cap",
+        lambda x: {"modifier": SoftCap(x["cap"]), "mask": Causal()},
+        extra={"cap": _fixed(1.5)},
+    ),
+    _case("alibi", lambda x: {"modifier": ALiBi(), "mask": Causal()}),
+    _case(
+        "alibi_with_slopes",
+        lambda x: {"modifier": ALiBi(x["slopes"])},
+        extra={"slopes": _normal("N")},
+    ),
+    _case(
+        "relative_bias",
+        lambda x: {"modifier": RelativeBias(x["table"], bucket=log_bucket(8, 16))},
+        extra={"table": lambda sizes, rng: rng.standard_normal((sizes.N, 8))},
+    ),
+    _case(
+        "capped_bias",
+        lambda x: {"modifier": Bias(x["inner"]) >> SoftCap(2.0), "bias": x["bias"]},
+        extra={"inner": _normal("N", "T", "1"), "bias": _normal("T", "S")},
+    ),
+    _case("captured", _captured, extra={"heat": _normal("N"), "decay": _normal("N", "T")}),
+    _case("scale", lambda x: {"scale": x["scale"]}, extra={"scale": _fixed(0.7)}),
+    _case(
+        "sink",
+        lambda x: {"sink": x["sink"], "mask": Causal(-2)},
+        extra={"sink": _normal("N")},
+    ),
+    _case(
+        "at_an_offset",
+        lambda x: {"mask": Causal(), "query_position": 4, "modifier": ALiBi()},
+        T=3,
+        S=7,
+    ),
+    _case(
+        "positions",
+        lambda x: {
+            "mask": Causal(),
+            "query_position": x["query_position"],
+            "key_position": x["key_position"],
+        },
+        extra={"query_position": _ids("T", 9), "key_position": _ids("S", 9)},
+    ),
+    _case("dropout", _dropout),
+    _case(
+        "everything",
+        lambda x: {
+            "mask": Causal(1) & Segments(x["ids"]) | Prefix(1),
+            "bias": x["bias"],
+            "modifier": SoftCap(x["cap"]) >> ALiBi(x["slopes"]),
+            "sink": x["sink"],
+            "scale": x["scale"],
+            "query_position": 1,
+            "dropout": Dropout(0.2, jax.random.key(3)),
+        },
+        extra={
+            "ids": _ids("T"),
+            "bias": _normal("B", "1", "T", "S"),
+            "cap": _fixed(2.0),
+            "slopes": _normal("N"),
+            "sink": _normal("N"),
+            "scale": _fixed(0.4),
+        },
+    ),
+)
