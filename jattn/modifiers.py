@@ -25,6 +25,7 @@ __all__ = [
     "Pointwise",
     "RelativeBias",
     "SoftCap",
+    "alibi_slopes",
     "as_modifier",
     "distance",
     "log_bucket",

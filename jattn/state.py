@@ -67,26 +67,30 @@ def merge(state: State, *states: State) -> State:
     """
     parts = (state, *states)
     _check(parts)
-    return _merge(parts) if len(parts) > 1 else state
+    return functools.reduce(_merge, parts)
 
 
 @jax.jit
-def _merge(parts) -> State:
-    dtype = jnp.result_type(*(part.output for part in parts))
+def _merge(a: State, b: State) -> State:
+    dtype = jnp.result_type(a.output, b.output)
     wide = wide_dtype(dtype)
-    logsumexps = [jnp.asarray(part.logsumexp).astype(wide) for part in parts]
-    row_max = jax.lax.stop_gradient(functools.reduce(jnp.maximum, logsumexps))
-    row_max = jnp.where(row_max == -jnp.inf, 0, row_max)
-    shares = [jnp.exp(x - row_max) for x in logsumexps]
-    total = sum(shares[1:], shares[0])
-    seen = total != 0  # a NaN is seen
-    safe = jnp.where(seen, total, 1)
-    outputs = [
-        (share / safe)[..., None] * jnp.asarray(part.output).astype(wide)
-        for share, part in zip(shares, parts, strict=True)
-    ]
-    logsumexp = jnp.where(seen, row_max + jnp.log(safe), -jnp.inf)
-    return State(sum(outputs[1:], outputs[0]).astype(dtype), logsumexp)
+    a, b = jax.tree.map(lambda x: jnp.asarray(x).astype(wide), (a, b))
+    # The larger sum first, and the outputs combined as below: so the order of the
+    # arguments changes no bit, even where a multiplication and an addition are fused.
+    swap = a.logsumexp < b.logsumexp
+    high = jnp.where(swap, b.logsumexp, a.logsumexp)
+    low = jnp.where(swap, a.logsumexp, b.logsumexp)
+    top = jax.lax.stop_gradient(jnp.where(high == -jnp.inf, 0, high))
+    high_share, low_share = jnp.exp(high - top), jnp.exp(low - top)
+    total = high_share + low_share
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    per_output = lambda x: x[..., None] if x.ndim else x
+    high_output = jnp.where(per_output(swap), b.output, a.output)
+    output = per_output(low_share / total) * (a.output + b.output)
+    output += per_output((high_share - low_share) / total) * high_output
+    logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    return State(output.astype(dtype), logsumexp)
 
 
 def with_sink(state: State, sink: jax.Array | None) -> jax.Array:

@@ -1,0 +1,105 @@
+"""Dropout as a pure function of seed, example, head and positions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn import Dropout
+
+QUERY = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
+
+
+def kept(query=QUERY, key=QUERY, rate=0.5, seed=1, **options):
+    """Which weights are not zero, BNTS."""
+    dropout = Dropout(rate, jax.random.key(seed))
+    weights = jattn.attention_weights(query, key, dropout=dropout, **options)
+    return np.asarray(weights) > 0
+
+
+def test_dropout_repeats_with_the_same_seed():
+    np.testing.assert_array_equal(kept(), kept())
+
+
+def test_dropout_differs_with_another_seed():
+    assert np.mean(kept() != kept(seed=2)) > 0.3
+
+
+def test_dropout_is_the_same_with_and_without_x64():
+    with jax.enable_x64(True):
+        wide = kept()
+    np.testing.assert_array_equal(kept(), wide)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
+def test_dropout_drops_at_its_rate(rate):
+    query = jnp.zeros((1, 256, 4, 1))
+    share = 1 - kept(query, query, rate).mean()
+    deviation = (rate * (1 - rate) / (4 * 256 * 256)) ** 0.5
+    assert abs(share - rate) <= 5 * deviation
+
+
+def test_dropout_is_even_over_rows_columns_and_diagonals():
+    query = jnp.zeros((1, 512, 1, 1))
+    mask = kept(query, query)[0, 0]
+    deviation = 0.5 / 512**0.5
+    for axis in (0, 1):
+        assert np.abs(mask.mean(axis) - 0.5).max() < 5 * deviation
+    shifted = np.stack([np.roll(row, -i) for i, row in enumerate(mask)])
+    assert np.abs(shifted.mean(0) - 0.5).max() < 5 * deviation
+
+
+def test_dropout_of_neighbours_is_independent():
+    query = jnp.zeros((1, 512, 1, 1))
+    mask = kept(query, query)[0, 0] - 0.5
+    for other in (mask[1:, :], mask[:, 1:], mask[1:, 1:]):
+        both = (mask[: other.shape[0], : other.shape[1]] * other).mean() * 4
+        assert abs(both) < 5 / 512
+
+
+def test_dropout_differs_between_examples_and_heads():
+    query = jnp.zeros((2, 64, 2, 1))
+    masks = kept(query, query).reshape(4, -1)
+    agree = (masks[:, None] == masks[None]).mean(-1)
+    assert np.abs(agree[~np.eye(4, dtype=bool)] - 0.5).max() < 0.1
+
+
+def test_dropout_scales_what_it_keeps():
+    weights = jattn.attention_weights(QUERY, QUERY)
+    dropped = jattn.attention_weights(QUERY, QUERY, dropout=Dropout(0.25, jax.random.key(1)))
+    expected = np.where(dropped > 0, weights / 0.75, 0)
+    np.testing.assert_allclose(dropped, expected, rtol=1e-6)
+
+
+def test_dropout_of_some_rows_is_that_of_the_whole():
+    np.testing.assert_array_equal(kept(rows=[4, 1]), kept()[:, :, jnp.array([4, 1])])
+
+
+def test_dropout_goes_with_positions():
+    part = kept(QUERY[:, 2:], QUERY[:, 3:], query_position=2, key_position=3)
+    np.testing.assert_array_equal(part, kept()[:, :, 2:, 3:])
+
+
+def test_dropout_of_rate_zero_changes_nothing():
+    got = jattn.attention(QUERY, QUERY, QUERY, dropout=Dropout(0.0, jax.random.key(1)))
+    np.testing.assert_array_equal(got, jattn.attention(QUERY, QUERY, QUERY))
+
+
+def test_dropout_leaves_the_logsumexp():
+    state = jattn.attention_state(QUERY, QUERY, QUERY, dropout=Dropout(0.5, jax.random.key(1)))
+    plain = jattn.attention_state(QUERY, QUERY, QUERY)
+    np.testing.assert_array_equal(state.logsumexp, plain.logsumexp)
+
+
+def test_dropout_takes_raw_and_typed_keys():
+    raw = Dropout(0.5, jax.random.key_data(jax.random.key(1)))
+    weights = jattn.attention_weights(QUERY, QUERY, dropout=raw)
+    np.testing.assert_array_equal(np.asarray(weights) > 0, kept())
+
+
+def test_dropout_seed_can_be_mapped():
+    rngs = jax.random.split(jax.random.key(3), 4)
+    run = lambda rng: jattn.attention(QUERY, QUERY, QUERY, dropout=Dropout(0.5, rng))
+    mapped = jax.vmap(run)(rngs)
+    np.testing.assert_allclose(mapped[2], run(rngs[2]), atol=1e-6)

@@ -1,0 +1,250 @@
+"""Every message: where, what must hold, what was got, what to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn import Dropout, modifiers
+from jattn.masks import Causal, Explicit, Lengths, Prefix, Segments, Window
+
+f32 = jnp.float32
+QUERY, KEY = jnp.zeros((2, 5, 4, 8)), jnp.zeros((2, 6, 2, 8))
+IDS = jnp.zeros(5, jnp.int32)
+
+
+def attend(query=QUERY, key=KEY, value=None, **options):
+    return jattn.attention(query, key, key if value is None else value, **options)
+
+
+MESSAGES = {
+    "rank_too_low": (
+        lambda: attend(jnp.zeros((5, 8))),
+        "attention: `query` must have the axes TNH or more before them, got shape (5, 8)",
+    ),
+    "ranks_differ": (
+        lambda: attend(key=KEY[0]),
+        "attention: `key` must have as many axes as `query` (4: (2, 5, 4, 8)), got shape "
+        "(6, 2, 8)",
+    ),
+    "batches_differ": (
+        lambda: attend(key=jnp.zeros((3, 6, 2, 8))),
+        "attention: `key` has batch axes (3,) in (3, 6, 2, 8), but `query` has (2,)",
+    ),
+    "head_sizes_differ": (
+        lambda: attend(key=jnp.zeros((2, 6, 2, 7))),
+        "attention: `key` has shape (2, 6, 2, 7) = …SKH, but H=8 in `query`",
+    ),
+    "value_is_shorter_than_key": (
+        lambda: attend(value=jnp.zeros((2, 5, 2, 8))),
+        "attention: `value` has shape (2, 5, 2, 8) = …SKD, but `key` has (2, 6, 2, 8)",
+    ),
+    "heads_are_no_multiple": (
+        lambda: attend(key=jnp.zeros((2, 6, 3, 8))),
+        "num_heads N=4 in `query` (2, 5, 4, 8) = …TNH must be a multiple of num_kv_heads K=3",
+    ),
+    "no_kv_heads": (
+        lambda: attend(key=jnp.zeros((2, 6, 0, 8))),
+        "must be a multiple of num_kv_heads K=0",
+    ),
+    "heads_before_positions": (
+        lambda: attend(jnp.zeros((2, 8, 100, 64)), jnp.zeros((2, 8, 48, 64))),
+        "They look like BNTH, heads first; jattn takes BTNH: swap axes -3 and -2.",
+    ),
+    "integers": (
+        lambda: attend(QUERY.astype(int), KEY.astype(int)),
+        "attention: `query` must have one of the dtypes float16, bfloat16, float32, "
+        "float64, got int32; convert it with `.astype`.",
+    ),
+    "mixed_dtypes": (
+        lambda: attend(key=KEY.astype(jnp.bfloat16)),
+        "must have one dtype, got `query` float32, `key` bfloat16, `value` bfloat16",
+    ),
+    "not_an_array": (
+        lambda: attend("query"),
+        "attention: `query` must be an array, got str",
+    ),
+    "mask_does_not_broadcast": (
+        lambda: attend(mask=jnp.ones((2, 3, 5, 6), bool)),
+        "`array` must broadcast to BNTS = (2, 4, 5, 6), got shape (2, 3, 5, 6)",
+    ),
+    "float_mask": (
+        lambda: attend(mask=jnp.ones((5, 6))),
+        "attention: `mask` must be Boolean (True = may attend), got float32; what is added "
+        "to the logits belongs in `bias`.",
+    ),
+    "integer_mask": (
+        lambda: attend(mask=jnp.ones((5, 6), int)),
+        "attention: `mask` must be Boolean (True = may attend), got int32; convert it with "
+        "`.astype(bool)`.",
+    ),
+    "float_explicit_mask": (
+        lambda: attend(mask=Explicit(jnp.ones((5, 6)))),
+        "masks.Explicit: `array` must be Boolean (True = may attend), got float32",
+    ),
+    "mask_is_no_mask": (
+        lambda: attend(mask="causal"),
+        "attention: `mask` must be an array, got str",
+    ),
+    "mask_function_returns_a_float": (
+        lambda: attend(mask=lambda b, n, t, s: t.astype(float)),
+        "attention: `mask`: the function must return a Boolean scalar for one query and one "
+        "key, got float32[]",
+    ),
+    "mask_function_returns_an_array": (
+        lambda: attend(mask=lambda b, n, t, s: t >= jnp.arange(3)),
+        "must return a Boolean scalar for one query and one key, got bool[3]",
+    ),
+    "mask_function_indexes_numpy": (
+        lambda: attend(mask=lambda b, n, t, s: np.zeros(6)[t] == 0),
+        "attention: `mask`: a function of positions must index JAX arrays, got a NumPy array",
+    ),
+    "bias_does_not_broadcast": (
+        lambda: attend(bias=jnp.zeros((5, 5))),
+        "attention: `bias` must broadcast to BNTS = (2, 4, 5, 6), got shape (5, 5)",
+    ),
+    "bias_has_too_many_axes": (
+        lambda: attend(bias=jnp.zeros((1, 2, 4, 5, 6))),
+        "attention: `bias` must broadcast to BNTS = (2, 4, 5, 6)",
+    ),
+    "boolean_bias": (
+        lambda: attend(bias=jnp.ones((5, 6), bool)),
+        "attention: `bias` must be floating, got bool; a Boolean array belongs in `mask`.",
+    ),
+    "modifier_is_an_array": (
+        lambda: attend(modifier=jnp.zeros((5, 6))),
+        "attention: `modifier` must be a function (logit, b, n, t, s) → logit",
+    ),
+    "modifier_returns_a_boolean": (
+        lambda: attend(modifier=lambda logit, b, n, t, s: t >= s),
+        "attention: `modifier`: the function must return a floating scalar",
+    ),
+    "sink_per_key_head": (
+        lambda: attend(sink=jnp.zeros(2)),
+        "attention: `sink` must be one number or N = (4,), one per query head, got shape (2,)",
+    ),
+    "integer_sink": (
+        lambda: attend(sink=jnp.zeros(4, int)),
+        "attention: `sink` must be floating, got int32.",
+    ),
+    "scale_per_head": (
+        lambda: attend(scale=jnp.ones(4)),
+        "attention: `scale` must be one number, got float32[4]",
+    ),
+    "positions_of_another_length": (
+        lambda: attend(query_position=jnp.arange(4)),
+        "attention: `query_position` must be an integer or have shape T = (5,) or "
+        "BT = (2, 5), got (4,).",
+    ),
+    "floating_positions": (
+        lambda: attend(key_position=jnp.zeros(6)),
+        "attention: `key_position` must hold integers, got float32",
+    ),
+    "dropout_rate_above_one": (
+        lambda: Dropout(1.0, jax.random.key(0)),
+        "Dropout: `rate` must be a Python number in [0, 1), got 1.0.",
+    ),
+    "dropout_rate_below_zero": (
+        lambda: Dropout(-0.1, jax.random.key(0)),
+        "Dropout: `rate` must be a Python number in [0, 1), got -0.1.",
+    ),
+    "dropout_is_a_number": (
+        lambda: attend(dropout=0.1),
+        "attention: `dropout` must be jattn.Dropout(rate, rng), got float.",
+    ),
+    "unknown_implementation": (
+        lambda: attend(implementation="flash"),
+        "attention: `implementation` must be None or one of",
+    ),
+    "negative_window": (
+        lambda: Window(-1, 0),
+        "masks.Window: `left` must be ≥ 0, or None for no limit, got -1",
+    ),
+    "fractional_window": (
+        lambda: Window(0, 1.5),
+        "masks.Window: `right` must be a whole number, got 1.5.",
+    ),
+    "fractional_offset": (
+        lambda: Causal(0.5),
+        "masks.Causal: `offset` must be a whole number, got 0.5.",
+    ),
+    "floating_offset_array": (
+        lambda: Causal(jnp.float32(1)),
+        "masks.Causal: `offset` must be a whole number, got an array of float32.",
+    ),
+    "prefix_of_another_batch": (
+        lambda: attend(mask=Prefix(jnp.arange(3))),
+        "masks.Prefix: `length` must have shape () or B = (2,), got (3,)",
+    ),
+    "lengths_of_another_batch": (
+        lambda: attend(mask=Lengths(jnp.arange(3))),
+        "masks.Lengths: `key_lengths` must have shape () or B = (2,), got (3,)",
+    ),
+    "floating_lengths": (
+        lambda: attend(mask=Lengths(jnp.zeros(2))),
+        "masks.Lengths: `key_lengths` must hold integers, got float32",
+    ),
+    "segments_of_another_length": (
+        lambda: attend(mask=Segments(IDS)),
+        "masks.Segments: `query_ids (as key_ids)` must broadcast to BS = (2, 6), got shape (5,)",
+    ),
+    "floating_segments": (
+        lambda: attend(mask=Segments(jnp.zeros(5), jnp.zeros(6))),
+        "masks.Segments: `query_ids` must hold integers, got float32",
+    ),
+    "segments_called_with_positions": (
+        lambda: attend(mask=lambda b, n, t, s: Segments(IDS)(b, n, t, s)),
+        "masks.Segments: reads its arrays by row and column, not by position",
+    ),
+    "cap_of_zero": (
+        lambda: modifiers.SoftCap(0),
+        "modifiers.SoftCap: `cap` must be > 0, got 0.",
+    ),
+    "slopes_per_key_head": (
+        lambda: attend(modifier=modifiers.ALiBi(jnp.zeros(2))),
+        "modifiers.ALiBi: `slopes` must have shape N = (4,), one per query head, got (2,).",
+    ),
+    "table_without_a_middle": (
+        lambda: modifiers.RelativeBias(jnp.zeros((4, 6))),
+        "modifiers.RelativeBias: `table` must have an odd number of columns",
+    ),
+    "table_of_other_heads": (
+        lambda: attend(modifier=modifiers.RelativeBias(jnp.zeros((2, 5)))),
+        "modifiers.RelativeBias: `table` must be N × buckets with N=4 query heads, got "
+        "shape (2, 5).",
+    ),
+    "boolean_bias_modifier": (
+        lambda: attend(modifier=modifiers.Bias(jnp.ones((5, 6), bool))),
+        "modifiers.Bias: `array` must be floating, got bool; a Boolean array belongs in",
+    ),
+    "too_few_buckets": (
+        lambda: modifiers.log_bucket(2),
+        "modifiers.log_bucket: needs num_buckets ≥ 4",
+    ),
+    "rows_out_of_range": (
+        lambda: jattn.attention_weights(QUERY, KEY, rows=[5]),
+        "attention_weights: `rows` must be within the T=5 queries, got 5…5.",
+    ),
+    "floating_rows": (
+        lambda: jattn.attention_weights(QUERY, KEY, rows=jnp.zeros(2)),
+        "attention_weights: `rows` must be the indices of queries, integers in one axis",
+    ),
+    "other_function_s_name": (
+        lambda: jattn.attention_state(QUERY, KEY[0], KEY[0]),
+        "attention_state: `key` must have as many axes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_message(name):
+    call, expected = MESSAGES[name]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
+        call()
+    assert expected in str(caught.value)
+
+
+def test_unknown_option_is_not_dropped():
+    with pytest.raises(TypeError, match="causal"):
+        attend(causal=True)

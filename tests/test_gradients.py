@@ -1,0 +1,99 @@
+"""Derivatives, in float64: by finite differences and by the definition's own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn import definition
+from jattn.dispatch import IMPLEMENTATIONS
+from jattn.testing import CASES, check_gradients
+
+# Cases that differ only in sizes or in how a mask is written have the same derivatives.
+NAMES = (
+    "value_size",
+    "one_visible_key",
+    "causal_with_empty_rows",
+    "segments_with_padding",
+    "no_keys",
+    "bias_per_key",
+    "infinite_bias",
+    "alibi_with_slopes",
+    "relative_bias",
+    "capped_bias",
+    "captured",
+    "dropout",
+    "everything",
+)
+cases = [
+    pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))
+    for case in CASES
+    if case.name in NAMES
+]
+by_name = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", cases)
+def test_derivatives_are_right(case, implementation):
+    function = functools.partial(jattn.attention_state, implementation=implementation)
+    check_gradients(function, case)
+
+
+@pytest.mark.parametrize("case", cases)
+def test_derivatives_of_the_definition_are_right(case):
+    check_gradients(definition.attention_state, case)
+
+
+@pytest.mark.parametrize("wrong", ["query", "key", "value"])
+def test_a_derivative_wrong_by_a_thousandth_is_caught(wrong):
+    @jax.custom_vjp
+    def almost_identity(x):
+        return x
+
+    almost_identity.defvjp(lambda x: (x, None), lambda _, ct: (ct * 1.001,))
+
+    def state(query, key, value, **options):
+        inputs = {"query": query, "key": key, "value": value}
+        inputs[wrong] = almost_identity(inputs[wrong])
+        return definition.attention_state(**inputs, **options)
+
+    # custom_vjp has no tangents: the check is of the gradient alone.
+    with pytest.raises((AssertionError, TypeError)) as caught:
+        check_gradients(state, by_name["plain"])
+    assert caught.type is AssertionError
+
+
+def test_every_floating_input_has_a_gradient():
+    case = by_name["everything"]
+    inputs = jattn.testing.random_inputs(case)
+    found = jattn.testing.derivatives(case, jattn.attention_state, inputs)
+    names = ("query", "key", "value", "bias", "cap", "slopes", "sink", "scale")
+    for name in names:
+        assert found[f"d_{name}"].shape == inputs[name].shape
+        assert np.any(found[f"d_{name}"] != 0)
+
+
+def test_gradient_of_bias_has_the_shape_of_the_bias():
+    query = jnp.ones((2, 3, 4, 5))
+    loss = lambda bias: jnp.sum(jattn.attention(query, query, query * 2, bias=bias) ** 2)
+    for shape in [(), (3,), (3, 1), (4, 1, 1), (1, 1, 1, 3), (2, 4, 3, 3)]:
+        assert jax.grad(loss)(jnp.zeros(shape)).shape == shape
+
+
+def test_hessian_equals_the_definition_s():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        query, key = (jnp.asarray(rng.standard_normal((3, 2, 2))) for _ in range(2))
+        mask = jattn.masks.Causal(-1)  # the first query sees nothing
+
+        def loss(function, query):
+            return jnp.sum(jnp.sin(function(query, key, key, mask=mask)))
+
+        got = jax.hessian(functools.partial(loss, jattn.attention))(query)
+        want = jax.hessian(functools.partial(loss, definition.attention))(query)
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+        assert np.all(np.isfinite(got))

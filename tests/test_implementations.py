@@ -1,0 +1,118 @@
+"""Every implementation, on every case, equals the definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn.dispatch import IMPLEMENTATIONS
+from jattn.testing import CASES, assert_matches_definition, errors
+
+# Cases of one name go to one process, where they share what is compiled.
+cases = [
+    pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))
+    for case in CASES
+]
+TELLING = ("plain", "everything", "segments_with_padding", "captured", "large_logits")
+telling = [param for param in cases if param.id in TELLING]
+every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def state(implementation):
+    return _STATES[implementation]
+
+
+_STATES = {
+    name: functools.partial(jattn.attention_state, implementation=name)
+    for name in IMPLEMENTATIONS
+}
+
+
+@every
+@pytest.mark.parametrize("case", cases)
+def test_implementation_equals_definition(case, implementation):
+    assert_matches_definition(state(implementation), case)
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", telling)
+def test_implementation_equals_definition_in_half_precision(case, dtype, implementation):
+    assert_matches_definition(state(implementation), case, dtype)
+
+
+@every
+@pytest.mark.parametrize("case", telling)
+def test_implementation_equals_definition_in_double_precision(case, implementation):
+    with jax.enable_x64(True):
+        assert_matches_definition(state(implementation), case, "float64")
+
+
+@every
+@pytest.mark.parametrize("case", telling)
+def test_implementation_equals_definition_with_x64_on(case, implementation):
+    with jax.enable_x64(True):
+        assert_matches_definition(state(implementation), case, "float32")
+
+
+def test_a_wrong_implementation_is_caught():
+    def wrong(query, key, value, **options):
+        output, logsumexp = jattn.attention_state(query, key, value, **options)
+        return jattn.State(output * (1 + 1e-5), logsumexp)
+
+    with pytest.raises(AssertionError, match="plain, float32: `output` is off by"):
+        assert_matches_definition(wrong, CASES[0])
+
+
+def test_errors_name_value_logsumexp_gradients_and_tangents():
+    found = errors(CASES[0], _STATES["dense"])
+    names = {"output", "logsumexp", "d_output", "d_logsumexp"}
+    assert set(found) == names | {"d_query", "d_key", "d_value"}
+
+
+@every
+@pytest.mark.parametrize("case", telling)
+def test_weights_times_values_are_the_output(case, implementation):
+    inputs = jattn.testing.random_inputs(case)
+    options = case.options(inputs)
+    weights = jattn.attention_weights(inputs["query"], inputs["key"], **options)
+    groups = weights.shape[-3] // inputs["value"].shape[-2]
+    value = jnp.repeat(inputs["value"], groups, axis=-2)
+    expected = jnp.einsum("...nts,...snd->...tnd", weights, value)
+    output = case.call(state(implementation), inputs).output
+    np.testing.assert_allclose(output, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", cases)
+def test_weights_equal_definition(case):
+    inputs = jattn.testing.random_inputs(case)
+    run = lambda function: function(inputs["query"], inputs["key"], **case.options(inputs))
+    got, expected = run(jattn.attention_weights), run(jattn.definition.attention_weights)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", telling)
+def test_chosen_rows_of_weights_are_rows_of_all_weights(case):
+    inputs = jattn.testing.random_inputs(case)
+    options = case.options(inputs)
+    rows = jnp.array([5, 0, -2])
+    some = jattn.attention_weights(inputs["query"], inputs["key"], rows=rows, **options)
+    every = jattn.attention_weights(inputs["query"], inputs["key"], **options)
+    np.testing.assert_allclose(some, every[..., rows, :], atol=1e-6)
+
+
+@pytest.mark.parametrize("case", telling)
+def test_softmax_of_logits_is_weights_without_sink_and_dropout(case):
+    inputs = jattn.testing.random_inputs(case)
+    options = case.options(inputs)
+    options.pop("sink", None), options.pop("dropout", None)
+    logits = jattn.attention_logits(inputs["query"], inputs["key"], **options)
+    weights = jattn.attention_weights(inputs["query"], inputs["key"], **options)
+    seen = (logits > -jnp.inf).any(-1)
+    np.testing.assert_allclose(
+        weights[seen], jax.nn.softmax(logits, axis=-1)[seen], atol=1e-6
+    )
+    np.testing.assert_array_equal(weights[~seen], 0)

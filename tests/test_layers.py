@@ -1,0 +1,64 @@
+"""Imports go one way: a module may import only modules of the layers before it."""
+
+import ast
+import pathlib
+
+import pytest
+
+import jattn
+
+ROOT = pathlib.Path(jattn.__file__).parent
+
+# In reading order; modules of one layer do not know one another.
+LAYERS = (
+    {"shapes", "pointwise"},
+    {"masks", "modifiers", "dropout", "state"},
+    {"definition", "problem"},
+    {"tile"},
+    {"dense"},
+    {"dispatch"},
+    {"explanation"},
+    {"api"},
+    {"testing"},
+    {"adapters.jax_nn", "plot"},
+)
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+OUTSIDE = {"jax", "jaxlib", "chex", "numpy", "matplotlib"}
+
+
+def imports(module: str):
+    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            if node.module == "jattn":
+                yield from (f"jattn.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize("module", LEVEL)
+def test_module_imports_earlier_layers_only(module):
+    own = {name.removeprefix("jattn.") for name in imports(module) if "jattn." in name}
+    later = {name for name in own if LEVEL.get(name, 99) >= LEVEL[module]}
+    assert not later
+
+
+def test_every_module_has_a_layer():
+    found = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in ROOT.rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    assert found == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", LEVEL)
+def test_core_depends_on_jax_and_chex_alone(module):
+    import sys
+
+    known = set(sys.stdlib_module_names) | OUTSIDE | {"jattn"}
+    roots = {name.split(".")[0] for name in imports(module)}
+    assert roots <= known
+    assert "matplotlib" not in roots or module == "plot"

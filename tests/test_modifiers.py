@@ -1,0 +1,124 @@
+"""Modifiers: their formulas, their order, and what they read."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn.modifiers import (
+    ALiBi,
+    Bias,
+    RelativeBias,
+    SoftCap,
+    alibi_slopes,
+    distance,
+    log_bucket,
+)
+
+T, S, N = 3, 4, 2
+rng = np.random.default_rng(0)
+QUERY = jnp.asarray(rng.standard_normal((T, N, 5)), jnp.float32)
+KEY = jnp.asarray(rng.standard_normal((S, N, 5)), jnp.float32)
+t, s = np.arange(T)[:, None], np.arange(S)[None]
+
+
+def logits(modifier=None, **options):
+    return np.asarray(jattn.attention_logits(QUERY, KEY, modifier=modifier, **options))
+
+
+PLAIN = logits()
+
+
+def test_soft_cap_is_a_scaled_tanh():
+    np.testing.assert_allclose(logits(SoftCap(1.5)), 1.5 * np.tanh(PLAIN / 1.5), rtol=1e-5)
+
+
+def test_soft_cap_far_above_the_logits_changes_nothing():
+    np.testing.assert_allclose(logits(SoftCap(1e4)), PLAIN, rtol=1e-5)
+
+
+def test_alibi_takes_the_distance_times_the_slope():
+    slopes = jnp.array([0.5, 0.25])
+    expected = PLAIN - np.asarray(slopes)[:, None, None] * abs(t - s)
+    np.testing.assert_allclose(logits(ALiBi(slopes)), expected, rtol=1e-5)
+
+
+def test_alibi_slopes_are_the_paper_s():
+    np.testing.assert_allclose(alibi_slopes(8), 2.0 ** -np.arange(1, 9))
+    np.testing.assert_allclose(alibi_slopes(3), [2**-4, 2**-8, 2**-2])
+
+
+def test_alibi_without_slopes_takes_the_paper_s():
+    np.testing.assert_array_equal(logits(ALiBi()), logits(ALiBi(alibi_slopes(N))))
+
+
+def test_relative_bias_reads_the_table_at_the_bucket_of_the_offset():
+    table = jnp.arange(2.0 * 5).reshape(2, 5)
+    expected = PLAIN + np.asarray(table)[:, np.clip(s - t, -2, 2) + 2]
+    np.testing.assert_allclose(logits(RelativeBias(table)), expected, rtol=1e-5)
+    same = RelativeBias(table, bucket=distance(2))
+    np.testing.assert_array_equal(logits(same), logits(RelativeBias(table)))
+
+
+@pytest.mark.parametrize(
+    ("offset", "index"),
+    [(0, 0), (-1, 1), (-7, 7), (-8, 8), (-127, 15), (-500, 15), (1, 17), (500, 31)],
+)
+def test_log_bucket_is_that_of_t5(offset, index):
+    assert int(log_bucket(32, 128)(jnp.int32(offset))) == index
+
+
+def test_log_bucket_of_one_direction_has_no_place_for_later_keys():
+    bucket = log_bucket(32, 128, bidirectional=False)
+    assert [int(bucket(jnp.int32(x))) for x in (5, 0, -3, -500)] == [0, 0, 3, 31]
+
+
+def test_bias_modifier_alone_equals_the_argument_bias():
+    bias = jnp.asarray(rng.standard_normal((N, 1, S)), jnp.float32)
+    np.testing.assert_array_equal(logits(Bias(bias)), logits(bias=bias))
+
+
+def test_modifiers_compose_left_to_right():
+    bias = jnp.full((T, S), 3.0)
+    np.testing.assert_allclose(
+        logits(Bias(bias) >> SoftCap(2.0)), 2 * np.tanh((PLAIN + 3) / 2), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        logits(SoftCap(2.0) >> Bias(bias)), 2 * np.tanh(PLAIN / 2) + 3, rtol=1e-5
+    )
+
+
+def test_functions_compose_with_modifiers_on_either_side():
+    double = lambda logit, b, n, t, s: 2 * logit
+    np.testing.assert_allclose(
+        logits(double >> SoftCap(2.0)), 2 * np.tanh(PLAIN), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        logits(SoftCap(2.0) >> double), 4 * np.tanh(PLAIN / 2), rtol=1e-5
+    )
+
+
+def test_composition_is_associative():
+    a, b, c = SoftCap(3.0), ALiBi(), lambda logit, b, n, t, s: 2 * logit + 1
+    np.testing.assert_array_equal(logits((a >> b) >> c), logits(a >> (b >> c)))
+
+
+def test_order_is_modifier_then_bias_then_mask():
+    bias = jnp.full((T, S), 5.0)
+    mask = lambda b, n, t, s: t >= s
+    got = logits(SoftCap(1.0), bias=bias, mask=mask)
+    expected = np.where(t >= s, np.tanh(PLAIN) + 5, -np.inf)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_modifier_acts_on_scaled_products():
+    got = logits(lambda logit, b, n, t, s: logit + 1, scale=2.0)
+    np.testing.assert_allclose(got, 2 * PLAIN * 5**0.5 + 1, rtol=1e-4)
+
+
+def test_modifier_sees_positions_example_and_head():
+    place = lambda b, n, t, s: (100 * n + 10 * t + s).astype(jnp.float32)
+    modifier = lambda logit, b, n, t, s: 0 * logit + place(b, n, t, s)
+    got = logits(modifier, query_position=4)
+    expected = 100 * np.arange(N)[:, None, None] + 10 * (t + 4) + s
+    np.testing.assert_array_equal(got, expected)

@@ -1,0 +1,125 @@
+"""The monoid of partial answers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn import EMPTY, State, merge
+from jattn.testing import CASES
+
+rng = np.random.default_rng(0)
+
+
+def random_state(empty_rows=0):
+    output, logsumexp = rng.standard_normal((2, 5, 3, 4)), rng.standard_normal((2, 5, 3))
+    output[:, :empty_rows], logsumexp[:, :empty_rows] = 0, -np.inf
+    return State(jnp.float32(output), jnp.float32(logsumexp * 3))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, rtol=1e-5):
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6)
+
+
+A, B, C = random_state(), random_state(empty_rows=2), random_state(empty_rows=1)
+
+
+def test_merge_is_commutative_exactly():
+    assert_equal(merge(A, B), merge(B, A))
+
+
+def test_merge_is_associative():
+    assert_close(merge(merge(A, B), C), merge(A, merge(B, C)))
+
+
+def test_merge_is_commutative_exactly_where_the_sums_are_equal():
+    b = State(B.output, A.logsumexp)
+    assert_equal(merge(A, b), merge(b, A))
+
+
+def test_merge_of_many_is_merging_in_turn():
+    assert_equal(merge(A, B, C), merge(merge(A, B), C))
+
+
+@pytest.mark.parametrize("state", [A, B], ids=["seen", "with_empty_rows"])
+def test_empty_is_the_unit_exactly(state):
+    assert_equal(merge(EMPTY, state), state)
+    assert_equal(merge(state, EMPTY), state)
+
+
+def test_merge_of_one_state_is_itself():
+    assert merge(A) is A
+
+
+def test_merge_of_nothings_is_nothing():
+    nothing = State(jnp.zeros((2, 1, 3)), jnp.full((2, 1), -jnp.inf))
+    assert_equal(merge(nothing, nothing), nothing)
+    assert_equal(merge(EMPTY, EMPTY), EMPTY)
+
+
+def test_merge_does_not_overflow():
+    high = State(jnp.ones((1, 1, 1)), jnp.full((1, 1), 1e4))
+    low = State(jnp.zeros((1, 1, 1)), jnp.full((1, 1), -1e4))
+    assert_equal(merge(high, low), high)
+
+
+def test_merge_keeps_the_output_dtype_and_a_wide_logsumexp():
+    half = State(A.output.astype(jnp.bfloat16), A.logsumexp)
+    merged = merge(half, half, EMPTY)
+    assert (merged.output.dtype, merged.logsumexp.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_merge_says_nan_where_a_part_is_nan():
+    bad = State(A.output * jnp.nan, A.logsumexp)
+    assert np.all(np.isnan(merge(A, bad).output))
+
+
+def test_gradient_of_merge_is_finite_with_empty_rows():
+    total = lambda a, b: jnp.sum(jnp.sin(merge(a, b).output))
+    gradients = jax.grad(total, (0, 1))(B, C)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradients))
+
+
+def test_merge_differentiates_to_second_order():
+    with jax.enable_x64(True):
+        a, b = jax.tree.map(lambda x: jnp.float64(x), (A, C))
+        b = b._replace(logsumexp=jnp.where(b.logsumexp == -jnp.inf, 0.0, b.logsumexp))
+        total = lambda a, b: jnp.sum(jnp.sin(merge(a, b).output)) + merge(a, b)[1].sum()
+        jax.test_util.check_grads(total, (a, b), 2, ("rev",), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 7])
+@pytest.mark.parametrize("name", ["plain", "causal", "documents", "large_logits"])
+def test_merging_parts_of_the_keys_equals_the_whole(name, cut):
+    case = next(case for case in CASES if case.name == name)
+    inputs = jattn.testing.random_inputs(case)
+    whole = case.call(jattn.attention_state, inputs)
+    parts = []
+    for part, start in ((slice(0, cut), 0), (slice(cut, None), cut)):
+        cut_inputs = inputs | {name: inputs[name][:, part] for name in ("key", "value")}
+        options = case.options(inputs) | {"key_position": start}
+        parts.append(
+            jattn.attention_state(*(cut_inputs[x] for x in ("query", "key", "value")), **options)
+        )
+    assert_close(merge(*parts), whole)
+
+
+def test_sink_is_a_state_of_output_zero():
+    query = jnp.float32(rng.standard_normal((2, 5, 3, 4)))
+    sink = jnp.float32(rng.standard_normal(3))
+    state = jattn.attention_state(query, query, query)
+    as_state = State(jnp.zeros_like(query), jnp.broadcast_to(sink, (2, 5, 3)))
+    with_sink = jattn.attention(query, query, query, sink=sink)
+    np.testing.assert_allclose(merge(state, as_state).output, with_sink, atol=1e-6)
+
+
+def test_merge_refuses_states_of_other_queries():
+    other = State(A.output[:, :2], A.logsumexp[:, :2])
+    with pytest.raises(ValueError, match=r"merge: states must have outputs …TND"):
+        merge(A, other)
