@@ -167,6 +167,7 @@ def _attend_all(
     mask = None if mask is None else as_mask(mask, where)
     modifier = None if modifier is None else as_modifier(modifier, where)
     sink = jnp.full(sizes.N, -jnp.inf, wide) if sink is None else sink
+    scale = None if scale is None else jnp.asarray(scale).astype(wide)
 
     def everywhere(array):  # an aligned array, for each example, head and query
         return jnp.broadcast_to(array, sizes.BNTS)

@@ -8,15 +8,17 @@ forward and backward, dense and blockwise, on one device and on many.
     word  = query_word[b, n, t] + key_word[b, n, s]     (mod 2³²)
     kept  = mix(word) ≥ rate · 2³²
 
-The words of queries and keys come from JAX's generator; `mix` is the 32-bit finalizer of
-MurmurHash3 (Appleby, 2011), where each bit of the input changes each bit of the output
-half of the time. A tile of T × S weights costs T + S draws and a few integer operations.
+A query's word is its example, head and position, mixed one after the other into a random
+word of the seed; likewise a key's. `mix` is the 32-bit finalizer of MurmurHash3 (Appleby,
+2011): a bijection in which each bit of the input changes each bit of the output half of
+the time. So a tile of T × S weights costs T + S words and a few integer operations.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["Dropout", "keep", "words"]
 
@@ -40,26 +42,22 @@ jax.tree_util.register_dataclass(Dropout, ["rng"], ["rate"])
 
 
 def words(rng, b, n, position, side: int) -> jax.Array:
-    """One uint32 for each (b, n, position), arrays that broadcast to BNTS.
+    """One uint32 for each (b, n, position), integer arrays that broadcast.
 
     `side` is 0 for queries and 1 for keys.
     """
-    rng = jax.random.fold_in(rng, side)
-    shape = jnp.broadcast_shapes(b.shape, n.shape, position.shape)
-
-    def draw(*index):
-        key = rng
-        for i in index:
-            key = jax.random.fold_in(key, i)
-        return jax.random.bits(key, dtype=jnp.uint32)
-
-    flat = [jnp.broadcast_to(x, shape).reshape(-1) for x in (b, n, position)]
-    return jax.vmap(draw)(*flat).reshape(shape)
+    word = jax.random.bits(rng, (2,), jnp.uint32)[side]
+    for index in (b, n, position):
+        word = _mix(word ^ (index.astype(jnp.uint32) * _GOLDEN + jnp.uint32(1)))
+    return word
 
 
 def keep(query_words, key_words, rate: float) -> jax.Array:
     """Which weights stay, for words that broadcast to BNTS."""
     return _mix(query_words + key_words) >= jnp.uint32(round(rate * 2**32))
+
+
+_GOLDEN = np.uint32(0x9E3779B9)  # 2³² over the golden ratio: spreads neighbours
 
 
 def _mix(x):

@@ -67,7 +67,9 @@ def test_dropout_differs_between_examples_and_heads():
 
 def test_dropout_scales_what_it_keeps():
     weights = jattn.attention_weights(QUERY, QUERY)
-    dropped = jattn.attention_weights(QUERY, QUERY, dropout=Dropout(0.25, jax.random.key(1)))
+    dropped = jattn.attention_weights(
+        QUERY, QUERY, dropout=Dropout(0.25, jax.random.key(1))
+    )
     expected = np.where(dropped > 0, weights / 0.75, 0)
     np.testing.assert_allclose(dropped, expected, rtol=1e-6)
 
@@ -87,7 +89,9 @@ def test_dropout_of_rate_zero_changes_nothing():
 
 
 def test_dropout_leaves_the_logsumexp():
-    state = jattn.attention_state(QUERY, QUERY, QUERY, dropout=Dropout(0.5, jax.random.key(1)))
+    state = jattn.attention_state(
+        QUERY, QUERY, QUERY, dropout=Dropout(0.5, jax.random.key(1))
+    )
     plain = jattn.attention_state(QUERY, QUERY, QUERY)
     np.testing.assert_array_equal(state.logsumexp, plain.logsumexp)
 

@@ -44,7 +44,8 @@ def test_programs_differ_by_what_is_inside_a_nested_function():
 def test_captured_arrays_are_operands_and_not_part_of_the_program():
     old, new = jnp.arange(6), jnp.arange(6) * 2
     (first, arrays), (second, others) = (
-        trace("test", lambda b, n, t, s, ids=ids: ids[t] == ids[s], ()) for ids in (old, new)
+        trace("test", lambda b, n, t, s, ids=ids: ids[t] == ids[s], ())
+        for ids in (old, new)
     )
     assert first == second
     np.testing.assert_array_equal(arrays.captured[0], old)
@@ -80,7 +81,10 @@ def test_result_spreads_over_the_axes_it_depends_on_only():
         traced, arrays = trace("test", function, ())
         sizes = enumerate((2, 3, 4, 5))
         index = jattn.pointwise.Index(
-            *(jnp.arange(size).reshape([-1 if i == j else 1 for j in range(4)]) for i, size in sizes)
+            *(
+                jnp.arange(size).reshape([-1 if i == j else 1 for j in range(4)])
+                for i, size in sizes
+            )
         )
         seen[name] = traced(arrays, index).shape
     assert seen["t"] == (1, 1, 4, 1)

@@ -107,5 +107,7 @@ def test_refusal_of_a_named_implementation_is_raised(monkeypatch):
     dense = jattn.dispatch.IMPLEMENTATIONS["dense"]
     monkeypatch.setattr(dense, "refusal", lambda problem, platform: "it is too hot.")
     query = jax.numpy.zeros((2, 1, 2))
-    with pytest.raises(ValueError, match=r'attention\(implementation="dense"\): it is too hot.'):
+    with pytest.raises(
+        ValueError, match=r'attention\(implementation="dense"\): it is too hot.'
+    ):
         jattn.attention(query, query, query, implementation="dense")

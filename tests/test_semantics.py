@@ -114,7 +114,8 @@ def test_nan_in_a_query_leaves_the_others(state):
 
 def test_nan_without_a_mask_is_seen(state):
     output, _ = state(QUERY, KEY.at[0, 0].set(jnp.nan), VALUE)
-    assert np.all(np.isnan(output[0])) and np.all(np.isfinite(output[1]))
+    assert np.all(np.isnan(output[0]))
+    assert np.all(np.isfinite(output[1]))
 
 
 def test_bias_of_minus_infinity_masks(state):
@@ -153,7 +154,8 @@ def test_sink_of_minus_infinity_is_no_sink(state):
 @pytest.mark.parametrize("sink", [-1e4, 1e4])
 def test_sink_of_any_size_is_finite(state, sink):
     output, logsumexp = state(QUERY, KEY, VALUE, sink=sink)
-    assert np.all(np.isfinite(output)) and np.all(np.isfinite(logsumexp))
+    assert np.all(np.isfinite(output))
+    assert np.all(np.isfinite(logsumexp))
 
 
 def test_logsumexp_leaves_out_the_sink(state):

@@ -105,7 +105,9 @@ def test_merging_parts_of_the_keys_equals_the_whole(name, cut):
         cut_inputs = inputs | {name: inputs[name][:, part] for name in ("key", "value")}
         options = case.options(inputs) | {"key_position": start}
         parts.append(
-            jattn.attention_state(*(cut_inputs[x] for x in ("query", "key", "value")), **options)
+            jattn.attention_state(
+                *(cut_inputs[x] for x in ("query", "key", "value")), **options
+            )
         )
     assert_close(merge(*parts), whole)
 

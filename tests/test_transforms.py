@@ -62,9 +62,7 @@ MAPPED = {
 @pytest.mark.parametrize("axes", MAPPED.values(), ids=MAPPED)
 def test_vmap_equals_a_loop(attend, axes):
     operands = (QUERY, KEY, VALUE, IDS, jnp.stack([SLOPES] * 3), jnp.arange(3))
-    single = [
-        x if axis == 0 else x[0] for x, axis in zip(operands, axes, strict=True)
-    ]
+    single = [x if axis == 0 else x[0] for x, axis in zip(operands, axes, strict=True)]
     mapped = jax.vmap(attend, in_axes=axes)(*single)
     for i in range(3):
         one = [x[i] if axis == 0 else x for x, axis in zip(single, axes, strict=True)]
@@ -131,9 +129,7 @@ def second_orders(loss):
     gradient = jax.grad(loss)
     return {
         "jvp_of_grad": lambda x, v: jax.jvp(gradient, (x,), (v,))[1],
-        "grad_of_jvp": lambda x, v: jax.grad(
-            lambda x: jax.jvp(loss, (x,), (v,))[1]
-        )(x),
+        "grad_of_jvp": lambda x, v: jax.grad(lambda x: jax.jvp(loss, (x,), (v,))[1])(x),
         "grad_of_grad": lambda x, v: jax.grad(lambda x: jnp.vdot(gradient(x), v))(x),
         "hessian": lambda x, v: jnp.tensordot(jax.hessian(loss)(x), v, axes=v.ndim),
     }
@@ -210,7 +206,9 @@ def test_export_for_all_platforms_in_one_artifact(attend):
 
 
 def test_batch_and_heads_can_be_sharded(attend):
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
     spec = jax.sharding.PartitionSpec("data", None, "model", None)
     sharding = jax.sharding.NamedSharding(mesh, spec)
     query = jnp.concatenate([QUERY, QUERY])[:4]
@@ -230,7 +228,9 @@ def test_donated_inputs_are_accepted(implementation):
 
 def test_mask_with_arrays_passes_through_jit_and_vmap(implementation):
     def call(query, mask):
-        return jattn.attention(query, query, query, mask=mask, implementation=implementation)
+        return jattn.attention(
+            query, query, query, mask=mask, implementation=implementation
+        )
 
     masks = Segments(IDS[:, :5])
     mapped = jax.jit(jax.vmap(call))(QUERY, masks)
