@@ -16,7 +16,10 @@ Read in this order:
 `explanation`   what a call would do
 `api`           the public functions
 `testing`       named cases and the checks that every implementation passes
-`plot`          pictures of masks and weights
+`expression`    masks written as text
+`picture`       masks and weights as small arrays, and as text
+`panels`, `plot`  pictures of masks and weights, with matplotlib
+`command`       what `python -m jattn` does
 `adapters`      the same functions under other libraries' signatures
 """
 

@@ -1,0 +1,121 @@
+"""What a picture of a mask or of weights shows, as small arrays and as text.
+
+A mask over T queries and S keys is drawn in blocks of pairs, each of them one of three:
+
+    █ FULL      every pair of the block may attend
+    ░ PARTIAL   some may
+    · EMPTY     none may
+
+With blocks of one pair nothing is partial, and the picture is the mask itself.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.api import attention_logits
+
+__all__ = ["EMPTY", "FULL", "PARTIAL", "allowed", "bar", "cells", "grid", "pool"]
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+_GLYPHS = "·░█"
+_PAIRS_AT_ONCE = 2**24  # what `cells` holds of a mask, so that any length can be drawn
+
+
+def allowed(mask, length: int, key_length: int | None = None, *, rows=None) -> np.ndarray:
+    """Evaluates a mask for one example and head: which query may attend to which key.
+
+    Args:
+        mask: What `jattn.attention` takes as `mask`.
+        length: The number of queries, T.
+        key_length: The number of keys, S; T by default.
+        rows: Indices of the queries to evaluate; all by default.
+
+    Returns:
+        Booleans, `TS`; T counts the chosen rows.
+
+    Raises:
+        ValueError: If the mask does not fit these lengths.
+
+    Example:
+        >>> allowed(lambda b, n, t, s: t >= s, 2)
+        array([[ True, False],
+               [ True,  True]])
+    """
+    query = jnp.zeros((length, 1, 1))
+    key = query if key_length is None else jnp.zeros((key_length, 1, 1))
+    # Every product is 0, so that a logit is 0 or, where masked out, −∞.
+    return np.asarray(attention_logits(query, key, mask=mask, rows=rows)[0] == 0)
+
+
+def cells(mask, length: int, key_length: int, block: tuple[int, int]) -> np.ndarray:
+    """Classifies each block of a mask: EMPTY, PARTIAL or FULL.
+
+    Args:
+        mask: What `jattn.attention` takes as `mask`.
+        length: The number of queries, T, at least 1.
+        key_length: The number of keys, S, at least 1.
+        block: How many queries and how many keys a block holds; those at the end less.
+
+    Returns:
+        Small integers, one row for each block of queries, one column for each of keys.
+
+    Raises:
+        ValueError: If the mask does not fit these lengths.
+    """
+    rows = block[0]
+    height = math.ceil(length / rows)
+    step = rows * min(max(_PAIRS_AT_ONCE // (rows * key_length), 1), height)
+    strips = []
+    for start in range(0, length, step):
+        chosen = np.arange(start, start + step)
+        # Repeating the last row changes no block, and equal strips compile once.
+        strip = allowed(mask, length, key_length, rows=chosen.clip(max=length - 1))
+        some = _over_blocks(np.logical_or, strip, block)
+        every = _over_blocks(np.logical_and, strip, block)
+        strips.append(some.astype(np.int8) + every)
+    return np.concatenate(strips)[:height]
+
+
+def pool(weights: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """Weights `…TS` in blocks: the mean over its queries of the sum over its keys.
+
+    A row still adds up to what the rows of weights do on average.
+    """
+    sums = np.add.reduceat(weights, np.arange(0, weights.shape[-1], block[1]), axis=-1)
+    starts = np.arange(0, weights.shape[-2], block[0])
+    counts = np.diff(starts, append=weights.shape[-2])
+    return np.add.reduceat(sums, starts, axis=-2) / counts[:, None]
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of eighths of a character, `share` of the width long."""
+    eighths = round(8 * width * min(max(share, 0.0), 1.0))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def grid(cells: np.ndarray, block: tuple[int, int], width: int) -> list[str]:
+    """Draws classified blocks as lines of text, numbered by their first query and key.
+
+    Blocks are two characters wide, about as wide as high, where that fits into `width`.
+    """
+    height, columns = cells.shape
+    margin = len(str((height - 1) * block[0])) + 1
+    repeat = 2 if margin + 2 * columns <= width else 1
+    longest = len(str((columns - 1) * block[1]))
+    step = next(step for step in (5, 10, 20) if step * repeat > longest)
+    marks = range(0, columns, step)
+    ruler = "".join(str(column * block[1]).ljust(step * repeat) for column in marks)
+    lines = [" " * margin + ruler.rstrip()]
+    for row, kinds in enumerate(cells):
+        drawn = "".join(_GLYPHS[kind] * repeat for kind in kinds)
+        lines.append(str(row * block[0]).rjust(margin - 1) + " " + drawn)
+    return lines
+
+
+def _over_blocks(combine: np.ufunc, pairs: np.ndarray, block: tuple[int, int]):
+    """Combines the pairs of each block into one."""
+    for axis, size in enumerate(block):
+        pairs = combine.reduceat(pairs, np.arange(0, pairs.shape[axis], size), axis=axis)
+    return pairs
