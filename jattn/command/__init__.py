@@ -1,0 +1,1 @@
+"""The parts of `python -m jattn`: each prints to stdout and returns an exit code."""

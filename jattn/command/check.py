@@ -1,0 +1,89 @@
+"""The self-check: every implementation against the definition, output and gradients.
+
+A few of the cases of `jattn.testing`, in a few seconds; the tests take them all, and more
+derivatives of them. An error is the largest difference from the definition in float64,
+relative to the largest number. It may be some roundings of the case's dtype or, where a
+device multiplies in less than that, twice what the definition's own error is there.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jattn
+from jattn import definition, dispatch
+from jattn.testing import CASES, Case, random_inputs
+
+CHECKS = (
+    ("causal", "float32"),
+    ("causal_with_empty_rows", "bfloat16"),
+    ("segments_with_padding", "float32"),
+    ("capped_bias", "float64"),
+)
+_ROUNDINGS = 4
+
+
+class Result(NamedTuple):
+    """What one implementation made of one case."""
+
+    refusal: str | None = None
+    output_error: float = 0.0
+    gradient_error: float = 0.0
+    passed: bool = True
+
+
+def implementations() -> dict[str, Callable]:
+    """Every implementation, as a function of the signature of `jattn.attention`."""
+    return {
+        name: functools.partial(jattn.attention, implementation=name)
+        for name in dispatch.IMPLEMENTATIONS
+    }
+
+
+def check(name: str, attend: Callable, case_name: str, dtype: str) -> Result:
+    """Compares one attention function with the definition in one case."""
+    case = next(case for case in CASES if case.name == case_name)
+    with jax.enable_x64(dtype == "float64"):
+        refusal = case.call(jattn.explain, random_inputs(case, dtype)).refusals.get(name)
+    if refusal is not None:
+        return Result(refusal)
+    errors = _errors(attend, case, dtype)
+    limits = np.full(len(errors), _ROUNDINGS * float(jnp.finfo(dtype).eps))
+    if not np.all(errors <= limits):
+        limits = np.maximum(limits, 2 * _errors(definition.attention, case, dtype))
+    passed = bool(np.all(errors <= limits))  # a NaN does not pass
+    return Result(None, float(errors[0]), float(errors[1:].max()), passed)
+
+
+def _errors(attend: Callable, case: Case, dtype: str) -> np.ndarray:
+    """The error of the output, and those of the gradients."""
+    with jax.enable_x64(dtype == "float64"):
+        inputs = random_inputs(case, dtype)
+        answers = _output_and_gradients(attend, case, inputs)
+    with jax.enable_x64(True):
+        exact = {name: _widened(np.asarray(x)) for name, x in inputs.items()}
+        truths = _output_and_gradients(definition.attention, case, exact)
+    pairs = zip(jax.tree.leaves(answers), jax.tree.leaves(truths), strict=True)
+    pairs = [(_widened(np.asarray(x)), np.asarray(y)) for x, y in pairs]
+    return np.array([np.abs(x - y).max() / np.abs(y).max() for x, y in pairs])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _output_and_gradients(attend: Callable, case: Case, inputs):
+    """The output, and the gradient of a weighted sum of it by each floating input."""
+    floating = {name: x for name, x in inputs.items() if _is_floating(x)}
+    output, transpose = jax.vjp(lambda x: case.call(attend, inputs | x), floating)
+    slopes = np.cos(np.arange(output.size)).reshape(output.shape)
+    return output, transpose(jnp.asarray(slopes, output.dtype))
+
+
+def _is_floating(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _widened(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float64) if _is_floating(x) else x

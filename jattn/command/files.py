@@ -1,0 +1,118 @@
+"""Files of the user: checked before anything is computed, written whole or not at all."""
+
+import contextlib
+import importlib.util
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jattn.command.refusal import Refusal
+
+_BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def read(path: str, names: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
+    """Reads the named arrays of an .npz file, and the names of those that it has besides.
+
+    Raises:
+        Refusal: If the file or an array of it cannot be read.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "rb"))
+            entries = np.load(file, allow_pickle=False)
+        except OSError as error:
+            raise Refusal(f"{path}: {error.strerror or error}.") from None
+        except _BROKEN:
+            raise Refusal(f"{path}: this is not an .npz file; {_advice(names)}.") from None
+        if not isinstance(entries, np.lib.npyio.NpzFile):
+            raise Refusal(f"{path}: this is a single array; {_advice(names)}.")
+        stack.enter_context(entries)
+        arrays = [_entry(entries, path, name, names) for name in names]
+        return arrays, sorted(set(entries.files) - set(names))
+
+
+def check_target(path: str, force: bool, source: str | None = None) -> None:
+    """Makes sure, before anything is computed, that a file can be written there.
+
+    Raises:
+        Refusal: If it exists and must not be replaced, or if it has no folder.
+    """
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise Refusal(f"{path}: there is no folder {folder}.")
+    if os.path.isdir(path):
+        raise Refusal(f"{path}: this is a folder; name a file in it.")
+    if source and _are_same(path, source):
+        raise Refusal(f"{path}: this is the input; write to another file.")
+    if os.path.exists(path) and not force:
+        raise Refusal(f"{path}: the file exists; add --force to replace it.")
+    if not os.access(folder, os.W_OK):
+        raise Refusal(f"{path}: the folder {folder} cannot be written to.")
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """A temporary file beside `path`, which takes its place if all goes well."""
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be written, {error.strerror or error}.") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def check_picture(path: str) -> None:
+    """Makes sure, before anything is computed, that a picture of this name can be drawn.
+
+    Raises:
+        Refusal: If matplotlib is missing or does not know this kind of file.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise Refusal("--plot needs matplotlib; pip install 'jattn[plot]'.")
+    from jattn.panels import kinds
+
+    if _kind(path) not in kinds():
+        raise Refusal(f"{path}: the ending must be one of {', '.join(kinds())}.")
+
+
+def save_picture(figure, path: str, temporary: str) -> None:
+    """Writes a figure under a temporary name, as the kind of file that `path` names."""
+    figure.savefig(temporary, format=_kind(path))
+
+
+def _are_same(path: str, source: str) -> bool:
+    both = os.path.exists(path) and os.path.exists(source)
+    return both and os.path.samefile(path, source)
+
+
+def _kind(path: str) -> str:
+    return os.path.splitext(path)[1].lower().removeprefix(".")
+
+
+def _entry(entries, path: str, name: str, names: Sequence[str]) -> np.ndarray:
+    if name not in entries.files:
+        has = ", ".join(f"`{other}`" for other in entries.files) or "nothing"
+        raise Refusal(f"{path}: has no array `{name}`, only {has}; {_advice(names)}.")
+    try:
+        array = entries[name]
+    except _BROKEN as error:
+        reason = str(error).rstrip(".")
+        raise Refusal(f"{path}: `{name}` cannot be read, {reason}.") from None
+    is_long = array.dtype.kind == "f" and array.dtype.itemsize > 8
+    if is_long or array.dtype.kind not in "biufc":
+        raise Refusal(
+            f"{path}: `{name}` must hold numbers that JAX knows, got dtype {array.dtype}; "
+            f"save float16, float32 or float64 (np.savez does not keep bfloat16)."
+        )
+    return array
+
+
+def _advice(names: Sequence[str]) -> str:
+    return f"save one with np.savez(file, {', '.join(f'{name}=…' for name in names)})"

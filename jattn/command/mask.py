@@ -1,0 +1,81 @@
+"""`python -m jattn mask`: a mask as text, or as a picture."""
+
+import argparse
+import math
+import shutil
+
+from jattn.command.files import check_picture, check_target, replacing, save_picture
+from jattn.command.refusal import Refusal
+from jattn.expression import parse
+from jattn.picture import cells, grid
+
+SUMMARY = "draw a mask"
+_MOST_PAIRS = 2**34  # which take minutes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describes the command's arguments."""
+    parser.add_argument("expression", metavar="EXPR", help="such as 'Causal() | Prefix(3)'")
+    parser.add_argument(
+        "--length", metavar="T", type=_count, required=True, help="the number of queries"
+    )
+    parser.add_argument(
+        "--key-length", metavar="S", type=_count, help="the number of keys; T by default"
+    )
+    parser.add_argument("--plot", metavar="OUT.png", help="draw a picture instead")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draws the mask."""
+    T, S = arguments.length, arguments.key_length or arguments.length
+    if T * S > _MOST_PAIRS:
+        raise Refusal(f"{T} × {S} pairs are too many to draw; the most are 2³⁴.")
+    try:
+        mask = parse(arguments.expression)
+        if arguments.plot:
+            _plot(arguments, mask, T, S)
+        else:
+            _print(arguments.expression, mask, T, S)
+    except ValueError as error:
+        raise Refusal(str(error)) from None
+    return 0
+
+
+def _print(expression: str, mask, T: int, S: int) -> None:
+    width = shutil.get_terminal_size().columns
+    block = block_size(T, S, width)
+    drawn = cells(mask, T, S, block)
+    legend = "█ may attend  · may not"
+    if block != (1, 1):
+        legend = "█ all may attend  ░ some  · none"
+        legend += f"; one cell is {block[0]} queries × {block[1]} keys"
+    print(f"{expression}: {T} queries (rows) × {S} keys (columns)")
+    print(legend)
+    print("\n".join(grid(drawn, block, width)))
+
+
+def block_size(T: int, S: int, width: int) -> tuple[int, int]:
+    """How many queries and keys one cell holds, in a text of this width."""
+    room = max(width - len(str(T)) - 1, 8)
+    if max(T, S) <= room:
+        return (1, 1)
+    return math.ceil(2 * T / room), math.ceil(2 * S / room)
+
+
+def _plot(arguments, mask, T: int, S: int) -> None:
+    check_target(arguments.plot, arguments.force)
+    check_picture(arguments.plot)
+    from jattn import plot
+
+    figure = plot.mask(mask, T, S, title=arguments.expression)
+    with replacing(arguments.plot) as temporary:
+        save_picture(figure, arguments.plot, temporary)
+    print(f"wrote {arguments.plot}")
+
+
+def _count(text: str) -> int:
+    """A number of queries or keys."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
