@@ -7,14 +7,17 @@ named one runs or its sentence is raised. Nothing falls back in silence.
 
 import types
 
-from jattn import dense
+from jattn import blockwise, dense
 from jattn.problem import Problem
 
-IMPLEMENTATIONS: dict[str, types.ModuleType] = {"dense": dense}
+IMPLEMENTATIONS: dict[str, types.ModuleType] = {
+    "blockwise": blockwise,
+    "dense": dense,
+}
 
 # The first that does not refuse is taken; a platform not listed takes DEFAULT_ORDER.
 ORDER: dict[str, tuple[str, ...]] = {}
-DEFAULT_ORDER = ("dense",)
+DEFAULT_ORDER = ("blockwise", "dense")
 
 
 def refusals(problem: Problem, platform: str) -> dict[str, str | None]:

@@ -1,0 +1,278 @@
+"""A call, laid out so that blocks can be cut from it.
+
+Tiles are cut in two steps: a head, some examples and key/value heads over the whole
+length, and from it a tile. A tile has four axes: examples, key/value heads, and then rows
+and columns in either order. Rows are the queries of all G heads that share a key/value
+head; columns are keys.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jattn import blocks
+from jattn.pointwise import Index
+from jattn.problem import Operands, Problem, index
+
+
+class Plan(NamedTuple):
+    """How much a tile holds."""
+
+    B: int  # examples
+    K: int  # key/value heads
+    G: int  # query heads for each of these: all
+    T: int  # queries
+    S: int  # keys
+
+
+def plan(problem: Problem, spread: bool) -> Plan:
+    """The sizes of tiles, by the sizes of the problem."""
+    sizes = problem.sizes
+    if not all(isinstance(x, int) for x in (sizes.B, sizes.T, sizes.S)):
+        return Plan(1, 1, sizes.G, 256, 512)
+    rows, columns = (1024, 2048) if problem.mask is None else (512, 512)
+    T = _even(sizes.T, max(rows // sizes.G, 1))
+    S = _even(sizes.S, columns)
+    if spread:  # all examples and heads, for a loop over them would cut a divided axis
+        return Plan(sizes.B, sizes.K, sizes.G, T, S)
+    fit = max(1, 2**18 // (T * S * sizes.G))
+    K = _divisor(sizes.K, fit)
+    B = _divisor(sizes.B, fit // K) if K == sizes.K else 1
+    return Plan(B, K, sizes.G, T, S)
+
+
+def rows_plan(problem: Problem) -> Plan:
+    """Tiles of whole rows: few enough that they stay small."""
+    sizes = problem.sizes
+    if not all(isinstance(x, int) for x in (sizes.B, sizes.T, sizes.S)):
+        return Plan(sizes.B, sizes.K, sizes.G, 16, sizes.S)
+    row = sizes.B * sizes.N * sizes.S
+    return Plan(sizes.B, sizes.K, sizes.G, _even(sizes.T, max(1, 2**20 // row)), sizes.S)
+
+
+def _even(length: int, block: int) -> int:
+    """The size of blocks, at most `block` or so, that leaves the last nearly full."""
+    count = -(-length // block)
+    size = -(-length // count)
+    return size if count == 1 else -(-size // 16) * 16
+
+
+def _divisor(number: int, most: int) -> int:
+    return max(x for x in range(1, number + 1) if number % x == 0 and x <= max(most, 1))
+
+
+class Aligned(NamedTuple):
+    """What is read by row and column: BKGTS with any axis 1, or a part of it."""
+
+    bias: jax.Array | None
+    mask: Any
+    modifier: Any
+    index: Index
+    words: tuple[jax.Array, jax.Array] | None
+    column: jax.Array
+
+
+class Layout:
+    """The arrays of a call, padded to whole blocks.
+
+    Queries are BTKG…, keys and values BSK…, and all that is aligned BKGTS.
+    """
+
+    def __init__(self, problem: Problem, operands: Operands, plan: Plan, wide=True):
+        sizes = problem.sizes
+        self.problem, self.operands, self.plan = problem, operands, plan
+        count = lambda length, size: 1 if size is length else -(-length // size)
+        self.counts = {x: count(getattr(sizes, x), getattr(plan, x)) for x in "BKTS"}
+        self.padded = {x: self.counts[x] * getattr(plan, x) for x in "TS"}
+        self.has_padding = not (
+            plan.S is sizes.S or (isinstance(sizes.S, int) and sizes.S % plan.S == 0)
+        )
+        # Products of bfloat16 are exact in float32; those of float16 are not to be had
+        # everywhere, so these are widened, tile by tile.
+        self.narrow = problem.dtype == jnp.bfloat16 and not wide
+        self.query = self.queries(operands.query)
+        self.key, self.value = self.keys(operands.key), self.keys(operands.value)
+        self.aligned = self._align()
+
+    def narrowed(self, array):
+        """The array in the dtype that products are taken of."""
+        return array.astype(self.problem.dtype if self.narrow else self.problem.wide)
+
+    def scaled(self, query):
+        """Scaled queries; narrow ones stay, and their products are scaled."""
+        query = self.narrowed(query)
+        return query if self.narrow else query * self.operands.scale
+
+    def queries(self, array):
+        """BTN… to BTKG…, padded."""
+        sizes = self.problem.sizes
+        array = self._pad(array, {1: "T"})
+        return array.reshape(*array.shape[:2], sizes.K, sizes.G, *array.shape[3:])
+
+    def unqueries(self, array):
+        """BTKG… back to BTN…."""
+        array = array[:, : self.problem.sizes.T]
+        return array.reshape(*array.shape[:2], self.problem.sizes.N, *array.shape[4:])
+
+    def keys(self, array):
+        """BSK… padded."""
+        return self._pad(array, {1: "S"})
+
+    def align(self, array):
+        """BNTS to BKGTS, padded."""
+        sizes = self.problem.sizes
+        B, N, T, S = array.shape
+        heads = (1, 1) if N == 1 and sizes.N != 1 else (sizes.K, sizes.G)
+        return self._pad(array.reshape(B, *heads, T, S), {3: "T", 4: "S"})
+
+    def unalign(self, array, like):
+        """BKGTS to the shape BNTS of `like`."""
+        return array[:, :, :, : like.shape[2], : like.shape[3]].reshape(like.shape)
+
+    def cut(self, array, axes: str, **at):
+        """The part of an array at the blocks `at`; axes of 1 and others stay whole."""
+        starts, sizes = [], []
+        for letter, length in zip(axes, array.shape, strict=True):
+            size = getattr(self.plan, letter) if letter in at else length
+            whole = isinstance(length, int) and (length == 1 or length == size)
+            starts.append(0 if letter not in at or whole else at[letter] * size)
+            sizes.append(length if whole else size)
+        if tuple(sizes) == array.shape:
+            return array
+        return lax.dynamic_slice(array, _indices(starts), sizes)
+
+    def put(self, array, part, axes: str, **at):
+        """Writes what `cut` reads."""
+        if part.shape == array.shape:
+            return part.astype(array.dtype)
+        starts = [
+            0 if x not in at or size == 1 else at[x] * getattr(self.plan, x)
+            for x, size in zip(axes, array.shape, strict=True)
+        ]
+        return lax.dynamic_update_slice(array, part.astype(array.dtype), _indices(starts))
+
+    def add(self, array, part, axes: str, **at):
+        """Adds to what `cut` reads."""
+        return self.put(array, self.cut(array, axes, **at) + part, axes, **at)
+
+    def rows(self, array, **at):
+        """The rows of a tile, BTKG… to BK(GT)…."""
+        axes = "BTKG" + "." * (array.ndim - 4)
+        array = jnp.moveaxis(self.cut(array, axes, **at), 1, 3)
+        B, K, G, T, *rest = array.shape
+        return array.reshape(B, K, G * T, *rest)
+
+    def put_rows(self, array, part, **at):
+        """Writes what `rows` reads."""
+        B, K, GT, *rest = part.shape
+        part = part.reshape(B, K, self.plan.G, GT // self.plan.G, *rest)
+        return self.put(array, jnp.moveaxis(part, 3, 1), "BTKG" + "." * len(rest), **at)
+
+    def row_blocks(self, array, **at):
+        """All rows of a head, BTKG… to blocks × BK(GT)…."""
+        array = self.cut(array, "BTKG" + "." * (array.ndim - 4), **at)
+        B, _, K, G, *rest = array.shape
+        blocks = (self.counts["T"], self.plan.T)
+        array = jnp.moveaxis(array.reshape(B, *blocks, K, G, *rest), (1, 2), (0, 4))
+        return array.reshape(blocks[0], B, K, G * blocks[1], *rest)
+
+    def put_row_blocks(self, array, part, **at):
+        """Writes what `row_blocks` reads."""
+        count, B, K, GT, *rest = part.shape
+        G, T = self.plan.G, self.plan.T
+        part = jnp.moveaxis(part.reshape(count, B, K, G, T, *rest), (0, 4), (1, 2))
+        part = part.reshape(B, count * T, K, G, *rest)
+        return self.put(array, part, "BTKG" + "." * len(rest), **at)
+
+    def lay(self, array, columns_first: bool = False):
+        """An aligned part, BKGTS, as four axes: its G and T become rows."""
+        B, K, G, T, S = array.shape
+        if G == 1 and T == 1:
+            array = array.reshape(B, K, 1, S)
+        else:
+            G, T = self.plan.G, self.plan.T
+            array = jnp.broadcast_to(array, (B, K, G, T, S)).reshape(B, K, G * T, S)
+        return jnp.swapaxes(array, 2, 3) if columns_first else array
+
+    def _align(self) -> Aligned:
+        operands = self.operands
+        length = self.padded["S"]
+        aligned = Aligned(
+            operands.bias,
+            operands.mask.aligned,
+            operands.modifier.aligned,
+            index(self.problem, operands),
+            operands.rng,
+            (),
+        )
+        column = jnp.arange(length, dtype=jnp.int32).reshape(1, 1, 1, 1, length)
+        return jax.tree.map(self.align, aligned)._replace(column=column)
+
+    def _pad(self, array, axes):
+        """The array with its axes T and S padded by zeros; those of size 1 stay."""
+        shape = list(array.shape)
+        for axis, letter in axes.items():
+            if not (isinstance(shape[axis], int) and shape[axis] == 1):
+                shape[axis] = self.padded[letter]
+        if tuple(shape) == array.shape:
+            return array
+        whole = jnp.zeros(shape, array.dtype)
+        return lax.dynamic_update_slice(whole, array, (0,) * array.ndim)
+
+
+def _indices(starts):
+    return [jnp.asarray(x, jnp.int32) for x in starts]
+
+
+class Schedule(NamedTuple):
+    """Which tiles to visit, for each step in B and K and each block of one side.
+
+    The first `full` of `order` are full, those from there to `live` partial.
+    """
+
+    order: jax.Array
+    full: jax.Array
+    live: jax.Array
+    plain: bool  # all are full
+
+    def at(self, b, k, i):
+        """Of one block: its order, and where the full and the partial ones end."""
+        b = 0 if self.full.shape[0] == 1 else b
+        k = 0 if self.full.shape[1] == 1 else k
+        return self.order[b, k, i], self.full[b, k, i], self.live[b, k, i]
+
+
+def schedules(layout: Layout) -> tuple[Schedule, Schedule]:
+    """By query block over key blocks, and by key block over query blocks."""
+    problem, plan = layout.problem, layout.plan
+    if problem.mask is None and not layout.has_padding:
+        return None, None
+    table = blocks.block_table(problem, layout.operands, plan.T, plan.S)
+    xp = np if isinstance(table, np.ndarray) else jnp
+    if layout.has_padding:
+        last = xp.arange(table.shape[-1]) == table.shape[-1] - 1
+        table = xp.where(last, xp.minimum(table, blocks.PARTIAL), table)
+    table = _common(xp, _common(xp, table, 0, plan.B), 1, plan.K * plan.G)
+    return _schedule(xp, table), _schedule(xp, xp.swapaxes(table, 2, 3))
+
+
+def _common(xp, table, axis, size):
+    """One kind for each group of `size`: partial where they differ."""
+    if isinstance(size, int) and size == 1 or table.shape[axis] == 1:
+        return table
+    shape = list(table.shape)
+    shape[axis : axis + 1] = [table.shape[axis] // size, size]
+    table = table.reshape(shape)
+    low, high = xp.min(table, axis + 1), xp.max(table, axis + 1)
+    return xp.where(low == high, low, xp.full_like(low, blocks.PARTIAL))
+
+
+def _schedule(xp, table) -> Schedule:
+    order = xp.argsort(blocks.FULL - table, axis=-1, stable=True).astype(xp.int32)
+    full = xp.sum(table == blocks.FULL, axis=-1, dtype=xp.int32)
+    live = xp.sum(table != blocks.EMPTY, axis=-1, dtype=xp.int32)
+    return Schedule(*map(jnp.asarray, (order, full, live)), False)

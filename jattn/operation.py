@@ -1,0 +1,395 @@
+"""A function with hand-written derivatives that JAX can still transform in every way.
+
+An `Operation` is a hashable object with a `fast` way to compute it and a `reference`, the
+same function in a form that JAX can differentiate backward. All operations run through
+one JAX primitive, whose rules make new operations out of old ones:
+
+    any            jvp       →  Pushforward(operation), linear in the tangents
+    Pushforward    transpose →  Pullback(operation), linear in the cotangents
+    Pullback       transpose →  Pushforward(operation)
+    any            vmap      →  Mapped(operation), a loop over the mapped axis
+
+An operation may bring its own `push` and `pull`; else they are JAX's derivatives, forward
+through `fast` and backward through `reference`. So derivatives exist to every order.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+# How many elements a vmapped operation may hold at once before it runs as a loop.
+BUDGET = 2**21
+
+
+class Operation:
+    """A function of arrays to a tuple of floating arrays; subclasses are hashable.
+
+    Attributes:
+        outputs: How many arrays it returns.
+        linear: How many of its last arguments it is linear in.
+        names: Where not empty, the names under which its outputs are kept for its
+            derivatives, which take them after the arguments.
+        elements: About how many elements it holds at once beside its arguments.
+    """
+
+    outputs = 1
+    linear = 0
+    names: tuple[str, ...] = ()
+    elements = 0
+
+    def shapes(self, *arrays) -> list[jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of the outputs, for those of the arguments."""
+        raise TypeError(f"{type(self).__name__} must define `shapes`")
+
+    def fast(self, *arrays, spread: bool):
+        """Computes it; `spread` says that the arrays may lie on several devices."""
+        raise TypeError(f"{type(self).__name__} must define `fast`")
+
+    def reference(self, *arrays):
+        """Computes it in a form that JAX differentiates backward in linear memory."""
+        raise TypeError(f"{type(self).__name__} must define `reference`")
+
+    def push(self, active, primals, outputs, tangents, spread: bool):
+        """The tangents of the outputs, for tangents of the active arguments."""
+        del outputs
+        fast = functools.partial(self.fast, spread=spread)
+        return jax.jvp(*_restrict(fast, active, primals), tuple(tangents))[1]
+
+    def pull(self, active, primals, outputs, cotangents, spread: bool):
+        """The cotangents of the active arguments, for cotangents of the outputs."""
+        del outputs, spread
+        function, chosen = _restrict(self.reference, active, primals)
+        return jax.vjp(function, *chosen)[1](tuple(cotangents))
+
+    def pushed(self, active) -> "Operation":
+        """The operation that gives the tangents of this one."""
+        return Pushforward(self, active)
+
+    def transposed(self) -> "Operation":
+        """The operation that gives the cotangents of the linear arguments."""
+        raise TypeError(f"{type(self).__name__} is not linear")
+
+    def __call__(self, *arrays) -> tuple[jax.Array, ...]:
+        """Runs it, differentiably."""
+        return tuple(_primitive.bind(*arrays, operation=self))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Derivative(Operation):
+    """Takes the arguments of `operation`, its outputs where kept, and a linear rest."""
+
+    operation: Operation
+    active: tuple[bool, ...]
+
+    @property
+    def elements(self):
+        """More than the operation, as there is more to hold."""
+        return 2 * self.operation.elements
+
+    def split(self, arrays):
+        """The arguments, the outputs, and the rest."""
+        count = len(self.active)
+        kept = count + len(self.operation.names)
+        return arrays[:count], arrays[count:kept], arrays[kept:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pushforward(_Derivative):
+    """The tangents of an operation, from those of its active arguments."""
+
+    @property
+    def outputs(self):
+        """One for each output."""
+        return self.operation.outputs
+
+    @property
+    def linear(self):
+        """The tangents."""
+        return sum(self.active)
+
+    def shapes(self, *arrays):
+        """Those of the outputs."""
+        return self.operation.shapes(*self.split(arrays)[0])
+
+    def fast(self, *arrays, spread):
+        """By the operation's own rule."""
+        return self.operation.push(self.active, *self.split(arrays), spread)
+
+    def reference(self, *arrays):
+        """By JAX's."""
+        primals, _, tangents = self.split(arrays)
+        restricted = _restrict(self.operation.reference, self.active, primals)
+        return jax.jvp(*restricted, tuple(tangents))[1]
+
+    def transposed(self):
+        """The pullback."""
+        return Pullback(self.operation, self.active)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pullback(_Derivative):
+    """The cotangents of an operation's active arguments, from those of its outputs."""
+
+    @property
+    def outputs(self):
+        """One for each active argument."""
+        return sum(self.active)
+
+    @property
+    def linear(self):
+        """The cotangents."""
+        return self.operation.outputs
+
+    def shapes(self, *arrays):
+        """Those of the active arguments."""
+        return _choose(self.active, arrays[: len(self.active)])
+
+    def fast(self, *arrays, spread):
+        """By the operation's own rule."""
+        return self.operation.pull(self.active, *self.split(arrays), spread)
+
+    def reference(self, *arrays):
+        """By JAX's."""
+        primals, _, cotangents = self.split(arrays)
+        function, chosen = _restrict(self.operation.reference, self.active, primals)
+        return jax.vjp(function, *chosen)[1](tuple(cotangents))
+
+    def transposed(self):
+        """The pushforward."""
+        return Pushforward(self.operation, self.active)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapped(Operation):
+    """An operation for each slice of the `mapped` arguments along a new first axis.
+
+    Outputs are stacked, or `summed` as the cotangent of an argument not mapped must be.
+    """
+
+    operation: Operation
+    size: int
+    mapped: tuple[bool, ...]
+    summed: tuple[bool, ...]
+
+    @property
+    def outputs(self):
+        """As many as the operation."""
+        return self.operation.outputs
+
+    @property
+    def linear(self):
+        """As the operation."""
+        return self.operation.linear
+
+    @property
+    def names(self):
+        """As the operation."""
+        return self.operation.names
+
+    @property
+    def chunk(self):
+        """How many slices run at once: as many as fit, for small ones gain by it."""
+        if not isinstance(self.size, int):
+            return 1
+        return max(1, min(self.size, BUDGET // max(self.operation.elements, 1)))
+
+    @property
+    def elements(self):
+        """Those of the slices that run at once."""
+        return self.chunk * self.operation.elements
+
+    def shapes(self, *arrays):
+        """Those of the operation, with the new axis where stacked."""
+        inner = [
+            jax.ShapeDtypeStruct(x.shape[1:] if mapped else x.shape, x.dtype)
+            for x, mapped in zip(arrays, self.mapped, strict=True)
+        ]
+        return [
+            x if summed else jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype)
+            for x, summed in zip(self.operation.shapes(*inner), self.summed, strict=True)
+        ]
+
+    def fast(self, *arrays, spread):
+        """Chunk by chunk; all at once where a loop would cut an axis of many devices."""
+        function = functools.partial(self.operation.fast, spread=spread)
+        return self._run(function, arrays, self.size if spread else self.chunk)
+
+    def reference(self, *arrays):
+        """Chunk by chunk."""
+        return self._run(jax.checkpoint(self.operation.reference), arrays, self.chunk)
+
+    def pushed(self, active):
+        """The tangents, mapped likewise."""
+        kept = (True,) * len(self.names)
+        mapped = (*self.mapped, *kept, *_choose(active, self.mapped))
+        operation = self.operation.pushed(active)
+        return Mapped(operation, self.size, mapped, self.summed)
+
+    def transposed(self):
+        """The transpose, mapped where this one stacks and summed where it broadcasts."""
+        fixed = len(self.mapped) - self.linear
+        mapped = (*self.mapped[:fixed], *(not x for x in self.summed))
+        summed = tuple(not x for x in self.mapped[fixed:])
+        return Mapped(self.operation.transposed(), self.size, mapped, summed)
+
+    def _run(self, function, arrays, chunk):
+        axes = [0 if mapped else None for mapped in self.mapped]
+
+        def at_once(size, *arrays):
+            outputs = jax.vmap(function, axes, axis_size=size)(*arrays)
+            return [
+                jnp.sum(x, axis=0, dtype=x.dtype) if summed else x
+                for x, summed in zip(outputs, self.summed, strict=True)
+            ]
+
+        if chunk is self.size or chunk == self.size:
+            return at_once(self.size, *arrays)
+        return self._loop(at_once, arrays, chunk)
+
+    def _loop(self, at_once, arrays, chunk):
+        count = self.size // chunk
+        cut = lambda part: [
+            part(x) if mapped else x for x, mapped in zip(arrays, self.mapped, strict=True)
+        ]
+        head = lambda x: x[: count * chunk].reshape(count, chunk, *x.shape[1:])
+        shapes = self.shapes(*arrays)
+        sums = [
+            jnp.zeros(x.shape, x.dtype)
+            for x, summed in zip(shapes, self.summed, strict=True)
+            if summed
+        ]
+
+        def step(sums, scanned):
+            scanned = iter(scanned)
+            given = [
+                next(scanned) if mapped else x
+                for x, mapped in zip(arrays, self.mapped, strict=True)
+            ]
+            outputs = at_once(chunk, *given)
+            sums = [
+                total + x
+                for total, x in zip(sums, _choose(self.summed, outputs), strict=True)
+            ]
+            return sums, _choose([not x for x in self.summed], outputs)
+
+        xs = _choose(self.mapped, cut(head))
+        sums, stacked = jax.lax.scan(step, sums, xs)
+        stacked = [x.reshape(count * chunk, *x.shape[2:]) for x in stacked]
+        sums, stacked = iter(sums), iter(stacked)
+        outputs = [next(sums) if summed else next(stacked) for summed in self.summed]
+        rest = 0 if chunk == 1 else self.size % chunk
+        if not rest:
+            return outputs
+        tail = at_once(rest, *cut(lambda x: x[count * chunk :]))
+        return [
+            x + y if summed else jnp.concatenate([x, y])
+            for x, y, summed in zip(outputs, tail, self.summed, strict=True)
+        ]
+
+
+def _choose(flags, items) -> list:
+    return [item for item, flag in zip(items, flags, strict=True) if flag]
+
+
+def _restrict(function, active, primals):
+    """The function of its active arguments alone, and those."""
+
+    def restricted(*chosen):
+        chosen = iter(chosen)
+        return tuple(
+            function(
+                *(
+                    next(chosen) if flag else x
+                    for flag, x in zip(active, primals, strict=True)
+                )
+            )
+        )
+
+    return restricted, tuple(_choose(active, primals))
+
+
+_primitive = Primitive("jattn")
+_primitive.multiple_results = True
+
+
+@_primitive.def_impl
+def _run(*arrays, operation):
+    return jax.jit(operation.__call__)(*arrays)
+
+
+@_primitive.def_abstract_eval
+def _abstract(*arrays, operation):
+    varying = frozenset().union(*(getattr(x, "vma", frozenset()) for x in arrays))
+    options = {"vma": varying} if varying else {}
+    shapes = operation.shapes(*arrays)
+    return [jax.core.ShapedArray(x.shape, x.dtype, **options) for x in shapes]
+
+
+def _jvp(primals, tangents, *, operation):
+    outputs = operation(*primals)
+    if operation.names:
+        outputs = tuple(map(checkpoint_name, outputs, operation.names))
+    active = tuple(type(tangent) is not ad.Zero for tangent in tangents)
+    fixed = len(primals) - operation.linear
+    terms = []
+    if any(active[:fixed]):
+        flags = (*active[:fixed], *(False,) * operation.linear)
+        kept = outputs if operation.names else ()
+        chosen = _choose(flags, tangents)
+        terms.append(operation.pushed(flags)(*primals, *kept, *chosen))
+    if any(active[fixed:]):
+        rest = map(ad.instantiate_zeros, tangents[fixed:])
+        terms.append(operation(*primals[:fixed], *rest))
+    if not terms:
+        return outputs, [ad.Zero.from_primal_value(x) for x in outputs]
+    return outputs, [
+        functools.reduce(ad.add_jaxvals, ts) for ts in zip(*terms, strict=True)
+    ]
+
+
+def _transpose(cotangents, *arrays, operation):
+    fixed = len(arrays) - operation.linear
+    cotangents = map(ad.instantiate_zeros, cotangents)
+    results = operation.transposed()(*arrays[:fixed], *cotangents)
+    wanted = map(ad.is_undefined_primal, arrays[fixed:])
+    results = [x if want else None for x, want in zip(results, wanted, strict=True)]
+    return [None] * fixed + results
+
+
+def _batch(arrays, axes, *, operation):
+    mapped = tuple(axis is not None for axis in axes)
+    moved = [
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(arrays, axes, strict=True)
+    ]
+    size = _choose(mapped, moved)[0].shape[0]
+    summed = (False,) * operation.outputs
+    outputs = Mapped(operation, size, mapped, summed)(*moved)
+    return outputs, [0] * len(outputs)
+
+
+def _lower(context, *arrays, operation):
+    fast = functools.partial(operation.fast, spread=_is_spread(context))
+    return mlir.lower_fun(fast, multiple_results=True)(context, *arrays)
+
+
+def _is_spread(context) -> bool:
+    """Whether the compiled program runs on several devices that share its arrays."""
+    axes = context.module_context.axis_context
+    if hasattr(axes, "num_devices"):
+        return (axes.num_devices or 1) > 1
+    manual = getattr(axes, "manual_axes", frozenset())
+    shape = dict(axes.mesh.shape)
+    return math.prod(size for name, size in shape.items() if name not in manual) > 1
+
+
+ad.primitive_jvps[_primitive] = _jvp
+ad.primitive_transposes[_primitive] = _transpose
+batching.primitive_batchers[_primitive] = _batch
+mlir.register_lowering(_primitive, _lower)
