@@ -248,47 +248,51 @@ def forward(layout: Layout):
 
 def _forward_tile(layout, head, query, i, masked):
     """The body of the loop over the tiles of one query block."""
-    wide = layout.problem.wide
 
     def body(j, carry):
         row_max, row_sum, output = carry
         view = Tile(layout, head.aligned, i, j)
         key = layout.narrowed(layout.cut(head.key, "BKS.", S=j))
         value = layout.narrowed(layout.cut(head.value, "BKS.", S=j))
-        logits, seen = _logits(view, query, key, value, masked)
+        logits = view.logits(_products(layout, query, key), view.active)
+        allowed = view.allowed() if masked else None
+        if masked:
+            logits = jnp.where(allowed, logits, -jnp.inf)
         top = jnp.maximum(row_max, jnp.max(logits, axis=-1))
         safe = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
         weights = jnp.exp(logits - safe[..., None])
         shrink = jnp.exp(row_max - safe)
         row_sum = row_sum * shrink + jnp.sum(weights, axis=-1)
         weights = layout.narrowed(view.drop(weights))
-        value = value if seen is None else tile.isolate(value)[0]
-        part = _dot("BKRS,BKSD->BKRD", weights, value, wide)
-        part = part if seen is None else part + seen[..., None]
+        part = _sums(weights, value, allowed)
         return top, row_sum, output * shrink[..., None] + part
 
     return body
 
 
-def _logits(view, query, key, value, masked):
-    """The logits of a tile, and NaN for each row that sees one in the values."""
-    layout, wide = view.layout, view.problem.wide
-    isolated = masked and view.problem.mask is not None
-    if isolated:
-        query, query_poison = tile.isolate(query)
-        key, key_poison = tile.isolate(key)
-    products = _dot("BKRH,BKSH->BKRS", query, key, wide)
-    products = products * layout.operands.scale if layout.narrow else products
-    logits, seen = view.logits(products, view.active), None
-    if masked:
-        allowed = view.allowed()
-        if isolated:
-            poison = query_poison[..., None] + key_poison[..., None, :]
-            logits = logits + poison.astype(wide)
-            poison = tile.isolate(value)[1].astype(wide)[..., None, :]
-            seen = jnp.max(jnp.where(allowed, poison, 0), axis=-1)
-        logits = jnp.where(allowed, logits, -jnp.inf)
-    return logits, seen
+def _products(layout, query, key):
+    products = _dot("BKRH,BKSH->BKRS", query, key, layout.problem.wide)
+    return products * layout.operands.scale if layout.narrow else products
+
+
+def _sums(weights, value, allowed):
+    """The values BKSD in proportion to weights BKRS.
+
+    What is not finite in a value counts as 0 where there is a mask, for 0 · NaN is NaN;
+    a row that sees some gets NaN after the sum.
+    """
+    wide = jnp.promote_types(weights.dtype, jnp.float32)
+    if allowed is None:
+        return _dot("BKRS,BKSD->BKRD", weights, value, wide)
+    value, poison = tile.isolate(value)
+    poison = poison.astype(wide)
+    total = _dot("BKRS,BKSD->BKRD", weights, value, wide)
+
+    def spoil(total):
+        seen = jnp.where(allowed, poison[..., None, :], 0)
+        return total + jnp.sum(seen, axis=-1)[..., None]
+
+    return lax.cond(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)
 
 
 def _finish(row_max, row_sum, output):
@@ -385,11 +389,6 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         view = Tile(layout, head.aligned, i, j, columns_first=True)
         allowed = view.allowed() if masked else None
         keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
-        poison = None
-        if isolated:
-            query, d_output, row_poison = _isolate(query, d_output)
-            key, value, column_poison = _isolate(key, value)
-            poison = row_poison[..., None, :] + column_poison[..., None]
         products = _dot("BKSH,BKRH->BKSR", key, query, wide)
         products = products * layout.operands.scale if layout.narrow else products
         chosen = jax.tree.map(
@@ -401,7 +400,12 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         logits, pull = jax.vjp(
             lambda x, chosen: view.logits(x, chosen.fill(view.active)), products, chosen
         )
-        logits = logits if poison is None else logits + poison.astype(wide)
+        if isolated:  # what follows mixes rows, and columns, by products with zeros
+            query, key = tile.isolate(query)[0], tile.isolate(key)[0]
+            d_clean, poison = tile.isolate(d_output)
+            logsumexp = logsumexp + poison.astype(wide)
+        else:
+            d_clean = d_output
         weights = keep_allowed(jnp.exp(logits - logsumexp[..., None, :]))
         d_weights = view.drop(_dot("BKSD,BKRD->BKSR", value, d_output, wide))
         d_logits = keep_allowed(weights * (d_weights - delta[..., None, :]))
@@ -411,7 +415,7 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         d_products = layout.narrowed(d_products)
         dropped = layout.narrowed(view.drop(weights))
         d_key = d_key + _dot("BKSR,BKRH->BKSH", d_products, query, wide)
-        d_value = d_value + _dot("BKSR,BKRD->BKSD", dropped, d_output, wide)
+        d_value = d_value + _dot("BKSR,BKRD->BKSD", dropped, d_clean, wide)
         key = jnp.swapaxes(key, 2, 3)
         d_row = _at(d_rows, i) + _dot("BKHS,BKSR->BKHR", key, d_products, wide)
         d_rows = lax.dynamic_update_index_in_dim(d_rows, d_row, i, 0)
@@ -423,12 +427,6 @@ def _backward_tile(layout, head, queries, keys, j, masked):
 
 def _at(blocks, i):
     return lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)
-
-
-def _isolate(*arrays):
-    """The arrays with 0 for what is not finite, and NaN for each row with some in any."""
-    clean, poison = zip(*map(tile.isolate, arrays), strict=True)
-    return *clean, sum(poison[1:], poison[0])
 
 
 def _cotangents(layout, wanted, d_query, d_key, d_value, d_active) -> Operands:
@@ -506,7 +504,6 @@ def tangent(layout: Layout, outputs, tangents: Operands):
 def _tangent_tile(layout, head, d_head, given, i, masked):
     """The body of the loop over the tiles of one query block."""
     wide = layout.problem.wide
-    isolated = masked and layout.problem.mask is not None
     d_keys, d_values, d_actives = d_head
 
     def body(j, carry):
@@ -514,11 +511,6 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
         query, logsumexp, d_query = given
         cut = lambda x: None if x is None else layout.cut(x, "BKS.", S=j).astype(wide)
         key, value, d_key, d_value = map(cut, (head.key, head.value, d_keys, d_values))
-        poison = None
-        if isolated:
-            query, d_query, row_poison = _isolate_some(query, d_query)
-            key, d_key, value, d_value, poison = _isolate_some(key, d_key, value, d_value)
-            poison = row_poison[..., None] + poison[..., None, :]
         view = Tile(layout, head.aligned, i, j)
         products = _dot("BKRH,BKSH->BKRS", query, key, wide)
         d_products = jnp.zeros_like(products)
@@ -539,26 +531,18 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
             (products, chosen),
             (d_products, d_active),
         )
-        logits = logits if poison is None else logits + poison
         weights = jnp.exp(logits - logsumexp[..., None])
         d_weights = weights * d_logits
+        allowed = view.allowed() if masked else None
         if masked:
-            allowed = view.allowed()
             weights = jnp.where(allowed, weights, 0)
             d_weights = jnp.where(allowed, d_weights, 0)
-        output = output + _dot("BKRS,BKSD->BKRD", view.drop(d_weights), value, wide)
+        output = output + _sums(view.drop(d_weights), value, allowed)
         if d_value is not None:
-            output = output + _dot("BKRS,BKSD->BKRD", view.drop(weights), d_value, wide)
+            output = output + _sums(view.drop(weights), d_value, allowed)
         return total + jnp.sum(d_weights, axis=-1), output
 
     return body
-
-
-def _isolate_some(*arrays):
-    """As `_isolate`, None for None."""
-    *clean, poison = _isolate(*(x for x in arrays if x is not None))
-    clean = iter(clean)
-    return *(None if x is None else next(clean) for x in arrays), poison
 
 
 def by_rows(problem: Problem, operands: Operands):
@@ -571,14 +555,19 @@ def by_rows(problem: Problem, operands: Operands):
     def rows(i):
         query = layout.scaled(layout.rows(layout.query, T=i))
         view = Tile(layout, layout.aligned, i, 0)
-        logits, seen = _logits(view, query, key, value, problem.mask is not None)
+        allowed, clean, poison = view.allowed(), key, None
+        if allowed is not None:  # the transpose of these products is a mixing one
+            query, query_poison = tile.isolate(query)
+            clean, key_poison = tile.isolate(key)
+            poison = query_poison[..., None] + key_poison[..., None, :]
+        logits = view.logits(_products(layout, query, clean), view.active)
+        if allowed is not None:
+            logits = jnp.where(allowed, logits + poison, -jnp.inf)
         top = lax.stop_gradient(jnp.max(logits, axis=-1))
         top = jnp.where(top == -jnp.inf, 0, top)
         weights = jnp.exp(logits - top[..., None])
         total = jnp.sum(weights, axis=-1)
-        clean = value if seen is None else tile.isolate(value)[0]
-        output = _dot("BKRS,BKSD->BKRD", view.drop(weights), clean, wide)
-        output = output if seen is None else output + seen[..., None]
+        output = _sums(view.drop(weights), value, allowed)
         return _finish(top, total, output)
 
     results = lax.map(rows, jnp.arange(layout.counts["T"]))

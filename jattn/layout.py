@@ -34,7 +34,7 @@ def plan(problem: Problem, spread: bool) -> Plan:
     sizes = problem.sizes
     if not all(isinstance(x, int) for x in (sizes.B, sizes.T, sizes.S)):
         return Plan(1, 1, sizes.G, 256, 512)
-    rows, columns = (1024, 2048) if problem.mask is None else (512, 512)
+    rows, columns = (1024, 1024) if problem.mask is None else (512, 512)
     T = _even(sizes.T, max(rows // sizes.G, 1))
     S = _even(sizes.S, columns)
     if spread:  # all examples and heads, for a loop over them would cut a divided axis
