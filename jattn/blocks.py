@@ -10,6 +10,7 @@ import numpy as np
 
 from jattn.pointwise import Index
 from jattn.problem import Operands, Problem
+from jattn.problem import index as problem_index
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -20,23 +21,19 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
     rows, columns = -(-sizes.T // block_q), -(-sizes.S // block_kv)
     if problem.mask is None:
         return np.full((1, 1, rows, columns), FULL, np.int8)
-    index = Index(
-        b=jnp.arange(sizes.B, dtype=jnp.int32)[:, None, None, None],
-        n=jnp.arange(sizes.N, dtype=jnp.int32)[None, :, None, None],
-        t=operands.query_position[:, None, :, None],
-        s=operands.key_position[:, None, None, :],
-    )
-    allowed = problem.mask(operands.mask, index)
-    shape = (*allowed.shape[:2], sizes.T, sizes.S)
-    allowed = jnp.broadcast_to(allowed, shape)
-    some = _tiles(allowed, rows * block_q, columns * block_kv, False)
-    every = _tiles(allowed, rows * block_q, columns * block_kv, True)
-    blocked = (*shape[:2], rows, block_q, columns, block_kv)
-    some = jnp.any(some.reshape(blocked), (3, 5))
-    every = jnp.all(every.reshape(blocked), (3, 5))
-    return some.astype(jnp.int8) + every.astype(jnp.int8)
+    # A few rows at a time, each of them ending in padding that says nothing.
+    index = problem_index(problem, operands)
 
+    def block(i):
+        rows = jnp.minimum(i * block_q + jnp.arange(block_q), sizes.T - 1)
+        take = lambda x: x if x.shape[2] == 1 else jnp.take(x, rows, axis=2)
+        arrays = operands.mask._replace(aligned=tuple(map(take, operands.mask.aligned)))
+        allowed = problem.mask(arrays, Index(*map(take, index)))
+        allowed = jnp.broadcast_to(allowed, (*allowed.shape[:3], sizes.S))
+        pad = lambda fill: jnp.full((*allowed.shape[:3], columns * block_kv), fill)
+        put = lambda fill: jax.lax.dynamic_update_slice(pad(fill), allowed, (0,) * 4)
+        split = lambda x: x.reshape(*x.shape[:3], columns, block_kv)
+        some = jnp.any(split(put(False)), (2, 4)).astype(jnp.int8)
+        return some + jnp.all(split(put(True)), (2, 4)).astype(jnp.int8)
 
-def _tiles(allowed: jax.Array, rows: int, columns: int, fill: bool):
-    whole = jnp.full((*allowed.shape[:2], rows, columns), fill)
-    return jax.lax.dynamic_update_slice(whole, allowed, (0, 0, 0, 0))
+    return jnp.moveaxis(jax.lax.map(block, jnp.arange(rows)), 0, 2)

@@ -39,7 +39,7 @@ def plan(problem: Problem, spread: bool) -> Plan:
     S = _even(sizes.S, columns)
     if spread:  # all examples and heads, for a loop over them would cut a divided axis
         return Plan(sizes.B, sizes.K, sizes.G, T, S)
-    fit = max(1, 2**18 // (T * S * sizes.G))
+    fit = max(1, 2**19 // (T * S * sizes.G))
     K = _divisor(sizes.K, fit)
     B = _divisor(sizes.B, fit // K) if K == sizes.K else 1
     return Plan(B, K, sizes.G, T, S)
@@ -253,6 +253,7 @@ def schedules(layout: Layout) -> tuple[Schedule, Schedule]:
         return None, None
     table = blocks.block_table(problem, layout.operands, plan.T, plan.S)
     xp = np if isinstance(table, np.ndarray) else jnp
+    table = xp.broadcast_to(table, (*table.shape[:2], layout.counts["T"], layout.counts["S"]))
     if layout.has_padding:
         last = xp.arange(table.shape[-1]) == table.shape[-1] - 1
         table = xp.where(last, xp.minimum(table, blocks.PARTIAL), table)
@@ -262,7 +263,7 @@ def schedules(layout: Layout) -> tuple[Schedule, Schedule]:
 
 def _common(xp, table, axis, size):
     """One kind for each group of `size`: partial where they differ."""
-    if isinstance(size, int) and size == 1 or table.shape[axis] == 1:
+    if (isinstance(size, int) and size == 1) or table.shape[axis] == 1:
         return table
     shape = list(table.shape)
     shape[axis : axis + 1] = [table.shape[axis] // size, size]

@@ -1,0 +1,245 @@
+"""What is particular to the blockwise implementation."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jattn
+from jattn import blockwise, definition, layout, masks, modifiers
+
+jax.config.update("jax_enable_x64", True)
+
+blockwise_attention = functools.partial(jattn.attention, implementation="blockwise")
+blockwise_state = functools.partial(jattn.attention_state, implementation="blockwise")
+
+
+def random(*shape, seed=0, dtype=jnp.float64):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def inputs(B=2, T=7, S=9, N=4, K=2, H=3, D=5, dtype=jnp.float64):
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, D)
+    return tuple(random(*x, seed=i, dtype=dtype) for i, x in enumerate(shapes))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    plan = lambda problem, spread: layout.Plan(1, 1, problem.sizes.G, 4, 4)
+    monkeypatch.setattr(blockwise, "plan", plan)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+# Each is the options of a call, from an array that they depend on, and that array.
+CASES = {
+    "plain": (lambda x: {}, random()),
+    "causal": (lambda x: {"mask": masks.Causal()}, random()),
+    "lambda": (lambda x: {"mask": lambda b, n, t, s: (t > s) & (n + b > 0)}, random()),
+    "bias": (lambda x: {"bias": x}, random(4, 7, 9)),
+    "bias broadcast": (lambda x: {"bias": x, "mask": masks.Causal()}, random(2, 1, 1, 9)),
+    "scale": (lambda x: {"scale": x, "mask": masks.Causal(2)}, random()),
+    "soft cap": (lambda x: {"modifier": modifiers.SoftCap(1 + x**2)}, random()),
+    "alibi": (lambda x: {"modifier": modifiers.ALiBi(x), "mask": masks.Causal()}, random(4)),
+    "relative": (lambda x: {"modifier": modifiers.RelativeBias(x)}, random(4, 7)),
+    "sink": (lambda x: {"sink": x, "mask": masks.Causal(-2)}, random(4)),
+    "dropout": (
+        lambda x: {"dropout": jattn.Dropout(0.3, jax.random.key(1))},
+        random(),
+    ),
+}
+
+
+def objective(attention_state, options):
+    """A scalar of both outputs, nonlinear in each."""
+
+    def of(query, key, value, x):
+        output, logsumexp = attention_state(query, key, value, **options(x))
+        logsumexp = jnp.where(logsumexp == -jnp.inf, 0, logsumexp)
+        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(logsumexp))
+
+    return of
+
+
+def dot(x, y):
+    return sum(map(jnp.vdot, jax.tree.leaves(x), jax.tree.leaves(y)))
+
+
+GRAD = functools.partial(jax.grad, argnums=(0, 1, 2, 3))
+LADDER = {
+    "value_and_grad": lambda f, x, v: (f(*x), GRAD(f)(*x)),
+    "jvp": lambda f, x, v: jax.jvp(f, x, v),
+    "linearize": lambda f, x, v: jax.linearize(f, *x)[1](*v),
+    "jvp of grad": lambda f, x, v: jax.jvp(GRAD(f), x, v),
+    "grad of jvp": lambda f, x, v: GRAD(lambda *x: jax.jvp(f, x, v)[1])(*x),
+    "grad of grad": lambda f, x, v: GRAD(lambda *x: dot(GRAD(f)(*x), v))(*x),
+    "jvp of jvp": lambda f, x, v: jax.jvp(lambda *x: jax.jvp(f, x, v)[1], x, v),
+    "jacfwd": lambda f, x, v: jax.jacfwd(f)(*x),
+    "hessian": lambda f, x, v: jax.hessian(lambda q: f(q[:, None], *x[1:]))(x[0][:, 0]),
+    "vmap of grad": lambda f, x, v: jax.vmap(
+        lambda a: GRAD(f)(x[0], a * x[1], x[2], a * x[3])
+    )(jnp.arange(3.0)),
+    "grad of vmap": lambda f, x, v: GRAD(
+        lambda *x: jnp.sum(jax.vmap(lambda a: f(a * x[0], *x[1:]))(jnp.arange(3.0)))
+    )(*x),
+    "checkpoint": lambda f, x, v: GRAD(jax.checkpoint(f))(*x),
+    "scan": lambda f, x, v: GRAD(
+        lambda *x: jax.lax.scan(lambda c, a: (c + f(a * x[0], *x[1:]), c), 0.0, x[0][0, :3, 0, 0])[0]
+    )(*x),
+}
+
+
+@pytest.mark.parametrize("rung", LADDER)
+@pytest.mark.parametrize("case", CASES)
+def test_derivatives_equal_those_of_the_definition(case, rung, small_blocks):
+    if rung == "hessian" and case != "plain":
+        pytest.skip("one case is enough for the slowest")
+    options, x = CASES[case]
+    x = (*inputs(T=1 if rung == "hessian" else 7), x)
+    v = tuple(random(*y.shape, seed=9) for y in x)
+    climb = lambda state: LADDER[rung](objective(state, options), x, v)
+    got = jax.jit(lambda: climb(blockwise_state))()
+    want = jax.jit(lambda: climb(definition.attention_state))()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-10), got, want)
+
+
+def temporaries(function, T, **shape):
+    x = inputs(B=1, T=T, S=T, N=2, K=2, H=16, D=16, dtype=jnp.float32)
+    compiled = jax.jit(function).lower(*x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("rung", ["value_and_grad", "jvp", "jvp of grad", "grad of grad"])
+def test_memory_is_linear(rung):
+    def climb(*x):
+        f = lambda q, k, v, _: jnp.sum(blockwise_attention(q, k, v, mask=masks.Causal()))
+        x = (*x, jnp.float32(0))
+        return LADDER[rung](f, x, x)
+
+    one, two = temporaries(climb, 4096), temporaries(climb, 8192)
+    assert two <= 2.1 * one
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("which", ["query", "key", "value", "cotangent"])
+def test_not_finite_where_masked_touches_nothing(which, bad, small_blocks):
+    query, key, value = inputs(T=8, S=8)
+    d_output = jnp.ones((2, 8, 4, 5))
+    # Queries see only keys of their own half; spoil one of the second half.
+    mask = lambda b, n, t, s: (t < 5) == (s < 5)
+    arrays = {"query": query, "key": key, "value": value, "cotangent": d_output}
+    spoiled = {**arrays, which: arrays[which].at[:, 6].set(bad)}
+
+    def run(query, key, value, cotangent):
+        f = functools.partial(blockwise_attention, mask=mask)
+        output, pull = jax.vjp(f, query, key, value)
+        return output, *pull(cotangent)
+
+    for got, want in zip(run(**spoiled), run(**arrays), strict=True):
+        np.testing.assert_allclose(got[:, :5], want[:, :5], atol=1e-12)
+
+
+def test_empty_tiles_are_skipped(monkeypatch):
+    visits = []
+
+    def visited(layout_, *args):
+        jax.debug.callback(lambda: visits.append(1))
+        return original(layout_, *args)
+
+    original = blockwise._products
+    plan = lambda problem, spread: layout.Plan(1, 1, 1, 16, 16)
+    monkeypatch.setattr(blockwise, "plan", plan)
+    monkeypatch.setattr(blockwise, "_products", visited)
+    jax.clear_caches()
+    x = inputs(B=1, T=64, S=64, N=1, K=1)
+    blockwise_attention(*x, mask=masks.Causal()).block_until_ready()
+    jax.effects_barrier()
+    assert len(visits) == 10
+    jax.clear_caches()
+
+
+def test_two_runs_are_bitwise_equal():
+    x = inputs(T=300, S=700, dtype=jnp.float32)
+    run = jax.jit(jax.grad(lambda *x: jnp.sum(blockwise_attention(*x) ** 2), (0, 1, 2)))
+    jax.tree.map(np.testing.assert_array_equal, run(*x), run(*x))
+
+
+@pytest.mark.parametrize("axes", [(0, None, None, None), (None, 0, 1, 0), (None,) * 3 + (0,)])
+def test_vmap_of_any_operand_is_a_loop(axes, small_blocks):
+    def one(query, key, value, ids):
+        mask = lambda b, n, t, s: (ids[t] == ids[s]) & (t >= s)
+        return blockwise_attention(query, key, value, mask=mask)
+
+    query, key, value = inputs(T=8, S=8)
+    ids = jnp.repeat(jnp.arange(4), 2)
+    x = [
+        y if axis is None else jnp.stack([y, y + 1, y[::-1]], axis)
+        for y, axis in zip((query, key, value, ids), axes, strict=True)
+    ]
+    got = jax.vmap(one, axes)(*x)
+    for i in range(3):
+        at = [y if a is None else jnp.take(y, i, a) for y, a in zip(x, axes, strict=True)]
+        np.testing.assert_allclose(got[i], one(*at), atol=1e-12)
+
+
+def test_named_residuals_are_saved():
+    policy = jax.checkpoint_policies.save_only_these_names(
+        "jattn_output", "jattn_logsumexp"
+    )
+    counts = {}
+    for name, options in {"saved": {"policy": policy}, "all": {}}.items():
+        f = jax.checkpoint(lambda *x: jnp.sum(blockwise_attention(*x) ** 2), **options)
+        jaxpr = str(jax.make_jaxpr(jax.grad(f))(*inputs()))
+        counts[name] = jaxpr.count("operation=Attention")
+    assert counts["saved"] < counts["all"]
+
+
+def test_export_with_symbolic_sizes_for_all_platforms():
+    b, t, s = export.symbolic_shape("b, t, s")
+    shapes = (b, t, 4, 16), (b, s, 2, 16), (b, s, 2, 16)
+    x = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    f = lambda q, k, v: blockwise_attention(q, k, v, mask=masks.Causal(1))
+    both = lambda *x: (f(*x), jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1, 2))(*x))
+    exported = export.export(jax.jit(both), platforms=("cpu", "cuda", "tpu"))(*x)
+    assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+    for T, S in ((7, 9), (300, 700)):
+        x = inputs(T=T, S=S, H=16, D=16, dtype=jnp.float32)
+        want = both(*x)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=2e-5), exported.call(*x), want
+        )
+
+
+SHARDED = """
+import functools, jax, jax.numpy as jnp, numpy as np, jattn
+from jax.sharding import NamedSharding, PartitionSpec
+mesh = jax.make_mesh((2, 2), ("b", "n"))
+put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("b", None, "n")))
+f = functools.partial(jattn.attention, implementation="blockwise", mask=jattn.masks.Causal())
+g = jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1, 2)))
+x = [jax.random.normal(jax.random.key(i), (4, 96, n, 8)) for i, n in enumerate((4, 2, 2))]
+y = [put(a) for a in x]
+for function in (jax.jit(f), g):
+    text = function.lower(*y).compile().as_text()
+    assert "all-gather" not in text and "all-to-all" not in text, text
+    for a, b in zip(jax.tree.leaves(function(*x)), jax.tree.leaves(function(*y))):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert b.sharding.spec[0] == "b"
+"""
+
+
+def test_sharded_inputs_are_not_gathered():
+    flags = "--xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": "."}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
