@@ -1,0 +1,157 @@
+"""`jax.nn.dot_product_attention`, argument for argument, with the meaning of `jattn`."""
+
+import operator
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.api import attention_state
+from jattn.masks import Causal, Lengths, Mask, Window, as_mask
+from jattn.shapes import check_array
+
+__all__ = ["dot_product_attention"]
+
+WHERE = "dot_product_attention"
+
+
+def dot_product_attention(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    implementation=None,
+    return_residual=False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attends like `jax.nn.dot_product_attention`: change the import, and nothing else.
+
+        output = softmax(scale · query keyᵀ + bias, over the keys that count) value
+
+    A key counts where every one of `mask`, `is_causal`, the lengths and the window allows.
+
+    It differs from `jax.nn` (0.10 to 0.12) in this:
+
+    - A query that sees no key has output 0, residual −∞ and gradient 0; not the mean of the
+      values, nor, where a bias of −∞ hides the keys, NaN.
+    - NaN or Inf in a key or value that no query sees touches nothing.
+    - For float64 inputs the softmax is in float64, not float32.
+    - The residual is in float32 at least and has a gradient; not in bfloat16 and constant.
+    - float16 runs under `jit` on every platform, strict dtype promotion is respected, and
+      `jax.export` takes a window with symbolic lengths.
+    - `value` may have another head size than `key`: the output has it. There may be more
+      batch axes than one. Lengths may be of any integer dtype, or one number for all.
+    - Refused are integer queries, keys and values, a Boolean `bias`, and negative windows.
+
+    Args:
+        query: `BTNH` or `TNH`.
+        key: `BSKH` or `SKH`; N is a multiple of K.
+        value: `BSKD` or `SKD`.
+        bias: Added to the logits; broadcasts to `BNTS`, leading axes may be left out.
+        mask: Boolean, True = may attend; broadcasts to `BNTS` likewise.
+        scale: Multiplies the logits; 1/√H by default.
+        is_causal: Whether query t sees only the keys s ≤ t, both counted from 0: for T ≠ S
+            the diagonal starts at the top left, as in `jax.nn`.
+        query_seq_lengths: How many queries of each example count, `B`; the output of the
+            others is 0.
+        key_value_seq_lengths: How many keys of each example count, `B`.
+        local_window_size: (left, right), or one number for both: query t sees the keys
+            t − left ≤ s ≤ t + right.
+        implementation: None lets jattn choose. `"xla"` is jattn's `"dense"`: all logits at
+            once and no kernel, as in `jax.nn`. jattn's own names are taken too. `"cudnn"`
+            is refused.
+        return_residual: Whether to return the logsumexp of the logits too.
+
+    Returns:
+        The output, `BTND` or `TND` like the query; with `return_residual` a pair of the
+        output and the logsumexp, `BTN` or `TN`.
+
+    Raises:
+        ValueError: If an argument does not fit, naming it and what to do.
+
+    Example:
+        >>> query, key = jnp.zeros((2, 1, 2)), jnp.zeros((2, 1, 2))
+        >>> value = jnp.array([[[0.0, 3.0]], [[1.0, 5.0]]])
+        >>> dot_product_attention(query, key, value, is_causal=True)
+        Array([[[0. , 3. ]],
+        <BLANKLINE>
+               [[0.5, 4. ]]], dtype=float32)
+    """
+    query = check_array(WHERE, "query", query)
+    key, value = (check_array(WHERE, *pair) for pair in (("key", key), ("value", value)))
+    masks = _masks(
+        mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, key
+    )
+    output, logsumexp = attention_state(
+        *map(_batched, (query, key, value)),
+        mask=reduce(operator.and_, masks) if masks else None,
+        bias=_bias(bias),
+        scale=scale,
+        implementation=_name(implementation),
+    )
+    rows = query.shape[:-1]
+    output = output.reshape(*rows, value.shape[-1])
+    return (output, logsumexp.reshape(rows)) if return_residual else output
+
+
+def _masks(
+    mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, key
+) -> list[Mask]:
+    """Each of `jax.nn`'s five arguments that hide keys, as one mask."""
+    masks: list[Mask] = []
+    if is_causal:
+        masks.append(Causal())
+    if local_window_size is not None:
+        masks.append(Window(*_sides(local_window_size)))
+    if key_value_seq_lengths is not None or query_seq_lengths is not None:
+        every_key = _batched(key).shape[-3]
+        lengths = every_key if key_value_seq_lengths is None else key_value_seq_lengths
+        masks.append(Lengths(lengths, query_seq_lengths))
+    if mask is not None:
+        masks.append(as_mask(check_array(WHERE, "mask", mask), WHERE))
+    return masks
+
+
+def _sides(size) -> tuple:
+    """How far a window reaches to the left and to the right."""
+    if isinstance(size, int | np.integer):
+        return size, size
+    try:
+        left, right = size
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{WHERE}: `local_window_size` must be one whole number or a pair (left, "
+            f"right), got {size!r}."
+        ) from None
+    return left, right
+
+
+def _bias(bias):
+    """The bias; whole numbers are added as they are in `jax.nn`."""
+    if bias is None:
+        return None
+    bias = check_array(WHERE, "bias", bias)
+    is_whole = jnp.issubdtype(bias.dtype, jnp.integer)
+    return bias.astype(jnp.float32) if is_whole else bias
+
+
+def _batched(array: jax.Array) -> jax.Array:
+    """The array with 1 for each axis that is left out of BTNH."""
+    return array.reshape(*(1,) * (4 - array.ndim), *array.shape)
+
+
+def _name(implementation: str | None) -> str | None:
+    """The name here of what `jax.nn` calls an implementation."""
+    if implementation == "cudnn":
+        raise ValueError(
+            f'{WHERE}(implementation="cudnn"): jattn does not run cuDNN; leave '
+            f"`implementation` out, and jattn chooses."
+        )
+    return "dense" if implementation == "xla" else implementation
