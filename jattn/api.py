@@ -265,7 +265,21 @@ def attention_weights(
     return _unflatten(_weights(problem, operands, sink, rows), problem.sizes)
 
 
-def explain(query, key, value, *, sink=None, implementation=None, **options) -> Explanation:
+def explain(
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    bias=None,
+    modifier=None,
+    sink=None,
+    scale=None,
+    query_position=None,
+    key_position=None,
+    dropout=None,
+    implementation=None,
+) -> Explanation:
     """Says what `attention` would do with these arguments, without doing it.
 
     Takes the arguments of `attention`; arrays may be `jax.ShapeDtypeStruct`s, inside masks
@@ -275,9 +289,15 @@ def explain(query, key, value, *, sink=None, implementation=None, **options) -> 
         query: `BTNH`, an array or its shape and dtype.
         key: `BSKH`, likewise.
         value: `BSKD`, likewise.
+        mask: See `attention`.
+        bias: See `attention`.
+        modifier: See `attention`.
         sink: See `attention`.
+        scale: See `attention`.
+        query_position: See `attention`.
+        key_position: See `attention`.
+        dropout: See `attention`.
         implementation: See `attention`.
-        **options: The other options of `attention`.
 
     Returns:
         An `Explanation`, which prints as a short table.
@@ -285,6 +305,15 @@ def explain(query, key, value, *, sink=None, implementation=None, **options) -> 
     Raises:
         ValueError: As `attention` would.
     """
+    options = {
+        "mask": mask,
+        "bias": bias,
+        "modifier": modifier,
+        "scale": scale,
+        "query_position": query_position,
+        "key_position": key_position,
+        "dropout": dropout,
+    }
     where, platform = "explain", jax.default_backend()
     leaves, tree = jax.tree.flatten((query, key, value, sink, options))
     is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
@@ -351,6 +380,7 @@ def _check_rows(where: str, rows, sizes: Sizes):
     if rows is None:
         return None
     rows = check_array(where, "rows", rows)
+    rows = rows.astype(jnp.int32) if rows.size == 0 else rows
     if rows.ndim > 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise ValueError(
             f"{where}: `rows` must be the indices of queries, integers in one axis, got "

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from jattn.dropout import keep, words
 from jattn.masks import as_mask
 from jattn.modifiers import as_modifier
-from jattn.shapes import align, flatten_batch, measure, positions, wide_dtype
+from jattn.shapes import (
+    align,
+    flatten_batch,
+    measure,
+    positions,
+    spread_positions,
+    wide_dtype,
+)
 from jattn.state import State
 
 __all__ = [
@@ -169,6 +176,11 @@ def _attend_all(
     sink = jnp.full(sizes.N, -jnp.inf, wide) if sink is None else sink
     scale = None if scale is None else jnp.asarray(scale).astype(wide)
 
+    def position(name, position, axis):
+        checked = positions(where, name, position, sizes, axis)
+        length = getattr(sizes, axis)
+        return jnp.broadcast_to(spread_positions(checked, length), (sizes.B, length))
+
     def everywhere(array):  # an aligned array, for each example, head and query
         return jnp.broadcast_to(array, sizes.BNTS)
 
@@ -212,14 +224,8 @@ def _attend_all(
     answer = over_examples(
         jnp.arange(sizes.B, dtype=jnp.int32),
         jnp.arange(sizes.N, dtype=jnp.int32),
-        jnp.broadcast_to(
-            positions(where, "query_position", query_position, sizes, "T"),
-            (sizes.B, sizes.T),
-        ),
-        jnp.broadcast_to(
-            positions(where, "key_position", key_position, sizes, "S"),
-            (sizes.B, sizes.S),
-        ),
+        position("query_position", query_position, "T"),
+        position("key_position", key_position, "S"),
         flatten_batch(query, sizes),
         flatten_batch(key, sizes),
         flatten_batch(value, sizes),

@@ -6,7 +6,6 @@ and columns in either order. Rows are the queries of all G heads that share a ke
 head; columns are keys.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn import blocks
+from jattn import skipping
 from jattn.pointwise import Index
 from jattn.problem import Operands, Problem, index
 
@@ -249,14 +248,16 @@ class Schedule(NamedTuple):
 def schedules(layout: Layout) -> tuple[Schedule, Schedule]:
     """By query block over key blocks, and by key block over query blocks."""
     problem, plan = layout.problem, layout.plan
-    if problem.mask is None and not layout.has_padding:
+    if problem.mask is problem.modifier is None and not layout.has_padding:
         return None, None
-    table = blocks.block_table(problem, layout.operands, plan.T, plan.S)
+    table = skipping.block_table(problem, layout.operands, plan.T, plan.S)
     xp = np if isinstance(table, np.ndarray) else jnp
-    table = xp.broadcast_to(table, (*table.shape[:2], layout.counts["T"], layout.counts["S"]))
+    table = xp.broadcast_to(
+        table, (*table.shape[:2], layout.counts["T"], layout.counts["S"])
+    )
     if layout.has_padding:
         last = xp.arange(table.shape[-1]) == table.shape[-1] - 1
-        table = xp.where(last, xp.minimum(table, blocks.PARTIAL), table)
+        table = xp.where(last, xp.minimum(table, skipping.PARTIAL), table)
     table = _common(xp, _common(xp, table, 0, plan.B), 1, plan.K * plan.G)
     return _schedule(xp, table), _schedule(xp, xp.swapaxes(table, 2, 3))
 
@@ -269,11 +270,11 @@ def _common(xp, table, axis, size):
     shape[axis : axis + 1] = [table.shape[axis] // size, size]
     table = table.reshape(shape)
     low, high = xp.min(table, axis + 1), xp.max(table, axis + 1)
-    return xp.where(low == high, low, xp.full_like(low, blocks.PARTIAL))
+    return xp.where(low == high, low, xp.full_like(low, skipping.PARTIAL))
 
 
 def _schedule(xp, table) -> Schedule:
-    order = xp.argsort(blocks.FULL - table, axis=-1, stable=True).astype(xp.int32)
-    full = xp.sum(table == blocks.FULL, axis=-1, dtype=xp.int32)
-    live = xp.sum(table != blocks.EMPTY, axis=-1, dtype=xp.int32)
+    order = xp.argsort(skipping.FULL - table, axis=-1, stable=True).astype(xp.int32)
+    full = xp.sum(table == skipping.FULL, axis=-1, dtype=xp.int32)
+    live = xp.sum(table != skipping.EMPTY, axis=-1, dtype=xp.int32)
     return Schedule(*map(jnp.asarray, (order, full, live)), False)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jattn.pointwise import pytree
 from jattn.shapes import Sizes, align, check_array
@@ -67,11 +68,18 @@ class Mask:
     def __invert__(self) -> "Mask":
         return Not(self)
 
+    def __bool__(self):
+        raise ValueError("masks: combine masks by & | ~; `and`, `or` and `not` drop one.")
+
 
 def as_mask(mask, where: str = "masks") -> Mask:
     """A mask from a mask, a Boolean array, or a function of (b, n, t, s)."""
     if isinstance(mask, Mask):
         return mask
+    if isinstance(mask, type):
+        raise ValueError(
+            f"{where}: `mask` must be a mask, got the class {mask.__name__}; call it."
+        )
     if callable(mask):
         return Pointwise(mask)
     return Explicit(_boolean(where, "mask", mask))
@@ -107,7 +115,7 @@ class Causal(Mask):
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """The query, moved by the offset, is not before the key."""
-        return t + _int32(self.offset) >= s
+        return s - t <= _int32(self.offset)  # a sum with a large offset could wrap
 
 
 @pytree("left", "right")
@@ -128,8 +136,9 @@ class Window(Mask):
     def __post_init__(self):
         for name in ("left", "right"):
             side = getattr(self, name)
-            _check_whole("masks.Window", name, side)
-            if isinstance(side, int) and side < 0:
+            if side is not None:
+                _check_whole("masks.Window", name, side)
+            if isinstance(side, int | np.integer) and side < 0:
                 raise ValueError(
                     f"masks.Window: `{name}` must be ≥ 0, or None for no limit, got "
                     f"{side}; a window always holds the query's own position."
@@ -194,6 +203,10 @@ class Segments(_ByRow):
     query_ids: jax.Array
     key_ids: jax.Array | None = None
     padding_id: int | jax.Array | None = None
+
+    def __post_init__(self):
+        if self.padding_id is not None:
+            _check_whole("masks.Segments", "padding_id", self.padding_id)
 
     def aligned(self, sizes) -> Any:
         """The ids of rows and of columns."""
@@ -325,14 +338,24 @@ def _int32(x):
 
 
 def _check_whole(where: str, name: str, value) -> None:
-    """Raises for a Python number that is no whole one; arrays are checked when read."""
+    """Raises for what is no whole number of 32 bits, or array of them.
+
+    Leaves anything else that JAX may put into a pytree alone.
+    """
     dtype = getattr(value, "dtype", None)
-    wrong = isinstance(value, float | bool | str) or (
-        dtype is not None and not jnp.issubdtype(dtype, jnp.integer)
-    )
-    if wrong:
-        got = f"{value!r}" if dtype is None else f"an array of {dtype}"
-        raise ValueError(f"{where}: `{name}` must be a whole number, got {got}.")
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        if abs(int(value)) < 2**31:
+            return
+        got = f"{value}, which does not fit 32 bits"
+    elif dtype is not None:
+        if jnp.issubdtype(dtype, jnp.integer):
+            return
+        got = f"an array of {dtype}"
+    elif value is None or isinstance(value, float | bool | str | list | tuple):
+        got = repr(value)
+    else:
+        return
+    raise ValueError(f"{where}: `{name}` must be a whole number, got {got}.")
 
 
 def _whole(where: str, name: str, array) -> jax.Array:

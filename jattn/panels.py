@@ -75,50 +75,27 @@ def panels(
     Returns:
         The figure and its panels.
     """
-    cell = _cell(rows, columns)
-    width, height = max(columns.cells * cell, 1.2), max(rows.cells * cell, 0.8)
-    is_square = abs(width / columns.cells - height / rows.cells) < 1e-6
-    apart = height / rows.cells * rows.step, width / columns.cells * columns.step
-    left, above = _depth(rows, apart[0]), _depth(columns, apart[1])
-    is_turned = above > apart[1]
-    above = above if is_turned else 0.3
-    across = min(len(names), across)
-    down = math.ceil(len(names) / across)
-    total = max(across * (width + 0.15) + left + 1.3, 3.0)
-    zoom = max(1.0, total / 14)  # for letters that a slide must not lose
-    above += zoom * (0.45 if any(names) else 0.2)
-    title, note = _wrap(title or "", 13 * zoom, total), _wrap(note, 9 * zoom, total)
-    lines = zoom * 0.24 * len(title.splitlines()) + 0.06
-    below += lines + zoom * (0.2 * len(note.splitlines()) + 0.2)
+    plan = _plan(names, rows, columns, title or "", note, across, below)
     figure = Figure(
-        (total, down * (height + above) + below),
-        layout="compressed" if is_square else "constrained",
+        plan.size,
+        layout="compressed" if plan.is_square else "constrained",
         facecolor="white",
     )
-    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    axes = list(figure.subplots(plan.down, plan.across, squeeze=False).flat)
     for axis in axes[len(names) :]:
         axis.remove()
+    style = {"color": _PALE, "fontsize": 9 * plan.zoom}
     for index, (axis, name) in enumerate(zip(axes, names, strict=False)):
-        axis.set_aspect("equal" if is_square else "auto")
-        _label(axis, rows, columns, apart, is_turned)
-        axis.set_title(name, color=INK, fontsize=11 * zoom)
-        if index < across:
-            axis.set_xlabel("keys", color=_PALE, fontsize=9 * zoom)
-        if index % across:
-            axis.set_yticks([])
+        axis.set_aspect("equal" if plan.is_square else "auto")
+        axis.set_title(name, color=INK, fontsize=11 * plan.zoom)
+        _label(axis, rows, columns, plan)
+        if index < plan.across:
+            axis.set_xlabel("keys", **style)
+        if index % plan.across == 0:
+            axis.set_ylabel("queries", **style)
         else:
-            axis.set_ylabel("queries", color=_PALE, fontsize=9 * zoom)
-    if title:
-        # Left to itself, a compressed layout moves a long title into the panels.
-        inch = 1 / figure.get_figheight()
-        engine = figure.get_layout_engine()
-        assert isinstance(engine, ConstrainedLayoutEngine)
-        engine.set(rect=(0, 0, 1, 1 - lines * inch))
-        figure.suptitle(
-            title, y=1 - 0.06 * inch, fontsize=13 * zoom, color=INK, parse_math=False
-        )
-    if note:
-        figure.supxlabel(note, fontsize=9 * zoom, color=INK, parse_math=False)
+            axis.set_yticks([])
+    _write(figure, plan)
     return figure, axes[: len(names)]
 
 
@@ -127,8 +104,56 @@ def kinds() -> list[str]:
     return sorted(Figure().canvas.get_supported_filetypes())
 
 
+class _Plan(NamedTuple):
+    """Where everything goes, in inches."""
+
+    size: tuple[float, float]  # of the figure
+    across: int
+    down: int
+    apart: tuple[float, float]  # the labels of rows, and those of columns
+    is_square: bool  # each cell
+    is_turned: bool  # each label of a column
+    zoom: float  # of letters that a slide must not lose
+    title: str
+    title_height: float
+    note: str
+    note_height: float
+
+
+def _plan(names, rows: Side, columns: Side, title, note, across, below) -> _Plan:
+    """Gives each label, title and panel its room."""
+    cell = _cell(rows, columns)
+    width, height = max(columns.cells * cell, 1.2), max(rows.cells * cell, 0.8)
+    cells = height / rows.cells, width / columns.cells
+    apart = cells[0] * rows.step, cells[1] * columns.step
+    left, above = _depth(rows, apart[0]), _depth(columns, apart[1])
+    is_turned = above > apart[1]
+    across = min(len(names), across)
+    down = math.ceil(len(names) / across)
+    total = max(across * (width + 0.15) + left + 1.3, 4.6)  # a legend is so wide
+    zoom = max(1.0, total / 14)
+    title, note = _wrap(title, 13 * zoom, total), _wrap(note, 9 * zoom, total)
+    title_height = zoom * 0.24 * len(title.splitlines()) + 0.06
+    note_height = zoom * 0.17 * len(note.splitlines()) + 0.06
+    above = (above if is_turned else 0.3) + zoom * (0.45 if any(names) else 0.2)
+    below += title_height + note_height + 0.2
+    return _Plan(
+        size=(total, down * (height + above) + below),
+        across=across,
+        down=down,
+        apart=apart,
+        is_square=abs(cells[0] - cells[1]) < 1e-6,
+        is_turned=is_turned,
+        zoom=zoom,
+        title=title,
+        title_height=title_height,
+        note=note,
+        note_height=note_height,
+    )
+
+
 def _cell(rows: Side, columns: Side) -> float:
-    """Inches of a cell: room for the letters of its label, if each has one."""
+    """How large a cell is: room for the letters of its label, if each has one."""
     cells = max(rows.cells, columns.cells)
     least = 0.11 if min(rows.step, columns.step) == 1 else 0.0
     return min(max(3.6 / cells, least), 0.42)
@@ -140,21 +165,37 @@ def _points(inches: float) -> float:
 
 
 def _depth(side: Side, inches: float) -> float:
-    """How far the longest label reaches, in inches."""
+    """How far the longest label reaches."""
     return max(map(len, side.labels)) * _points(inches) * _LETTER + 0.1
 
 
-def _label(axis: Axes, rows: Side, columns: Side, apart, is_turned: bool) -> None:
+def _label(axis: Axes, rows: Side, columns: Side, plan: _Plan) -> None:
     """Writes the labels, as they are: no token is taken for a formula."""
     axis.xaxis.tick_top()
     axis.xaxis.set_label_position("top")
-    axis.set_xticks(columns.places, columns.labels, rotation=90 if is_turned else 0)
+    axis.set_xticks(columns.places, columns.labels, rotation=90 if plan.is_turned else 0)
     axis.set_yticks(rows.places, rows.labels)
-    for side, inches in zip((axis.yaxis, axis.xaxis), apart, strict=True):
-        for label in side.get_ticklabels():
+    for labelled, inches in zip((axis.yaxis, axis.xaxis), plan.apart, strict=True):
+        for label in labelled.get_ticklabels():
             label.set(color=INK, parse_math=False, fontsize=_points(inches))
     axis.tick_params(color=INK, length=2)
     axis.spines[:].set(color=INK, linewidth=0.5)
+
+
+def _write(figure: Figure, plan: _Plan) -> None:
+    """Writes what stands above and below all panels, and keeps these from it."""
+    inch = 1 / plan.size[1]
+    below, above = plan.note_height * inch, plan.title_height * inch
+    # Left to itself, a compressed layout moves these texts and the panels into each other.
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(rect=(0, below, 1, 1 - below - above))
+    style = {"color": INK, "parse_math": False}
+    top, bottom = 1 - 0.06 * inch, 0.06 * inch
+    if plan.title:
+        figure.suptitle(plan.title, y=top, fontsize=13 * plan.zoom, **style)
+    if plan.note:
+        figure.supxlabel(plan.note, y=bottom, fontsize=9 * plan.zoom, **style)
 
 
 def _wrap(text: str, size: float, inches: float) -> str:

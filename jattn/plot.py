@@ -75,11 +75,7 @@ def weights(
     if max(T, S) <= _MOST_NUMBERS:
         for panel, axis in zip(drawn, axes, strict=True):
             _write_numbers(axis, panel, top)
-    bar = figure.colorbar(images[0], ax=axes, aspect=30, pad=0.02)
-    size = float(axes[0].title.get_fontsize())
-    bar.set_label("weight", color=INK, fontsize=size)
-    bar.ax.tick_params(colors=INK, labelsize=0.85 * size)
-    bar.outline.set(edgecolor=INK, linewidth=0.5)
+    _add_scale(figure, images[0], axes)
     return figure
 
 
@@ -124,8 +120,7 @@ def mask(
     aspect = axis.get_aspect()
     axis.imshow(kinds, cmap=colours, vmin=EMPTY, vmax=FULL, aspect=aspect)
     if max(kinds.shape) <= _MOST_CELLS:
-        axis.hlines(np.arange(1, kinds.shape[0]) - 0.5, *axis.get_xlim(), "white", lw=0.7)
-        axis.vlines(np.arange(1, kinds.shape[1]) - 0.5, *axis.get_ylim(), "white", lw=0.7)
+        _rule(axis, kinds.shape)
     _add_legend(figure, block)
     return figure
 
@@ -177,6 +172,21 @@ def _write_numbers(axis: Axes, panel: np.ndarray, top: float) -> None:
             text = f"{weight:.2f}".removeprefix("0")
             ink = "white" if weight > top / 2 else INK
             axis.text(column, row, text, ha="center", va="center", color=ink, fontsize=7)
+
+
+def _add_scale(figure: Figure, image, axes: list[Axes]) -> None:
+    """Says what the colours of all panels mean."""
+    bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
+    size = float(axes[0].title.get_fontsize())
+    bar.set_label("weight", color=INK, fontsize=size)
+    bar.ax.tick_params(colors=INK, labelsize=0.85 * size)
+    bar.outline.set(edgecolor=INK, linewidth=0.5)
+
+
+def _rule(axis: Axes, shape: tuple[int, ...]) -> None:
+    """Draws lines between the cells."""
+    axis.hlines(np.arange(1, shape[0]) - 0.5, *axis.get_xlim(), "white", lw=0.7)
+    axis.vlines(np.arange(1, shape[1]) - 0.5, *axis.get_ylim(), "white", lw=0.7)
 
 
 def _add_legend(figure: Figure, block: int) -> None:

@@ -21,6 +21,7 @@ from jattn.shapes import (
     flatten_batch,
     measure,
     positions,
+    spread_positions,
     wide_dtype,
 )
 
@@ -51,8 +52,8 @@ class Operands(NamedTuple):
     bias: jax.Array | None  # BNTS, any axis 1
     mask: Arrays
     modifier: Arrays
-    query_position: jax.Array  # BT, B may be 1
-    key_position: jax.Array  # BS, B may be 1
+    query_position: jax.Array | None  # BT, B may be 1, or the first; None: 0, 1, …
+    key_position: jax.Array | None  # BS, likewise
     rng: jax.Array | None
 
 
@@ -104,8 +105,8 @@ def index(problem: Problem, operands: Operands) -> Index:
     return Index(
         b=jnp.arange(sizes.B, dtype=jnp.int32)[:, None, None, None],
         n=jnp.arange(sizes.N, dtype=jnp.int32)[None, :, None, None],
-        t=operands.query_position[:, None, :, None],
-        s=operands.key_position[:, None, None, :],
+        t=spread_positions(operands.query_position, sizes.T)[:, None, :, None],
+        s=spread_positions(operands.key_position, sizes.S)[:, None, None, :],
     )
 
 
@@ -134,7 +135,9 @@ def select_rows(problem: Problem, operands: Operands, rows: jax.Array):
         bias=None if operands.bias is None else cut(operands.bias),
         mask=cut_aligned(operands.mask),
         modifier=cut_aligned(operands.modifier),
-        query_position=jnp.take(operands.query_position, rows, axis=1),
+        query_position=jnp.take(
+            spread_positions(operands.query_position, problem.sizes.T), rows, axis=1
+        ),
     )
 
 
@@ -191,10 +194,11 @@ def _check_scale(where, scale, sizes):
     if scale is None:
         return jnp.asarray(sizes.H**-0.5 if sizes.H else 1.0)
     scale = check_array(where, "scale", scale)
-    if scale.shape != () or not jnp.issubdtype(scale.dtype, jnp.number):
+    real = any(jnp.issubdtype(scale.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    if scale.shape != () or not real:
         raise ValueError(
-            f"{where}: `scale` must be one number, got {scale.dtype}{list(scale.shape)}; "
-            f"a scale per head belongs in `modifier`."
+            f"{where}: `scale` must be one real number, got "
+            f"{scale.dtype}{list(scale.shape)}; a scale per head belongs in `modifier`."
         )
     return scale
 

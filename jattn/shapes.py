@@ -130,31 +130,36 @@ def align(where: str, name: str, array, sizes: Sizes, axes: str = "NTS") -> jax.
     return array.reshape(*batch, *(sides.get(letter, 1) for letter in "NTS"))
 
 
-def positions(where: str, name: str, position, sizes: Sizes, axis: str) -> jax.Array:
-    """The position of each row (axis T) or column (axis S), `1` or `B` by T or S, int32.
+def positions(where: str, name: str, position, sizes: Sizes, axis: str) -> jax.Array | None:
+    """Checks the positions of rows (axis T) or columns (axis S): int32, or None.
 
-    `position` is where the first one stands, an integer, or one integer for each: `T` or
-    `BT`. By default positions count from 0.
+    They are where the first one stands, an integer, or one integer for each, `T` or `BT`;
+    the latter with one batch axis, B or 1.
     """
-    length = getattr(sizes, axis)
-    count = jnp.arange(length, dtype=jnp.int32)[None]
     if position is None:
-        return count
+        return None
+    length = getattr(sizes, axis)
     array = check_array(where, name, position)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(
             f"{where}: `{name}` must hold integers, got {array.dtype}; convert it with "
             f"`.astype(int)`."
         )
-    array = array.astype(jnp.int32)
-    if array.ndim == 0:
-        return array + count
-    if array.shape not in ((length,), (*sizes.batch, length)):
+    if array.shape not in ((), (length,), (*sizes.batch, length)):
         raise ValueError(
             f"{where}: `{name}` must be an integer or have shape {axis} = ({length},) or "
             f"B{axis} = {(*sizes.batch, length)}, got {array.shape}."
         )
-    return array.reshape(-1, length) if array.ndim > 1 else array[None]
+    array = array.astype(jnp.int32)
+    return array if array.ndim == 0 else array.reshape(-1, length)
+
+
+def spread_positions(position: jax.Array | None, length: int) -> jax.Array:
+    """The position of each row or column, B or 1 by length; 0, 1, … by default."""
+    count = jnp.arange(length, dtype=jnp.int32)[None]
+    if position is None:
+        return count
+    return position + count if position.ndim == 0 else position
 
 
 def _check_dtypes(where: str, arrays: dict[str, jax.Array]) -> None:

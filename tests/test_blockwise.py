@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import NamedSharding, PartitionSpec
 
 import jattn
 from jattn import blockwise, definition, layout, masks, modifiers
@@ -48,7 +47,10 @@ CASES = {
     "bias broadcast": (lambda x: {"bias": x, "mask": masks.Causal()}, random(2, 1, 1, 9)),
     "scale": (lambda x: {"scale": x, "mask": masks.Causal(2)}, random()),
     "soft cap": (lambda x: {"modifier": modifiers.SoftCap(1 + x**2)}, random()),
-    "alibi": (lambda x: {"modifier": modifiers.ALiBi(x), "mask": masks.Causal()}, random(4)),
+    "alibi": (
+        lambda x: {"modifier": modifiers.ALiBi(x), "mask": masks.Causal()},
+        random(4),
+    ),
     "relative": (lambda x: {"modifier": modifiers.RelativeBias(x)}, random(4, 7)),
     "sink": (lambda x: {"sink": x, "mask": masks.Causal(-2)}, random(4)),
     "dropout": (
@@ -92,7 +94,9 @@ LADDER = {
     )(*x),
     "checkpoint": lambda f, x, v: GRAD(jax.checkpoint(f))(*x),
     "scan": lambda f, x, v: GRAD(
-        lambda *x: jax.lax.scan(lambda c, a: (c + f(a * x[0], *x[1:]), c), 0.0, x[0][0, :3, 0, 0])[0]
+        lambda *x: jax.lax.scan(
+            lambda c, a: (c + f(a * x[0], *x[1:]), c), 0.0, x[0][0, :3, 0, 0]
+        )[0]
     )(*x),
 }
 
@@ -172,7 +176,9 @@ def test_two_runs_are_bitwise_equal():
     jax.tree.map(np.testing.assert_array_equal, run(*x), run(*x))
 
 
-@pytest.mark.parametrize("axes", [(0, None, None, None), (None, 0, 1, 0), (None,) * 3 + (0,)])
+@pytest.mark.parametrize(
+    "axes", [(0, None, None, None), (None, 0, 1, 0), (None,) * 3 + (0,)]
+)
 def test_vmap_of_any_operand_is_a_loop(axes, small_blocks):
     def one(query, key, value, ids):
         mask = lambda b, n, t, s: (ids[t] == ids[s]) & (t >= s)
@@ -214,7 +220,9 @@ def test_export_with_symbolic_sizes_for_all_platforms():
         x = inputs(T=T, S=S, H=16, D=16, dtype=jnp.float32)
         want = both(*x)
         jax.tree.map(
-            functools.partial(np.testing.assert_allclose, atol=2e-5), exported.call(*x), want
+            functools.partial(np.testing.assert_allclose, atol=2e-5),
+            exported.call(*x),
+            want,
         )
 
 

@@ -130,7 +130,7 @@ MESSAGES = {
     ),
     "scale_per_head": (
         lambda: attend(scale=jnp.ones(4)),
-        "attention: `scale` must be one number, got float32[4]",
+        "attention: `scale` must be one real number, got float32[4]",
     ),
     "positions_of_another_length": (
         lambda: attend(query_position=jnp.arange(4)),

@@ -50,21 +50,19 @@ def test_derivatives_of_the_definition_are_right(case):
 
 @pytest.mark.parametrize("wrong", ["query", "key", "value"])
 def test_a_derivative_wrong_by_a_thousandth_is_caught(wrong):
-    @jax.custom_vjp
+    @jax.custom_jvp
     def almost_identity(x):
         return x
 
-    almost_identity.defvjp(lambda x: (x, None), lambda _, ct: (ct * 1.001,))
+    almost_identity.defjvp(lambda x, tangent: (x[0], tangent[0] * 1.001))
 
     def state(query, key, value, **options):
         inputs = {"query": query, "key": key, "value": value}
         inputs[wrong] = almost_identity(inputs[wrong])
         return definition.attention_state(**inputs, **options)
 
-    # custom_vjp has no tangents: the check is of the gradient alone.
-    with pytest.raises((AssertionError, TypeError)) as caught:
+    with pytest.raises(AssertionError, match="d_"):
         check_gradients(state, by_name["plain"])
-    assert caught.type is AssertionError
 
 
 def test_every_floating_input_has_a_gradient():

@@ -106,6 +106,9 @@ def test_weights_that_are_no_number_are_grey_and_the_picture_says_so():
         ((4, 12, 12), ["incomprehensibilities"] * 12),
         ((8, 64, 64), (WORDS)[:64]),
         ((2, 3, 2, 40), None),
+        ((2, 300, 300), None),
+        ((1, 65, 200), None),
+        ((20, 3, 3), None),
         ((1, 300, 300), (WORDS * 5)[:300]),
     ],
     ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else "",
@@ -126,7 +129,9 @@ def test_a_title_of_several_lines_stays_above_the_panels(words):
     assert title.get_window_extent().y0 > below.y1
 
 
-@pytest.mark.parametrize("size", [(1, 1, 1), (4, 40, 1), (2048, 2048, 128), (5, 900, None)])
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (4, 40, 1), (2048, 2048, 128), (5, 900, None), (7, 1, 128)]
+)
 def test_no_letter_of_a_mask_is_cut_off(size):
     T, S, block = size
     assert_all_inside(plot.mask(Causal(), T, S, block=block, title="Causal() " * 9))

@@ -1,0 +1,210 @@
+"""A jaxpr as a graph in which one-sided values are already computed.
+
+Calls are inlined and a `cond` is a selection. A value that looks at no more than
+one side of the attention matrix (the query or the key) is exact and held at every
+position of it; one that looks at both is left for the blocks (see `blocks`).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from jattn.blocks import rearrange as rearrange  # registers its rules
+from jattn.blocks import rules as rules  # likewise
+from jattn.blocks.intervals import (
+    Interval,
+    Operation,
+    apply,
+    has_rule,
+    is_real,
+    point,
+    unknown,
+)
+
+QUERY, KEY = 2, 3  # The axes of the two sides.
+
+_LEAD = 4
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
+_DIVISIONS = {"floor_divide": jnp.floor_divide, "remainder": jnp.remainder}
+_MAX_DEPTH = 150  # Of nested operations on both sides; Python's stack is finite.
+_MAX_SIZE = 2**24  # Of a one-sided value; beyond it, intervals must serve.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """A value in the function.
+
+    Attributes:
+        operation: What computes it, an `Operation`; None for an input.
+        operands: Of the operation.
+        sides: Which of QUERY and KEY it looks at.
+        dense: Its value at every position, an `Interval`; None if it looks at both sides.
+        depth: The longest chain of operations without a dense value below it.
+    """
+
+    operation: Any
+    operands: tuple["Node", ...]
+    sides: frozenset[int]
+    dense: Any
+    depth: int = 0
+
+
+def concrete(array):
+    """Returns a numpy array, unless it is traced."""
+    return array if isinstance(array, jax.core.Tracer) else np.asarray(array)
+
+
+def constant(array) -> Node:
+    """Returns an array that the function holds as a node."""
+    if not is_real(array):
+        return _unknown(array)
+    array = concrete(array)
+    value = point(array.reshape((1,) * _LEAD + array.shape))
+    return Node(None, (), frozenset(), value)
+
+
+def trace(jaxpr, inputs: list[Node], consts: list[Node] | None = None) -> list[Node]:
+    """Returns the outputs of a jaxpr, closed or with its constants given, as nodes."""
+    if consts is None:
+        consts = [constant(c) for c in getattr(jaxpr, "consts", ())]
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    nodes = dict(zip(jaxpr.constvars, consts, strict=True))
+    nodes |= dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom):
+        if not isinstance(atom, Literal):
+            return nodes[atom]
+        return constant(np.asarray(atom.val, getattr(atom.aval, "dtype", None)))
+
+    for eqn in jaxpr.eqns:
+        results = _equation(eqn, [read(atom) for atom in eqn.invars])
+        nodes |= dict(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _equation(eqn, operands: list[Node]) -> list[Node]:
+    name, results = eqn.primitive.name, [v.aval for v in eqn.outvars]
+    avals = tuple(atom.aval for atom in eqn.invars)
+    if name in _CALLS and _CALLS[name] in eqn.params:
+        if _is_division(eqn, avals):
+            return [_node(Operation(eqn.params["name"], {}, avals, *results), operands)]
+        return trace(eqn.params[_CALLS[name]], operands)
+    if name == "cond":
+        return _cond(eqn, operands, avals[0])
+    if not has_rule(name) and (folded := _folded(eqn, operands)):
+        return folded
+    if len(results) != 1:
+        return [_unknown(aval) for aval in results]
+    return [_node(Operation(name, eqn.params, avals, *results), operands)]
+
+
+def _cond(eqn, operands: list[Node], which) -> list[Node]:
+    """Evaluates all branches: each is pure, and the predicate selects."""
+    index, *rest = operands
+    branches = [trace(branch, rest) for branch in eqn.params["branches"]]
+    return [
+        _node(
+            Operation("select_n", {}, (which, *[v.aval] * len(cases)), v.aval),
+            [index, *cases],
+        )
+        for v, *cases in zip(eqn.outvars, *branches, strict=True)
+    ]
+
+
+def _unknown(aval) -> Node:
+    return Node(None, (), frozenset(), unknown(aval))
+
+
+def _node(operation: Operation, operands: list[Node]) -> Node:
+    sides = frozenset().union(*(x.sides for x in operands))
+    values = [x.dense for x in operands]
+    is_dense = len(sides) < 2 and None not in values
+    if is_dense and size(values, operation.result) <= _MAX_SIZE:
+        return Node(operation, tuple(operands), sides, apply(operation, values))
+    depth = 1 + max((x.depth for x in operands), default=0)
+    if depth > _MAX_DEPTH:
+        return _unknown(operation.result)
+    return Node(operation, tuple(operands), sides, None, depth)
+
+
+def size(operands: list[Interval], result) -> int:
+    """Returns how many numbers an operation on intervals makes."""
+    lead = np.broadcast_shapes(*(x.lo.shape[:_LEAD] for x in operands))
+    return math.prod(lead + result.shape)
+
+
+@functools.cache
+def _division(name: str, avals) -> str:
+    """Returns the printed jaxpr of an integer `//` or `%`."""
+    operands = [
+        jax.ShapeDtypeStruct((), aval.dtype, weak_type=aval.weak_type) for aval in avals
+    ]
+    (eqn,) = jax.make_jaxpr(_DIVISIONS[name])(*operands).eqns
+    return str(eqn.params["jaxpr"])
+
+
+def _is_division(eqn, avals) -> bool:
+    """Returns whether a call is jnp's `//` or `%` of integers, by its very jaxpr.
+
+    They round towards −∞ by looking at signs, which intervals cannot follow.
+    """
+    name = eqn.params.get("name")
+    if name not in _DIVISIONS or len(avals) != 2:
+        return False
+    if any(a.shape or not jnp.issubdtype(a.dtype, jnp.integer) for a in avals):
+        return False
+    return str(eqn.params["jaxpr"]) == _division(name, avals)
+
+
+def _folded(eqn, operands: list[Node]) -> list[Node] | None:
+    """Runs a primitive without a rule, such as a search, if it sees one side only."""
+    values, results = [x.dense for x in operands], [v.aval for v in eqn.outvars]
+    # Not for floats: run elsewhere, they may differ in the last place.
+    floats = [not is_real(a) or jnp.issubdtype(a.dtype, jnp.floating) for a in results]
+    sides = frozenset().union(*(x.sides for x in operands))
+    single = all(x is not None and x.lo is x.hi for x in values)
+    if eqn.effects or any(floats) or len(sides) > 1 or not single:
+        return None
+    if sum(size(values, aval) for aval in results) > _MAX_SIZE:
+        return None
+    arrays = [x.lo for x in values]
+    known = all(isinstance(array, np.ndarray) for array in arrays)
+    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+        outputs = _run(eqn, arrays)
+    return [Node(None, (), sides, point(concrete(output))) for output in outputs]
+
+
+def _run(eqn, arrays):
+    """Runs a primitive at every point of the leading axes of its operands."""
+    lead = np.broadcast_shapes(*(array.shape[:_LEAD] for array in arrays))
+    axes, flat = [], []
+    for array in arrays:
+        shape = array.shape[_LEAD:]
+        varies = array.shape[:_LEAD] != (1,) * _LEAD
+        whole = jnp.broadcast_to(array, (lead if varies else (1,) * _LEAD) + shape)
+        flat.append(whole.reshape((-1,) * varies + shape))
+        axes.append(0 if varies else None)
+    function = lambda *xs: eqn.primitive.bind(*xs, **eqn.params)
+    varies = any(axis == 0 for axis in axes)
+    outputs = (jax.vmap(function, tuple(axes)) if varies else function)(*flat)
+    outputs = outputs if eqn.primitive.multiple_results else [outputs]
+    return [
+        x.reshape(lead + v.aval.shape) for x, v in zip(outputs, eqn.outvars, strict=True)
+    ]

@@ -1,0 +1,38 @@
+"""Which blocks of a call can be skipped, and which need no mask.
+
+One table serves every implementation: for each block of queries and block of keys, whether
+the mask lets no pair, some pairs or all pairs of it attend. It comes from the mask's
+program by `jattn.blocks`, in work and memory that grow with the number of blocks and with
+T + S, never with T × S. Blocks on which the modifier answers −∞ to everything are empty.
+"""
+
+import numpy as np
+
+from jattn.blocks import table
+from jattn.problem import Operands, Problem
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: int):
+    """The kind of every block: int8, B or 1 × N or 1 × query blocks × key blocks.
+
+    NumPy's where nothing is traced, and in the graph otherwise. With symbolic sizes every
+    block counts as partial.
+    """
+    B, N, T, S = problem.sizes.BNTS
+    shape = (1, 1, -(-T // block_q), -(-S // block_kv))
+    if not all(isinstance(size, int) for size in (B, N, T, S)):
+        return np.full(shape, PARTIAL, np.int8)  # NumPy refuses, see `layout`
+    kinds = np.full(shape, FULL, np.int8)
+    positions = (operands.query_position, operands.key_position)
+    points = table.grid((B, N, T, S), (block_q, block_kv), *positions)
+    if problem.mask is not None:
+        kinds = table.classify(
+            problem.mask.jaxpr, operands.mask.captured, points, operands.mask.aligned
+        )
+    if problem.modifier is not None:
+        captured, aligned = operands.modifier
+        dead = table.dead_blocks(problem.modifier.jaxpr, captured, points, aligned)
+        kinds = kinds * ~dead
+    return kinds
