@@ -46,7 +46,7 @@ def imports(module: str):
                 yield node.module
 
 
-@pytest.mark.parametrize("module", LEVEL)
+@pytest.mark.parametrize("module", sorted(LEVEL))
 def test_module_imports_earlier_layers_only(module):
     own = {name.removeprefix("jattn.") for name in imports(module) if "jattn." in name}
     later = {name for name in own if LEVEL.get(name, 99) >= LEVEL[module]}
@@ -62,7 +62,7 @@ def test_every_module_has_a_layer():
     assert found == set(LEVEL)  # and no module is listed that is not there
 
 
-@pytest.mark.parametrize("module", LEVEL)
+@pytest.mark.parametrize("module", sorted(LEVEL))
 def test_core_depends_on_jax_and_chex_alone(module):
     import sys
 
