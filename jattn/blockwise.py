@@ -208,6 +208,8 @@ def _visit(schedule, head: Head, i, count, body, carry):
         return _loop(count, body(False), carry)
     order, full, live = schedule.at(head.at["B"], head.at["K"], i)
     at = lambda masked: lambda turn, carry: body(masked)(order[turn], carry)
+    if not schedule.masked:
+        return lax.fori_loop(0, live, at(False), carry)
     carry = lax.fori_loop(0, full, at(False), carry)
     return lax.fori_loop(full, live, at(True), carry)
 

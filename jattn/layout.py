@@ -236,7 +236,7 @@ class Schedule(NamedTuple):
     order: jax.Array
     full: jax.Array
     live: jax.Array
-    plain: bool  # all are full
+    masked: bool  # whether a partial tile has a mask to apply; else a modifier hides it
 
     def at(self, b, k, i):
         """Of one block: its order, and where the full and the partial ones end."""
@@ -259,7 +259,8 @@ def schedules(layout: Layout) -> tuple[Schedule, Schedule]:
         last = xp.arange(table.shape[-1]) == table.shape[-1] - 1
         table = xp.where(last, xp.minimum(table, skipping.PARTIAL), table)
     table = _common(xp, _common(xp, table, 0, plan.B), 1, plan.K * plan.G)
-    return _schedule(xp, table), _schedule(xp, xp.swapaxes(table, 2, 3))
+    masked = problem.mask is not None or layout.has_padding
+    return _schedule(xp, table, masked), _schedule(xp, xp.swapaxes(table, 2, 3), masked)
 
 
 def _common(xp, table, axis, size):
@@ -273,8 +274,8 @@ def _common(xp, table, axis, size):
     return xp.where(low == high, low, xp.full_like(low, skipping.PARTIAL))
 
 
-def _schedule(xp, table) -> Schedule:
+def _schedule(xp, table, masked: bool) -> Schedule:
     order = xp.argsort(skipping.FULL - table, axis=-1, stable=True).astype(xp.int32)
     full = xp.sum(table == skipping.FULL, axis=-1, dtype=xp.int32)
     live = xp.sum(table != skipping.EMPTY, axis=-1, dtype=xp.int32)
-    return Schedule(*map(jnp.asarray, (order, full, live)), False)
+    return Schedule(jnp.asarray(order), jnp.asarray(full), jnp.asarray(live), masked)

@@ -22,7 +22,7 @@ CHECKS = (
     ("causal", "float32"),
     ("causal_with_empty_rows", "bfloat16"),
     ("segments_with_padding", "float32"),
-    ("capped_bias", "float64"),
+    ("capped_bias", "float32"),
 )
 _ROUNDINGS = 4
 
