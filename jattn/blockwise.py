@@ -180,16 +180,17 @@ class Head(NamedTuple):
     aligned: Aligned
 
 
-def _heads(layout: Layout, body, carry):
-    """Runs `body(head, b, k, carry)` for every step in B and K."""
+def _heads(layout: Layout, body, carry, folded=False):
+    """Runs `body(head, carry)` for every step in B and K; folded keys stay BSK…."""
     counts = layout.counts
 
     def step(index, carry):
         b, k = index // counts["K"], index % counts["K"]
         cut = lambda x, axes: layout.cut(x, axes, B=b, K=k)
         aligned = jax.tree.map(lambda x: cut(x, "BKGTS"), layout.aligned)
-        key = jnp.moveaxis(cut(layout.key, "BSK."), 2, 1)
-        value = jnp.moveaxis(cut(layout.value, "BSK."), 2, 1)
+        key, value = cut(layout.key, "BSK."), cut(layout.value, "BSK.")
+        if not folded:
+            key, value = jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1)
         return body(Head({"B": b, "K": k}, key, value, aligned), carry)
 
     return _loop(counts["B"] * counts["K"], step, carry)
@@ -220,7 +221,19 @@ def _dot(spec: str, x, y, wide):
 
 def forward(layout: Layout):
     """The output BTND and the logsumexp BTN."""
+    if not layout.plan.folded:
+        return _forward(layout)
+    # Folded heads mix in products with zeros, which keep them apart while all is finite.
+    folded = _forward(layout)
+    spoiled = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(x)) for x in folded))
+    plan = layout.plan._replace(folded=False)
+    apart = Layout(layout.problem, layout.operands, plan, wide=not layout.narrow)
+    return lax.cond(spoiled, lambda: _forward(apart), lambda: folded)
+
+
+def _forward(layout: Layout):
     sizes, wide = layout.problem.sizes, layout.problem.wide
+    folded, scale = layout.plan.folded, layout.operands.scale
     by_query, _ = schedules(layout)
     shape = (sizes.B, layout.padded["T"], sizes.K, sizes.G)
     output = jnp.zeros((*shape, sizes.D), layout.problem.dtype)
@@ -228,7 +241,8 @@ def forward(layout: Layout):
     def one_head(head, carry):
         def one_block(i, carry):
             query = layout.rows(layout.query, T=i, **head.at)
-            query = layout.scaled(query)
+            # In float32, so that scaling before the product costs nothing and is exact.
+            query = layout.scaled(query) if folded else query.astype(wide) * scale
             body = functools.partial(_forward_tile, layout, head, query, i)
             rows = query.shape[:3]
             start = (
@@ -244,19 +258,23 @@ def forward(layout: Layout):
 
         return _loop(layout.counts["T"], one_block, carry)
 
-    output, logsumexp = _heads(layout, one_head, (output, jnp.zeros(shape, wide)))
+    start = (output, jnp.zeros(shape, wide))
+    output, logsumexp = _heads(layout, one_head, start, folded)
     return layout.unqueries(output), layout.unqueries(logsumexp)
 
 
 def _forward_tile(layout, head, query, i, masked):
     """The body of the loop over the tiles of one query block."""
+    folded = layout.plan.folded
 
     def body(j, carry):
         row_max, row_sum, output = carry
         view = Tile(layout, head.aligned, i, j)
-        key = layout.narrowed(layout.cut(head.key, "BKS.", S=j))
-        value = layout.narrowed(layout.cut(head.value, "BKS.", S=j))
-        logits = view.logits(_products(layout, query, key), view.active)
+        axes = "BSK." if folded else "BKS."
+        key = layout.cut(head.key, axes, S=j)
+        value = layout.narrowed(layout.cut(head.value, axes, S=j))
+        products = (_folded_products if folded else _products)(layout, query, key)
+        logits = view.logits(products, view.active)
         allowed = view.allowed() if masked else None
         if masked:
             logits = jnp.where(allowed, logits, -jnp.inf)
@@ -266,15 +284,39 @@ def _forward_tile(layout, head, query, i, masked):
         shrink = jnp.exp(row_max - safe)
         row_sum = row_sum * shrink + jnp.sum(weights, axis=-1)
         weights = layout.narrowed(view.drop(weights))
-        part = _sums(weights, value, allowed)
+        part = _folded_sums(weights, value) if folded else _sums(weights, value, allowed)
         return top, row_sum, output * shrink[..., None] + part
 
     return body
 
 
-def _products(layout, query, key):
-    products = _dot("BKRH,BKSH->BKRS", query, key, layout.problem.wide)
+def _folded_products(layout, query, key):
+    """Queries BKRH by keys BSKH as one product, which reads the keys where they lie.
+
+    Each query has zeros for the heads that are not its own: K times the arithmetic, which
+    is little beside moving the keys of each head together.
+    """
+    B, K, R, H = query.shape
+    own = jnp.eye(K, dtype=bool)[None, :, None, :, None]
+    query = jnp.where(own, query[:, :, :, None], 0).reshape(B, K * R, K * H)
+    key = layout.narrowed(key).reshape(*key.shape[:2], K * H)
+    products = _dot("BSX,BYX->BSY", key, query, layout.problem.wide)
+    products = jnp.swapaxes(products, 1, 2).reshape(B, K, R, -1)
     return products * layout.operands.scale if layout.narrow else products
+
+
+def _folded_sums(weights, value):
+    """Values BSKD in proportion to weights BKRS, all heads as one product."""
+    B, K, R, S = weights.shape
+    wide = jnp.promote_types(weights.dtype, jnp.float32)
+    value = value.reshape(B, S, -1)
+    sums = _dot("BYS,BSX->BYX", weights.reshape(B, K * R, S), value, wide)
+    return jnp.einsum("BKRKD->BKRD", sums.reshape(B, K, R, K, -1))
+
+
+def _products(layout, query, key):
+    wide = layout.problem.wide
+    return _dot("BKRH,BKSH->BKRS", query, key.astype(wide), wide)
 
 
 def _sums(weights, value, allowed):

@@ -26,6 +26,11 @@ class Plan(NamedTuple):
     G: int  # query heads for each of these: all
     T: int  # queries
     S: int  # keys
+    folded: bool = False  # whether the forward pass takes heads as one
+
+
+# With as few rows to a key/value head, reading the keys is what takes time.
+FEW_ROWS = 8
 
 
 def plan(problem: Problem, spread: bool) -> Plan:
@@ -38,6 +43,11 @@ def plan(problem: Problem, spread: bool) -> Plan:
     S = _even(sizes.S, columns)
     if spread:  # all examples and heads, for a loop over them would cut a divided axis
         return Plan(sizes.B, sizes.K, sizes.G, T, S)
+    if sizes.G * sizes.T <= FEW_ROWS and sizes.K > 1:
+        K = _divisor(sizes.K, 64 // (sizes.G * sizes.T))
+        S = _even(sizes.S, 8192)
+        B = _divisor(sizes.B, 2**19 // (S * K * max(sizes.H, 1))) if K == sizes.K else 1
+        return Plan(B, K, sizes.G, T, S, folded=True)
     fit = max(1, 2**19 // (T * S * sizes.G))
     K = _divisor(sizes.K, fit)
     B = _divisor(sizes.B, fit // K) if K == sizes.K else 1
@@ -181,7 +191,7 @@ class Layout:
 
     def put_row_blocks(self, array, part, **at):
         """Writes what `row_blocks` reads."""
-        count, B, K, GT, *rest = part.shape
+        count, B, K, _, *rest = part.shape
         G, T = self.plan.G, self.plan.T
         part = jnp.moveaxis(part.reshape(count, B, K, G, T, *rest), (0, 4), (1, 2))
         part = part.reshape(B, count * T, K, G, *rest)
