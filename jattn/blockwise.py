@@ -21,7 +21,7 @@ from jax import lax
 from jattn import tile
 from jattn.dropout import keep, words
 from jattn.layout import Aligned, Layout, plan, rows_plan, schedules
-from jattn.operation import Operation
+from jattn.operation import Operation, retype
 from jattn.pointwise import Arrays, Index
 from jattn.problem import Operands, Problem, index
 from jattn.state import State
@@ -66,16 +66,17 @@ class Attention(Operation):
     @property
     def elements(self):
         """Two tiles."""
-        B, K, G, T, S = plan(self.problem, spread=False)
+        B, K, G, T, S, *_ = plan(self.problem, spread=False)
         return 2 * B * K * G * T * S
 
-    def shapes(self, *leaves):
+    def types(self, *types):
         """BTND and BTN."""
-        del leaves
         B, N, T, _ = self.problem.sizes.BNTS
+        query = types[0]
+        spec = query.sharding.spec[:3]
         return [
-            jax.ShapeDtypeStruct((B, T, N, self.problem.sizes.D), self.problem.dtype),
-            jax.ShapeDtypeStruct((B, T, N), self.problem.wide),
+            retype(query, (B, T, N, self.problem.sizes.D), spec=(*spec, None)),
+            retype(query, (B, T, N), self.problem.wide, spec),
         ]
 
     def fast(self, *leaves, spread):

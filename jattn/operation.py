@@ -43,9 +43,9 @@ class Operation:
     names: tuple[str, ...] = ()
     elements = 0
 
-    def shapes(self, *arrays) -> list[jax.ShapeDtypeStruct]:
-        """The shapes and dtypes of the outputs, for those of the arguments."""
-        raise TypeError(f"{type(self).__name__} must define `shapes`")
+    def types(self, *types) -> list:
+        """The types of the outputs, as `jax.typeof` gives them, for the arguments'."""
+        raise TypeError(f"{type(self).__name__} must define `types`")
 
     def fast(self, *arrays, spread: bool):
         """Computes it; `spread` says that the arrays may lie on several devices."""
@@ -77,7 +77,7 @@ class Operation:
 
     def __call__(self, *arrays) -> tuple[jax.Array, ...]:
         """Runs it, differentiably."""
-        return tuple(_primitive.bind(*arrays, operation=self))
+        return tuple(_primitive.bind(*_vary(arrays), operation=self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +113,9 @@ class Pushforward(_Derivative):
         """The tangents."""
         return sum(self.active)
 
-    def shapes(self, *arrays):
+    def types(self, *types):
         """Those of the outputs."""
-        return self.operation.shapes(*self.split(arrays)[0])
+        return self.operation.types(*self.split(types)[0])
 
     def fast(self, *arrays, spread):
         """By the operation's own rule."""
@@ -146,9 +146,9 @@ class Pullback(_Derivative):
         """The cotangents."""
         return self.operation.outputs
 
-    def shapes(self, *arrays):
+    def types(self, *types):
         """Those of the active arguments."""
-        return _choose(self.active, arrays[: len(self.active)])
+        return _choose(self.active, types[: len(self.active)])
 
     def fast(self, *arrays, spread):
         """By the operation's own rule."""
@@ -204,15 +204,15 @@ class Mapped(Operation):
         """Those of the slices that run at once."""
         return self.chunk * self.operation.elements
 
-    def shapes(self, *arrays):
+    def types(self, *types):
         """Those of the operation, with the new axis where stacked."""
         inner = [
-            jax.ShapeDtypeStruct(x.shape[1:] if mapped else x.shape, x.dtype)
-            for x, mapped in zip(arrays, self.mapped, strict=True)
+            retype(x, x.shape[1:], spec=x.sharding.spec[1:]) if mapped else x
+            for x, mapped in zip(types, self.mapped, strict=True)
         ]
         return [
-            x if summed else jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype)
-            for x, summed in zip(self.operation.shapes(*inner), self.summed, strict=True)
+            x if summed else retype(x, (self.size, *x.shape), spec=(None, *x.sharding.spec))
+            for x, summed in zip(self.operation.types(*inner), self.summed, strict=True)
         ]
 
     def fast(self, *arrays, spread):
@@ -258,10 +258,10 @@ class Mapped(Operation):
             part(x) if mapped else x for x, mapped in zip(arrays, self.mapped, strict=True)
         ]
         head = lambda x: x[: count * chunk].reshape(count, chunk, *x.shape[1:])
-        shapes = self.shapes(*arrays)
+        types = self.types(*map(jax.typeof, arrays))
         sums = [
             jnp.zeros(x.shape, x.dtype)
-            for x, summed in zip(shapes, self.summed, strict=True)
+            for x, summed in zip(types, self.summed, strict=True)
             if summed
         ]
 
@@ -324,11 +324,25 @@ def _run(*arrays, operation):
 
 
 @_primitive.def_abstract_eval
-def _abstract(*arrays, operation):
-    varying = frozenset().union(*(getattr(x, "vma", frozenset()) for x in arrays))
-    options = {"vma": varying} if varying else {}
-    shapes = operation.shapes(*arrays)
-    return [jax.core.ShapedArray(x.shape, x.dtype, **options) for x in shapes]
+def _abstract(*types, operation):
+    return operation.types(*types)
+
+
+def retype(like, shape, dtype=None, spec=None):
+    """The type of an array that lies where one of type `like` does."""
+    spec = like.sharding.spec if spec is None else spec
+    sharding = like.sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    return like.update(shape=shape, dtype=dtype, sharding=sharding, weak_type=False)
+
+
+def _vary(arrays):
+    """The arrays, made to vary over every axis of a `shard_map` that one varies over."""
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = frozenset().union(*axes)
+    return [
+        jax.lax.pcast(x, tuple(union - own), to="varying") if union - own else x
+        for x, own in zip(arrays, axes, strict=True)
+    ]
 
 
 def _jvp(primals, tangents, *, operation):
@@ -376,6 +390,9 @@ def _batch(arrays, axes, *, operation):
 
 def _lower(context, *arrays, operation):
     fast = functools.partial(operation.fast, spread=_is_spread(context))
+    # Inside, shapes are all that matters: not how the arrays lie on a mesh.
+    plain = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
+    context = context.replace(avals_in=plain)
     return mlir.lower_fun(fast, multiple_results=True)(context, *arrays)
 
 
