@@ -24,6 +24,7 @@ from jattn.layout import Aligned, Layout, plan, rows_plan, schedules
 from jattn.operation import Operation, retype
 from jattn.pointwise import Arrays, Index
 from jattn.problem import Operands, Problem, index
+from jattn.shapes import wide_dtype
 from jattn.state import State
 
 
@@ -309,7 +310,7 @@ def _folded_products(layout, query, key):
 def _folded_sums(weights, value):
     """Values BSKD in proportion to weights BKRS, all heads as one product."""
     B, K, R, S = weights.shape
-    wide = jnp.promote_types(weights.dtype, jnp.float32)
+    wide = wide_dtype(weights.dtype)
     value = value.reshape(B, S, -1)
     sums = _dot("BYS,BSX->BYX", weights.reshape(B, K * R, S), value, wide)
     return jnp.einsum("BKRKD->BKRD", sums.reshape(B, K, R, K, -1))
@@ -326,7 +327,7 @@ def _sums(weights, value, allowed):
     What is not finite in a value counts as 0 where there is a mask, for 0 · NaN is NaN;
     a row that sees some gets NaN after the sum.
     """
-    wide = jnp.promote_types(weights.dtype, jnp.float32)
+    wide = wide_dtype(weights.dtype)
     if allowed is None:
         return _dot("BKRS,BKSD->BKRD", weights, value, wide)
     value, poison = tile.isolate(value)
