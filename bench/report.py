@@ -1,0 +1,176 @@
+"""The figures of a run, as lines of text and as JSON."""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+from collections.abc import Iterator
+
+import jax
+
+import jattn
+from bench.candidates import PASSES, num_cores
+
+LEGEND = """\
+× jattn   time by that of jattn's own choice, marked *: above 1, jattn is faster
+±         half the range that holds the middle half of the times
+error     largest |output − output in float64|, over some of the queries; ≠ if it is more
+          than 30 times jattn's: not the same function, at empty rows for instance
+compile, temporaries   of forward / of forward+backward"""
+COLUMNS = (
+    ("", 16, "<"),
+    ("forward", 16, ">"),
+    ("× jattn", 10, ">"),
+    ("fwd+bwd", 18, ">"),
+    ("× jattn", 10, ">"),
+    ("error", 11, ">"),
+    ("compile", 15, ">"),
+    ("temporaries", 19, ">"),
+)
+
+
+def header(dtype: str, peers, missing) -> dict:
+    """Where and with what a run is made."""
+    versions = {"jattn": jattn.__version__, "jax": jax.__version__}
+    installed = [name for name in peers if name not in ("jax_nn", *missing)]
+    versions |= {name: importlib.metadata.version(name) for name in installed}
+    device = jax.devices()[0]
+    return {
+        "device": processor() if device.platform == "cpu" else device.device_kind,
+        "platform": device.platform,
+        "cores": num_cores(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "dtype": dtype,
+        "missing": list(missing),
+    }
+
+
+def processor() -> str:
+    """What the processor calls itself, where it can be found out."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def opening(facts: dict) -> str:
+    """The header, and what the columns mean."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        f"{facts['platform']}: {facts['device']}, {facts['cores']} cores, {facts['dtype']}",
+        f"{versions}, Python {facts['python']}",
+        *(f"{name}: not installed, left out" for name in facts["missing"]),
+    ]
+    return "\n".join([*lines, "", LEGEND])
+
+
+def table(record: dict) -> str:
+    """One row of the run: its name, and a line for each candidate."""
+    lines = ["", f"{record['case']}   {shape_text(record['shape'])}"]
+    lines.append(_line(name for name, _, _ in COLUMNS))
+    for name, figures in record["candidates"].items():
+        star = " *" if name == record["chosen"] else ""
+        is_ok = figures["status"] == "ok"
+        cells = _cells(figures) if is_ok else [figures["status"]]
+        lines.append(_line([name + star, *cells]))
+    reasons = [
+        f"  {name}: {figures['reason']}"
+        for name, figures in record["candidates"].items()
+        if figures.get("reason")
+    ]
+    return "\n".join(lines + reasons)
+
+
+def shape_text(shape: dict[str, int]) -> str:
+    """The letters and sizes, without those that follow from others."""
+    follows = {"K": "N", "S": "T", "D": "H"}
+    return " ".join(
+        f"{letter}={size}"
+        for letter, size in shape.items()
+        if letter not in follows or size != shape[follows[letter]]
+    )
+
+
+def _line(cells) -> str:
+    columns = zip(cells, COLUMNS, strict=False)
+    return "".join(f"{cell:{side}{width}}" for cell, (_, width, side) in columns).rstrip()
+
+
+def _cells(figures: dict) -> Iterator[str]:
+    passes = [figures["passes"][name] for name in PASSES]
+    for one in passes:
+        yield f"{duration(one['seconds'])} ±{100 * one['spread']:2.0f}%"
+        yield ratio_text(one["ratio"])
+    yield f"{figures['error']:.1e}" + ("  " if figures["same"] else " ≠")
+    compiling = [one["compile_seconds"] for one in passes]
+    yield "–" if None in compiling else " / ".join(f"{x:.1f}" for x in compiling) + " s"
+    memory = [one["temporaries_bytes"] for one in passes]
+    mebibytes = (f"{x / 2**20:.3g}" for x in memory if x is not None)
+    yield "–" if None in memory else " / ".join(mebibytes) + " MiB"
+
+
+def ratio_text(ratio: float) -> str:
+    """A ratio in three digits, or four."""
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """A time in three digits."""
+    for unit, size in (("s ", 1), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def closing(records: list[dict]) -> str:
+    """The mean ratio of each candidate, over the rows that it has."""
+    lines = ["", _line(["geometric mean", "forward", "× jattn", "fwd+bwd", "× jattn"])]
+    for name in dict.fromkeys(name for record in records for name in record["candidates"]):
+        every = [record["candidates"][name] for record in records]
+        every = [figures["passes"] for figures in every if figures["status"] == "ok"]
+        if every:
+            means = [
+                statistics.geometric_mean(x[label]["ratio"] for x in every)
+                for label in PASSES
+            ]
+            count = f"{len(every)} of {len(records)} rows"
+            lines.append(
+                _line([name, "", *map(ratio_text, (means[0],)), "", ratio_text(means[1])])
+                + f"   {count}"
+            )
+    return "\n".join(lines)
+
+
+def write_json(path: pathlib.Path, facts: dict, records: list[dict]) -> None:
+    """All figures, every single time among them; what is not finite becomes null."""
+    text = json.dumps(_finite({"header": facts, "rows": records}), indent=1)
+    with replacing(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path):
+    """A binary file that takes the place of `path` when all of it is written."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _finite(x):
+    if isinstance(x, dict):
+        return {name: _finite(y) for name, y in x.items()}
+    if isinstance(x, list):
+        return [_finite(y) for y in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
