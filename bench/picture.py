@@ -87,7 +87,7 @@ def _draw_scale(panel, bars) -> None:
         if figures["status"] == "ok"
         for label in PASSES
     ]
-    low, high = min([0.7, *ratios]), max([1.5, *ratios])
+    low, high = min([0.5, *ratios]), max([2.0, *ratios])
     room = (high / low) ** 0.15
     panel.set_xscale("log")
     panel.set_xlim(low / room, high * room)
