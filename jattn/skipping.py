@@ -6,6 +6,7 @@ program by `jattn.blocks`, in work and memory that grow with the number of block
 T + S, never with T × S. Blocks on which the modifier answers −∞ to everything are empty.
 """
 
+import jax.numpy as jnp
 import numpy as np
 
 from jattn.blocks import table
@@ -23,7 +24,7 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
     B, N, T, S = problem.sizes.BNTS
     shape = (1, 1, -(-T // block_q), -(-S // block_kv))
     if not all(isinstance(size, int) for size in (B, N, T, S)):
-        return np.full(shape, PARTIAL, np.int8)  # NumPy refuses, see `layout`
+        return jnp.full(shape, PARTIAL, jnp.int8)
     kinds = np.full(shape, FULL, np.int8)
     positions = (operands.query_position, operands.key_position)
     points = table.grid((B, N, T, S), (block_q, block_kv), *positions)
@@ -34,5 +35,5 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
     if problem.modifier is not None:
         captured, aligned = operands.modifier
         dead = table.dead_blocks(problem.modifier.jaxpr, captured, points, aligned)
-        kinds = kinds * ~dead
+        kinds = kinds * (~dead).astype(np.int8)
     return kinds
