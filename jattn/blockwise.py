@@ -34,8 +34,13 @@ def refusal(problem: Problem, platform: str) -> str | None:
     return None
 
 
-def attention_state(problem: Problem, operands: Operands) -> State:
-    """The output BTND in the dtype of the inputs, and the logsumexp BTN."""
+def attention_state(
+    problem: Problem, operands: Operands, tile: tuple[int, int] | None = None
+) -> State:
+    """The output BTND in the dtype of the inputs, and the logsumexp BTN.
+
+    `tile` is how many queries and keys a tile has, where the measured rule is not wanted.
+    """
     sizes = problem.sizes
     if any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S)):
         return _nothing(problem)
@@ -44,7 +49,7 @@ def attention_state(problem: Problem, operands: Operands) -> State:
         drawn = (words(rng, at.b, at.n, at.t, 0), words(rng, at.b, at.n, at.s, 1))
         operands = operands._replace(rng=drawn)
     leaves, tree = jax.tree.flatten(operands)
-    return State(*Attention(problem, tree)(*leaves))
+    return State(*Attention(problem, tree, tile)(*leaves))
 
 
 def _nothing(problem: Problem) -> State:
@@ -60,14 +65,19 @@ class Attention(Operation):
 
     problem: Problem
     tree: Any
+    tile: tuple[int, int] | None = None
 
     outputs = 2
     names = ("jattn_output", "jattn_logsumexp")
 
+    def plan(self, spread: bool):
+        """How much a tile holds."""
+        return plan(self.problem, spread, self.tile)
+
     @property
-    def elements(self):
+    def elements(self) -> int:
         """Two tiles."""
-        B, K, G, T, S, *_ = plan(self.problem, spread=False)
+        B, K, G, T, S, *_ = self.plan(spread=False)
         return 2 * B * K * G * T * S
 
     def types(self, *types):
@@ -83,9 +93,7 @@ class Attention(Operation):
     def fast(self, *leaves, spread):
         """Tile by tile."""
         return forward(
-            Layout(
-                self.problem, self.tree.unflatten(leaves), plan(self.problem, spread), False
-            )
+            Layout(self.problem, self.tree.unflatten(leaves), self.plan(spread), False)
         )
 
     def reference(self, *leaves):
@@ -94,9 +102,7 @@ class Attention(Operation):
 
     def push(self, active, primals, outputs, tangents, spread):
         """Tile by tile."""
-        layout = Layout(
-            self.problem, self.tree.unflatten(primals), plan(self.problem, spread)
-        )
+        layout = Layout(self.problem, self.tree.unflatten(primals), self.plan(spread))
         tangents = iter(tangents)
         tangents = [next(tangents) if flag else None for flag in active]
         return tangent(layout, outputs, self.tree.unflatten(tangents))
@@ -104,7 +110,7 @@ class Attention(Operation):
     def pull(self, active, primals, outputs, cotangents, spread):
         """Tile by tile."""
         layout = Layout(
-            self.problem, self.tree.unflatten(primals), plan(self.problem, spread), False
+            self.problem, self.tree.unflatten(primals), self.plan(spread), False
         )
         results = backward(layout, outputs, cotangents, self.tree.unflatten(active))
         results = self.tree.flatten_up_to(results)

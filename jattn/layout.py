@@ -33,9 +33,11 @@ class Plan(NamedTuple):
 FEW_ROWS = 8
 
 
-def plan(problem: Problem, spread: bool) -> Plan:
-    """The sizes of tiles, by the sizes of the problem."""
+def plan(problem: Problem, spread: bool, tile: tuple[int, int] | None = None) -> Plan:
+    """The sizes of tiles, by the sizes of the problem; `tile` overrides queries and keys."""
     sizes = problem.sizes
+    if tile is not None:
+        return Plan(1, 1, sizes.G, min(tile[0], sizes.T), min(tile[1], sizes.S))
     if not all(isinstance(x, int) for x in (sizes.B, sizes.T, sizes.S)):
         return Plan(1, 1, sizes.G, 256, 512)
     rows, columns = (1024, 1024) if problem.mask is None else (512, 512)

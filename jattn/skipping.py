@@ -6,6 +6,7 @@ program by `jattn.blocks`, in work and memory that grow with the number of block
 T + S, never with T × S. Blocks on which the modifier answers −∞ to everything are empty.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,12 +29,18 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
     kinds = np.full(shape, FULL, np.int8)
     positions = (operands.query_position, operands.key_position)
     points = table.grid((B, N, T, S), (block_q, block_kv), *positions)
+    # Kinds do not change with small changes of an array, and their rules have no derivatives.
+    mask, modifier = jax.tree.map(_constant, (operands.mask, operands.modifier))
     if problem.mask is not None:
-        kinds = table.classify(
-            problem.mask.jaxpr, operands.mask.captured, points, operands.mask.aligned
-        )
+        jaxpr = problem.mask.jaxpr
+        kinds = table.classify(jaxpr, mask.captured, points, mask.aligned)
     if problem.modifier is not None:
-        captured, aligned = operands.modifier
-        dead = table.dead_blocks(problem.modifier.jaxpr, captured, points, aligned)
+        jaxpr = problem.modifier.jaxpr
+        dead = table.dead_blocks(jaxpr, modifier.captured, points, modifier.aligned)
         kinds = kinds * (~dead).astype(np.int8)
     return kinds
+
+
+def _constant(array):
+    # One that is not traced must stay concrete, for then the table is NumPy's.
+    return jax.lax.stop_gradient(array) if isinstance(array, jax.core.Tracer) else array

@@ -10,6 +10,7 @@ import pytest
 import jattn
 from jattn.dispatch import IMPLEMENTATIONS
 from jattn.testing import CASES, assert_matches_definition, errors
+from tests import small_tiles
 
 # Cases of one name go to one process, where they share what is compiled.
 cases = [
@@ -28,13 +29,19 @@ def state(implementation):
 _STATES = {
     name: functools.partial(jattn.attention_state, implementation=name)
     for name in IMPLEMENTATIONS
-}
+} | {"blockwise_in_small_tiles": small_tiles.attention_state}
 
 
-@every
+# At these sizes blockwise has one tile, as dense has, unless tiles are small.
+@pytest.mark.parametrize("implementation", ["dense", "blockwise_in_small_tiles"])
 @pytest.mark.parametrize("case", cases)
 def test_implementation_equals_definition(case, implementation):
     assert_matches_definition(state(implementation), case)
+
+
+@pytest.mark.parametrize("case", telling)
+def test_blockwise_in_one_tile_equals_definition(case):
+    assert_matches_definition(state("blockwise"), case)
 
 
 @every

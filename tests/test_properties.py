@@ -1,5 +1,7 @@
 """Random shapes, masks and modifiers against the definition."""
 
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -8,9 +10,11 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.dispatch import IMPLEMENTATIONS
 from jattn.masks import Causal, Lengths, Prefix, Segments, Window
 from jattn.modifiers import ALiBi, SoftCap
+from tests import small_tiles
+
+dense = functools.partial(jattn.attention_state, implementation="dense")
 
 sizes = st.fixed_dictionaries(
     {
@@ -51,10 +55,10 @@ modifiers = st.sampled_from(
 )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("function", [dense, small_tiles.attention_state])
 @hypothesis.settings(max_examples=8, deadline=None, database=None, derandomize=True)
 @hypothesis.given(sizes, st.none() | masks, modifiers, st.integers(-2, 5))
-def test_any_call_equals_the_definition(implementation, sizes, mask, modifier, position):
+def test_any_call_equals_the_definition(function, sizes, mask, modifier, position):
     B, T, S, K, G, H, D = (sizes[letter] for letter in "BTSKGHD")
     rng = np.random.default_rng(T * 10 + S)
     query = jnp.float32(rng.standard_normal((B, T, K * G, H)))
@@ -62,15 +66,15 @@ def test_any_call_equals_the_definition(implementation, sizes, mask, modifier, p
     value = jnp.float32(rng.standard_normal((B, S, K, D)))
     options = {"mask": mask, "modifier": modifier, "query_position": position}
 
-    def loss(function, **extra):
+    def loss(function):
         def total(query, key, value):
-            output, logsumexp = function(query, key, value, **options, **extra)
+            output, logsumexp = function(query, key, value, **options)
             seen = jnp.where(logsumexp == -jnp.inf, 0, logsumexp)
             return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(seen)), (output, logsumexp)
 
         return jax.value_and_grad(total, (0, 1, 2), has_aux=True)
 
-    got = loss(jattn.attention_state, implementation=implementation)(query, key, value)
+    got = loss(function)(query, key, value)
     want = loss(jattn.definition.attention_state)(query, key, value)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4), got, want

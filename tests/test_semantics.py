@@ -11,6 +11,7 @@ import jattn
 from jattn import Dropout
 from jattn.dispatch import IMPLEMENTATIONS
 from jattn.masks import Causal, Explicit, Lengths
+from tests import small_tiles
 
 rng = np.random.default_rng(0)
 B, T, S, N, K, H, D = 2, 5, 6, 4, 2, 8, 3
@@ -18,12 +19,15 @@ QUERY = jnp.float32(rng.standard_normal((B, T, N, H)))
 KEY = jnp.float32(rng.standard_normal((B, S, K, H)))
 VALUE = jnp.float32(rng.standard_normal((B, S, K, D)))
 
-pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+STATES = {
+    name: functools.partial(jattn.attention_state, implementation=name)
+    for name in IMPLEMENTATIONS
+} | {"blockwise_in_small_tiles": small_tiles.attention_state}
 
 
-@pytest.fixture
-def state(implementation):
-    return functools.partial(jattn.attention_state, implementation=implementation)
+@pytest.fixture(params=STATES)
+def state(request):
+    return STATES[request.param]
 
 
 def gradients(state, query, key, value, **options):
