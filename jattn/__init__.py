@@ -9,7 +9,9 @@ Read in this order:
 `state`         how partial answers combine: (output, logsumexp) under merge
 `shapes`        the letters B T S N K H D, and the checks at the door
 `pointwise`     masks and modifiers made into data that compare by structure
+`tables`        which blocks of a mask are empty, partial or full, to keep and reuse
 `problem`       one call, taken apart: static facts and operands
+`blocks`, `skipping`, `tabulate`  how a mask says by itself which blocks those are
 `tile`          the logits of some queries by some keys
 `dense`         attention in one tile
 `dispatch`      which implementation runs, and why
@@ -34,11 +36,14 @@ from jattn.api import (
 from jattn.dropout import Dropout
 from jattn.explanation import Explanation
 from jattn.state import EMPTY, State, merge
+from jattn.tables import BlockTable
+from jattn.tabulate import block_table
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EMPTY",
+    "BlockTable",
     "Dropout",
     "Explanation",
     "State",
@@ -46,6 +51,7 @@ __all__ = [
     "attention_logits",
     "attention_state",
     "attention_weights",
+    "block_table",
     "explain",
     "masks",
     "merge",

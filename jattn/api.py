@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jattn import dense, dispatch, explanation
 from jattn.explanation import Explanation
-from jattn.problem import Operands, Problem, check_sink, pose, select_rows
+from jattn.problem import Operands, Problem, check_sink, pose, pose_mask, select_rows
 from jattn.shapes import Sizes, check_array
 from jattn.state import State, with_sink
 
@@ -55,7 +55,7 @@ def attention(
         key: `BSKH`, of the same dtype.
         value: `BSKD`, of the same dtype.
         mask: True = may attend: one of `jattn.masks`, a function (b, n, t, s) → bool of
-            scalars, or a Boolean array that broadcasts to BNTS.
+            scalars, or a Boolean array that broadcasts to BNTS; or a `block_table` of one.
         bias: Added to the logits after the modifier; floating, broadcasts to BNTS.
         modifier: One of `jattn.modifiers` or a function (logit, b, n, t, s) → logit.
         sink: A logit that only takes weight away, one per query head or one for all.
@@ -332,7 +332,12 @@ def explain(
 
     shapes = [leaf for leaf, shape in zip(leaves, is_shape, strict=True) if shape]
     jax.eval_shape(posed, shapes)
-    return explanation.explain(where, problems[0], platform, implementation)
+    (problem,), operands = problems, None
+    names = ("mask", "modifier", "query_position", "key_position")
+    decisive = {name: options[name] for name in names}
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(decisive)):
+        _, operands = pose_mask(where, problem.sizes, problem.dtype, **decisive)
+    return explanation.explain(where, problem, operands, platform, implementation)
 
 
 def _attend(where, query, key, value, sink, implementation, options) -> State:

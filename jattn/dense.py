@@ -19,6 +19,11 @@ def refusal(problem: Problem, platform: str) -> str | None:
     return None
 
 
+def block_sizes(problem: Problem) -> None:
+    """Skips nothing."""
+    del problem
+
+
 def attention_logits(problem: Problem, operands: Operands) -> jax.Array:
     """The logits BNTS: scaled, modified, biased, and −∞ where the mask says no."""
     at = index(problem, operands)

@@ -19,6 +19,8 @@ IMPLEMENTATIONS: dict[str, types.ModuleType] = {
 ORDER: dict[str, tuple[str, ...]] = {}
 DEFAULT_ORDER = ("blockwise", "dense")
 
+_BLOCKS = (512, 512)  # of an implementation that does not say
+
 
 def refusals(problem: Problem, platform: str) -> dict[str, str | None]:
     """What each implementation says of this problem, in the platform's order."""
@@ -48,3 +50,12 @@ def choose(where: str, problem: Problem, platform: str, implementation=None) -> 
     if sentence is not None:
         raise ValueError(f'{where}(implementation="{implementation}"): {sentence}')
     return implementation
+
+
+def block_sizes(problem: Problem, name: str) -> tuple[int, int] | None:
+    """How many queries and keys are skipped at once, or None where nothing is.
+
+    An implementation says so by a function `block_sizes(problem)`.
+    """
+    ask = getattr(IMPLEMENTATIONS[name], "block_sizes", lambda problem: _BLOCKS)
+    return ask(problem)

@@ -2,8 +2,38 @@
 
 import dataclasses
 
-from jattn.dispatch import choose, refusals
-from jattn.problem import Problem
+import jax
+import numpy as np
+
+from jattn import skipping, tables
+from jattn.dispatch import block_sizes, choose, refusals
+from jattn.problem import Operands, Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Which blocks of pairs an implementation visits.
+
+    Attributes:
+        sizes: How many queries and keys a block has.
+        counts: How many blocks there are of queries and of keys.
+        empty: The share of blocks that are skipped; None if it is known only when it runs.
+        partial: The share of blocks that need the mask; likewise.
+        pairs: How many pairs there are in blocks not skipped; likewise.
+    """
+
+    sizes: tuple[int, int]
+    counts: tuple[int, int]
+    empty: float | None = None
+    partial: float | None = None
+    pairs: int | None = None
+
+    def __str__(self) -> str:
+        text = f"{_times(self.counts)} blocks of {_times(self.sizes)}"
+        if self.empty is None or self.partial is None:
+            return f"known when it runs (of {text})"
+        empty, partial = tables.percent(self.empty), tables.percent(self.partial)
+        return f"{empty} skipped, {partial} partial (of {text})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +49,8 @@ class Explanation:
         flops: Floating-point operations of the two products, forward.
         bytes_moved: Bytes of the inputs and the output.
         logits_bytes: What all logits take, if they are held at once.
+        blocks: Which blocks are skipped; None where nothing could be.
+        flops_visited: Those of `flops` in blocks not skipped; None if not known before.
     """
 
     implementation: str
@@ -29,6 +61,8 @@ class Explanation:
     flops: int
     bytes_moved: int
     logits_bytes: int
+    blocks: Blocks | None = None
+    flops_visited: int | None = None
 
     def __str__(self) -> str:
         shapes = " ".join(f"{letter}={size}" for letter, size in self.shapes.items())
@@ -36,22 +70,35 @@ class Explanation:
             ("implementation", f"{self.implementation} on {self.platform}"),
             ("shapes", f"{shapes}, {self.dtype}"),
             ("forward", f"{_unit(self.flops)}flop in two products"),
-            ("inputs, output", f"{_unit(self.bytes_moved)}B"),
-            ("all logits", f"{_unit(self.logits_bytes)}B if held at once"),
         ]
+        if self.blocks is not None:
+            rows.append(("blocks", str(self.blocks)))
+        if self.flops_visited is not None:
+            rows.append(("not skipped", f"{_unit(self.flops_visited)}flop"))
+        rows.append(("inputs, output", f"{_unit(self.bytes_moved)}B"))
+        rows.append(("all logits", f"{_unit(self.logits_bytes)}B if held at once"))
         for name, sentence in self.refusals.items():
             if name != self.implementation:
                 rows.append((f"not {name}", sentence or "comes later in the order"))
         return "\n".join(f"{label:<16}{text}" for label, text in rows)
 
 
-def explain(where: str, problem: Problem, platform: str, implementation) -> Explanation:
-    """Explains a problem, as `jattn.explain` does a call."""
+def explain(
+    where: str, problem: Problem, operands: Operands | None, platform: str, implementation
+) -> Explanation:
+    """Explains a problem, as `jattn.explain` does a call.
+
+    Of the operands only what decides which blocks are skipped is looked at; None says that
+    it is not known.
+    """
     sizes = problem.sizes
     B, T, S, N, K, H, D = (getattr(sizes, letter) for letter in "BTSNKHD")
     item = problem.dtype.itemsize
+    name = choose(where, problem, platform, implementation)
+    blocks = _blocks(problem, operands, name)
+    known = blocks is not None and blocks.pairs is not None
     return Explanation(
-        implementation=choose(where, problem, platform, implementation),
+        implementation=name,
         platform=platform,
         shapes={letter: getattr(sizes, letter) for letter in "BTSNKHD"},
         dtype=problem.dtype.name,
@@ -59,7 +106,40 @@ def explain(where: str, problem: Problem, platform: str, implementation) -> Expl
         flops=2 * B * N * T * S * (H + D),
         bytes_moved=item * B * (T * N * (H + D) + S * K * (H + D)),
         logits_bytes=problem.wide.itemsize * B * N * T * S,
+        blocks=blocks,
+        flops_visited=2 * blocks.pairs * (H + D) if known else None,
     )
+
+
+def _blocks(problem: Problem, operands: Operands | None, name: str) -> Blocks | None:
+    """What is skipped, if there is anything that could be."""
+    sizes = block_sizes(problem, name)
+    B, N, T, S = problem.sizes.BNTS
+    if sizes is None or problem.mask is problem.modifier is None or 0 in (B, N, T, S):
+        return None
+    counts = -(-T // sizes[0]), -(-S // sizes[1])
+    kinds = None if operands is None else skipping.block_table(problem, operands, *sizes)
+    if kinds is None or isinstance(kinds, jax.core.Tracer):
+        return Blocks(sizes, counts)
+    kinds = tables.spread(np.asarray(kinds), (T, S), sizes)
+    if problem.mask is None and not np.any(kinds == tables.EMPTY):
+        return None  # a modifier that skips nothing is not about blocks
+    rows, columns = (
+        np.minimum(size, length - size * np.arange(count))
+        for size, length, count in zip(sizes, (T, S), counts, strict=True)
+    )
+    pairs = int(np.sum((kinds != tables.EMPTY) * rows[:, None] * columns))
+    return Blocks(
+        sizes,
+        counts,
+        empty=float(np.mean(kinds == tables.EMPTY)),
+        partial=float(np.mean(kinds == tables.PARTIAL)),
+        pairs=pairs * (B // kinds.shape[0]) * (N // kinds.shape[1]),
+    )
+
+
+def _times(pair: tuple[int, int]) -> str:
+    return f"{pair[0]} × {pair[1]}"
 
 
 def _unit(amount: int) -> str:

@@ -5,7 +5,7 @@ without changing the program, document ids and slopes included, is an operand.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jattn.shapes import (
     spread_positions,
     wide_dtype,
 )
+from jattn.tables import BlockTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Problem:
     mask: Program | None
     modifier: Program | None
     rate: float  # of dropout
+    blocks: tuple[int, int] | None = None  # of a block table that came with the mask
 
     @property
     def wide(self) -> jnp.dtype:
@@ -55,6 +57,7 @@ class Operands(NamedTuple):
     query_position: jax.Array | None  # BT, B may be 1, or the first; None: 0, 1, …
     key_position: jax.Array | None  # BS, likewise
     rng: jax.Array | None
+    kinds: jax.Array | None = None  # of the blocks, see `jattn.tables`
 
 
 def pose(
@@ -80,23 +83,66 @@ def pose(
     value = check_array(where, "value", value)
     sizes = measure(where, query, key, value)
     wide = wide_dtype(query.dtype)
-    mask_program, mask_arrays = _trace_mask(where, mask, sizes)
-    modifier_program, modifier_arrays = _trace_modifier(where, modifier, sizes, wide)
+    problem, operands = pose_mask(
+        where,
+        sizes,
+        query.dtype,
+        mask=mask,
+        modifier=modifier,
+        query_position=query_position,
+        key_position=key_position,
+    )
     rate, rng = _check_dropout(where, dropout)
-    problem = Problem(sizes, query.dtype, mask_program, modifier_program, rate)
-    operands = Operands(
+    return dataclasses.replace(problem, rate=rate), operands._replace(
         query=flatten_batch(query, sizes),
         key=flatten_batch(key, sizes),
         value=flatten_batch(value, sizes),
         scale=_check_scale(where, scale, sizes).astype(wide),
         bias=None if bias is None else _check_bias(where, bias, sizes).astype(wide),
+        rng=rng,
+    )
+
+
+def pose_mask(
+    where: str,
+    sizes: Sizes,
+    dtype,
+    *,
+    mask=None,
+    modifier=None,
+    query_position=None,
+    key_position=None,
+) -> tuple[Problem, Operands]:
+    """Takes apart what decides which blocks are skipped; the inputs are left out.
+
+    Raises:
+        ValueError: As `pose` does.
+    """
+    blocks = kinds = None
+    if isinstance(mask, BlockTable):
+        mask.check(where, sizes, (given(query_position), given(key_position)))
+        blocks, kinds = mask.blocks, mask.kinds
+    mask_program, mask_arrays = _trace_mask(where, mask, sizes)
+    traced = _trace_modifier(where, modifier, sizes, wide_dtype(dtype))
+    modifier_program, modifier_arrays = traced
+    problem = Problem(sizes, jnp.dtype(dtype), mask_program, modifier_program, 0.0, blocks)
+    inputs: dict[str, Any] = dict.fromkeys(
+        ("query", "key", "value", "scale", "bias", "rng")
+    )
+    operands = Operands(
+        **inputs,
         mask=mask_arrays,
         modifier=modifier_arrays,
         query_position=positions(where, "query_position", query_position, sizes, "T"),
         key_position=positions(where, "key_position", key_position, sizes, "S"),
-        rng=rng,
+        kinds=kinds,
     )
     return problem, operands
+
+
+def given(position) -> bool:
+    """Whether positions are other than 0, 1, …, as far as can be told."""
+    return not (position is None or (isinstance(position, int) and position == 0))
 
 
 def index(problem: Problem, operands: Operands) -> Index:
@@ -130,7 +176,9 @@ def select_rows(problem: Problem, operands: Operands, rows: jax.Array):
         return arrays._replace(aligned=tuple(map(cut, arrays.aligned)))
 
     sizes = dataclasses.replace(problem.sizes, T=count)
-    return dataclasses.replace(problem, sizes=sizes), operands._replace(
+    # A table is of all queries.
+    return dataclasses.replace(problem, sizes=sizes, blocks=None), operands._replace(
+        kinds=None,
         query=jnp.take(operands.query, rows, axis=1),
         bias=None if operands.bias is None else cut(operands.bias),
         mask=cut_aligned(operands.mask),

@@ -3,7 +3,8 @@
 One table serves every implementation: for each block of queries and block of keys, whether
 the mask lets no pair, some pairs or all pairs of it attend. It comes from the mask's
 program by `jattn.blocks`, in work and memory that grow with the number of blocks and with
-T + S, never with T × S. Blocks on which the modifier answers −∞ to everything are empty.
+T + S, never with T × S; or from a table that came with the call. Blocks on which the
+modifier answers −∞ to everything are empty.
 """
 
 import jax
@@ -12,8 +13,8 @@ import numpy as np
 
 from jattn.blocks import table
 from jattn.problem import Operands, Problem
-
-EMPTY, PARTIAL, FULL = 0, 1, 2
+from jattn.tables import EMPTY as EMPTY
+from jattn.tables import FULL, PARTIAL, resize
 
 
 def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: int):
@@ -29,9 +30,11 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
     kinds = np.full(shape, FULL, np.int8)
     positions = (operands.query_position, operands.key_position)
     points = table.grid((B, N, T, S), (block_q, block_kv), *positions)
-    # Kinds do not change with small changes of an array, and their rules have no derivatives.
+    # Small changes of an array change no kind; the rules need no derivatives.
     mask, modifier = jax.tree.map(_constant, (operands.mask, operands.modifier))
-    if problem.mask is not None:
+    if operands.kinds is not None:
+        kinds = resize(operands.kinds, (T, S), problem.blocks, (block_q, block_kv))
+    elif problem.mask is not None:
         jaxpr = problem.mask.jaxpr
         kinds = table.classify(jaxpr, mask.captured, points, mask.aligned)
     if problem.modifier is not None:

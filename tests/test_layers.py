@@ -13,7 +13,8 @@ ROOT = pathlib.Path(jattn.__file__).parent
 LAYERS = (
     {"shapes", "pointwise"},
     {"masks", "modifiers", "dropout", "state"},
-    {"definition", "problem"},
+    {"definition", "tables"},
+    {"problem"},
     {"blocks.intervals"},
     {"blocks.rules", "blocks.rearrange"},
     {"blocks.graph"},
@@ -21,7 +22,7 @@ LAYERS = (
     {"blocks.decide"},
     {"blocks.table"},
     {"tile", "skipping", "operation"},
-    {"layout"},
+    {"layout", "tabulate"},
     {"dense", "blockwise"},
     {"dispatch"},
     {"explanation"},
@@ -40,8 +41,8 @@ def imports(module: str):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            if node.module == "jattn":
-                yield from (f"jattn.{alias.name}" for alias in node.names)
+            if node.module in ("jattn", "jattn.blocks"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module
 

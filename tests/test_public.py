@@ -13,8 +13,8 @@ import jattn
 PUBLIC = {
     "jattn": {
         *("EMPTY", "Dropout", "Explanation", "State", "attention", "attention_logits"),
-        *("attention_state", "attention_weights", "explain", "masks", "merge"),
-        "modifiers",
+        *("attention_state", "attention_weights", "BlockTable", "block_table", "explain"),
+        *("masks", "merge", "modifiers"),
     },
     "jattn.masks": {
         *("Causal", "Explicit", "Lengths", "Mask", "Pointwise", "Prefix", "Segments"),
