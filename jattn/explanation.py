@@ -96,7 +96,7 @@ def explain(
     item = problem.dtype.itemsize
     name = choose(where, problem, platform, implementation)
     blocks = _blocks(problem, operands, name)
-    known = blocks is not None and blocks.pairs is not None
+    pairs = None if blocks is None else blocks.pairs
     return Explanation(
         implementation=name,
         platform=platform,
@@ -107,7 +107,7 @@ def explain(
         bytes_moved=item * B * (T * N * (H + D) + S * K * (H + D)),
         logits_bytes=problem.wide.itemsize * B * N * T * S,
         blocks=blocks,
-        flops_visited=2 * blocks.pairs * (H + D) if known else None,
+        flops_visited=None if pairs is None else 2 * pairs * (H + D),
     )
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.api import attention_logits
+from jattn.tables import EMPTY, FULL, PARTIAL, BlockTable, resize, spread
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "allowed", "bar", "cells", "grid", "pool"]
 
-EMPTY, PARTIAL, FULL = 0, 1, 2
 _GLYPHS = "·░█"
 _PAIRS_AT_ONCE = 2**24  # what `cells` holds of a mask, so that any length can be drawn
 
@@ -52,6 +52,9 @@ def allowed(mask, length: int, key_length: int | None = None, *, rows=None) -> n
 def cells(mask, length: int, key_length: int, block: tuple[int, int]) -> np.ndarray:
     """Classifies each block of a mask: EMPTY, PARTIAL or FULL.
 
+    Every pair is asked; of a `jattn.BlockTable` only what it says of its first example and
+    head.
+
     Args:
         mask: What `jattn.attention` takes as `mask`.
         length: The number of queries, T, at least 1.
@@ -64,6 +67,8 @@ def cells(mask, length: int, key_length: int, block: tuple[int, int]) -> np.ndar
     Raises:
         ValueError: If the mask does not fit these lengths.
     """
+    if isinstance(mask, BlockTable):
+        return _table_cells(mask, (length, key_length), block)
     rows = block[0]
     height = math.ceil(length / rows)
     step = rows * min(max(_PAIRS_AT_ONCE // (rows * key_length), 1), height)
@@ -76,6 +81,13 @@ def cells(mask, length: int, key_length: int, block: tuple[int, int]) -> np.ndar
         every = _over_blocks(np.logical_and, strip, block)
         strips.append(some.astype(np.int8) + every)
     return np.concatenate(strips)[:height]
+
+
+def _table_cells(table: BlockTable, lengths, block) -> np.ndarray:
+    if lengths != table.lengths:
+        raise ValueError(f"picture: {table!r} is not of {lengths[0]} × {lengths[1]} pairs.")
+    kinds = resize(np.asarray(table.kinds)[0, 0], lengths, table.blocks, block)
+    return np.asarray(spread(kinds, lengths, block))
 
 
 def pool(weights: np.ndarray, block: tuple[int, int]) -> np.ndarray:

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 
 from jattn.panels import INK, panels, side
 from jattn.picture import EMPTY, FULL, PARTIAL, cells, pool
+from jattn.tables import BlockTable
 
 __all__ = ["mask", "weights"]
 
@@ -89,7 +90,9 @@ def mask(
 ) -> Figure:
     """Draws which query may attend to which key, for one example and head.
 
-    In blocks, each is one of three: all of its pairs may attend, some may, or none.
+    In blocks, each is one of three: all of its pairs may attend, some may, or none. A
+    `jattn.BlockTable` is drawn as it stands, no pair is asked: what it does not know to be
+    all or none counts as some.
 
     Args:
         mask: What `jattn.attention` takes as `mask`: an object, a function, an array.
@@ -108,6 +111,9 @@ def mask(
     key_length = length if key_length is None else key_length
     if block is None:
         block = math.ceil(max(length, key_length) / (2 * _MOST_CELLS))
+        if isinstance(mask, BlockTable):  # whole blocks of the table
+            whole = max(mask.blocks)
+            block = whole * math.ceil(block / whole)
     if min(length, key_length, block) < 1:
         raise ValueError(
             f"plot.mask: `length`, `key_length` and `block` must be at least 1, got "

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import dense, dispatch
+from jattn import dense, dispatch, picture
 from jattn.__main__ import main
 from jattn.command import attend, welcome
 from jattn.masks import Causal, Window
@@ -287,6 +287,41 @@ def test_mask_is_drawn_as_a_picture(tmp_path, capsys):
     assert "<svg" in target.read_text()
 
 
+def test_blocks_of_a_mask_are_drawn_as_text(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(picture, "allowed", None)  # no pair is asked
+    options = ["--length", "512", "--blocks", "128"]
+    assert main(["mask", "Causal() & Window(130, 0)", *options]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "Causal() & Window(130, 0): 512 queries (rows) × 512 keys (columns)",
+        "█ all may attend  ░ some  · none; one cell is 128 queries × 128 keys",
+        "blocks of 128 × 128: 43.8 % empty, 56.2 % partial, 0 % full",
+        "    0",
+        "  0 ░░······",
+        "128 ░░░░····",
+        "256 ░░░░░░··",
+        "384 ··░░░░░░",
+    ]
+
+
+def test_many_blocks_are_drawn_in_cells_of_whole_blocks(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "30")
+    options = ["--length", "1000000", "--blocks", "1000"]
+    assert main(["mask", "Causal()", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("one cell is 91000 queries × 91000 keys")
+    assert lines[2] == "blocks of 1000 × 1000: 50 % empty, 0.1 % partial, 50 % full"
+    assert max(map(len, lines[4:])) <= 30
+
+
+def test_blocks_of_a_mask_are_drawn_as_a_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(picture, "allowed", None)
+    target = str(tmp_path / "m.svg")
+    options = ["--length", "131072", "--blocks", "128", "--plot", target]
+    assert main(["mask", "Causal()", *options]) == 0
+    assert capsys.readouterr().out == f"wrote {target}\n"
+
+
 MASK_REFUSALS = {
     ("Causal", "--length", "3"): "column 1: `Causal` is not a mask",
     ("Segments([1, 2])", "--length", "3"): "`query_ids` must broadcast to T = (3,)",
@@ -294,6 +329,9 @@ MASK_REFUSALS = {
     ("Causal()", "--length", "x"): "argument --length: must be a whole number above 0",
     ("Causal()",): "the following arguments are required: --length",
     ("Causal()", "--length", "1000000"): "1000000 × 1000000 pairs are too many to draw",
+    ("Causal()", "--length", "9", "--blocks", "0"): "argument --blocks: must be a whole",
+    ("Causal()", "--length", "1000000", "--blocks", "8"): "in blocks of 8 × 8 are too many",
+    ("Segments([1, 2])", "--length", "3", "--blocks", "2"): "`query_ids` must broadcast",
     ("Causal()", "--length", "3", "--plot", "no/m.png"): "no/m.png: there is no folder no",
 }
 

@@ -4,13 +4,18 @@ import argparse
 import math
 import shutil
 
+import jax
+
 from jattn.command.files import check_picture, check_target, replacing, save_picture
 from jattn.command.refusal import Refusal
 from jattn.expression import parse
 from jattn.picture import cells, grid
+from jattn.tables import BlockTable, shares, spread
+from jattn.tabulate import block_table
 
 SUMMARY = "draw a mask"
 _MOST_PAIRS = 2**34  # which take minutes
+_MOST_BLOCKS = 2**24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key-length", metavar="S", type=_count, help="the number of keys; T by default"
     )
+    parser.add_argument(
+        "--blocks",
+        metavar="SIZE",
+        type=_count,
+        help="draw what is known of blocks of SIZE × SIZE pairs without asking each pair: "
+        "which ones attention skips, and which need no mask",
+    )
     parser.add_argument("--plot", metavar="OUT.png", help="draw a picture instead")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
@@ -29,10 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draws the mask."""
     T, S = arguments.length, arguments.key_length or arguments.length
-    if T * S > _MOST_PAIRS:
+    if arguments.blocks is None and T * S > _MOST_PAIRS:
         raise Refusal(f"{T} × {S} pairs are too many to draw; the most are 2³⁴.")
     try:
         mask = parse(arguments.expression)
+        if arguments.blocks is not None:
+            mask = _table(mask, T, S, arguments.blocks)
         if arguments.plot:
             _plot(arguments, mask, T, S)
         else:
@@ -42,9 +56,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _table(mask, T: int, S: int, size: int) -> BlockTable:
+    """The mask's table for one example and head."""
+    if math.ceil(T / size) * math.ceil(S / size) > _MOST_BLOCKS or max(T, S) > 2**27:
+        raise Refusal(
+            f"{T} × {S} pairs in blocks of {size} × {size} are too many; the most are 2²⁴ "
+            f"blocks and 2²⁷ queries or keys."
+        )
+    query, key = (jax.ShapeDtypeStruct((length, 1, 1), "float32") for length in (T, S))
+    return block_table(mask, query, key, block=size)
+
+
 def _print(expression: str, mask, T: int, S: int) -> None:
     width = shutil.get_terminal_size().columns
     block = block_size(T, S, width)
+    if isinstance(mask, BlockTable):
+        # Whole blocks, however many fit.
+        block = tuple(
+            have * math.ceil(want / have)
+            for have, want in zip(mask.blocks, block, strict=True)
+        )
     drawn = cells(mask, T, S, block)
     legend = "█ may attend  · may not"
     if block != (1, 1):
@@ -52,6 +83,9 @@ def _print(expression: str, mask, T: int, S: int) -> None:
         legend += f"; one cell is {block[0]} queries × {block[1]} keys"
     print(f"{expression}: {T} queries (rows) × {S} keys (columns)")
     print(legend)
+    if isinstance(mask, BlockTable):
+        kinds = spread(mask.kinds, mask.lengths, mask.blocks)
+        print(f"blocks of {mask.blocks[0]} × {mask.blocks[1]}: {', '.join(shares(kinds))}")
     print("\n".join(grid(drawn, block, width)))
 
 
