@@ -90,9 +90,9 @@ class BlockTable(Mask):
             return f"{self!r}: known when it runs"
         kinds = np.asarray(spread(np.asarray(kinds), self.lengths, self.blocks))
         text = f"{self!r}:\n{', '.join(shares(kinds))}"
-        kinds = kinds.reshape(-1, *kinds.shape[-2:])
         if not kinds.size:
             return text
+        kinds = kinds.reshape(-1, *kinds.shape[-2:])
         if len(kinds) > 1:
             text += "; of the first:"
         return "\n".join([text, *draw(kinds[0])])

@@ -87,6 +87,18 @@ def check_soundness(problem):
     assert_sound(table, dense(mask, arrays, grid), grid)
 
 
+def check_soundness_traced(problem):
+    term, arrays, shape, positions, cut = problem
+    mask, grid = as_mask(term), make_grid(shape, positions, cut)
+
+    @jax.jit
+    def table(arrays, positions):
+        return table_of(mask, arrays, make_grid(shape, positions, cut))
+
+    result = table(arrays, positions)
+    assert_sound(result, dense(mask, arrays, grid), grid)
+
+
 @fuzz(max_examples=EXAMPLES)
 @hypothesis.given(expressions.problems())
 def test_every_table_is_sound(problem):
@@ -103,15 +115,7 @@ def test_every_table_is_sound_from_intervals_alone(problem):
 @fuzz(max_examples=EXAMPLES // 20)
 @hypothesis.given(expressions.problems())
 def test_every_table_is_sound_when_traced(problem):
-    term, arrays, shape, positions, cut = problem
-    mask, grid = as_mask(term), make_grid(shape, positions, cut)
-
-    @jax.jit
-    def table(arrays, positions):
-        return table_of(mask, arrays, make_grid(shape, positions, cut))
-
-    result = table(arrays, positions)
-    assert_sound(result, dense(mask, arrays, grid), grid)
+    check_soundness_traced(problem)
 
 
 DOC = np.repeat(np.arange(6, dtype=np.int32), (3, 9, 1, 7, 12, 8))
