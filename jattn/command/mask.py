@@ -5,6 +5,7 @@ import math
 import shutil
 
 import jax
+import numpy as np
 
 from jattn.command.files import check_picture, check_target, replacing, save_picture
 from jattn.command.refusal import Refusal
@@ -72,10 +73,8 @@ def _print(expression: str, mask, T: int, S: int) -> None:
     block = block_size(T, S, width)
     if isinstance(mask, BlockTable):
         # Whole blocks, however many fit.
-        block = tuple(
-            have * math.ceil(want / have)
-            for have, want in zip(mask.blocks, block, strict=True)
-        )
+        size = mask.blocks[0]
+        block = size * math.ceil(block[0] / size), size * math.ceil(block[1] / size)
     drawn = cells(mask, T, S, block)
     legend = "█ may attend  · may not"
     if block != (1, 1):
@@ -84,7 +83,7 @@ def _print(expression: str, mask, T: int, S: int) -> None:
     print(f"{expression}: {T} queries (rows) × {S} keys (columns)")
     print(legend)
     if isinstance(mask, BlockTable):
-        kinds = spread(mask.kinds, mask.lengths, mask.blocks)
+        kinds = np.asarray(spread(mask.kinds, mask.lengths, mask.blocks))
         print(f"blocks of {mask.blocks[0]} × {mask.blocks[1]}: {', '.join(shares(kinds))}")
     print("\n".join(grid(drawn, block, width)))
 
