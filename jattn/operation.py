@@ -16,6 +16,7 @@ through `fast` and backward through `reference`. So derivatives exist to every o
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,20 +39,35 @@ class Operation:
         elements: About how many elements it holds at once beside its arguments.
     """
 
-    outputs = 1
-    linear = 0
-    names: tuple[str, ...] = ()
-    elements = 0
+    @property
+    def outputs(self) -> int:
+        """One, unless said otherwise."""
+        return 1
+
+    @property
+    def linear(self) -> int:
+        """None, unless said otherwise."""
+        return 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """None, unless said otherwise."""
+        return ()
+
+    @property
+    def elements(self) -> int:
+        """None, unless said otherwise."""
+        return 0
 
     def types(self, *types) -> list:
         """The types of the outputs, as `jax.typeof` gives them, for the arguments'."""
         raise TypeError(f"{type(self).__name__} must define `types`")
 
-    def fast(self, *arrays, spread: bool):
+    def fast(self, *arrays, spread: bool) -> Any:
         """Computes it; `spread` says that the arrays may lie on several devices."""
         raise TypeError(f"{type(self).__name__} must define `fast`")
 
-    def reference(self, *arrays):
+    def reference(self, *arrays) -> Any:
         """Computes it in a form that JAX differentiates backward in linear memory."""
         raise TypeError(f"{type(self).__name__} must define `reference`")
 
@@ -361,7 +377,7 @@ def _jvp(primals, tangents, *, operation):
         rest = map(ad.instantiate_zeros, tangents[fixed:])
         terms.append(operation(*primals[:fixed], *rest))
     if not terms:
-        return outputs, [ad.Zero.from_primal_value(x) for x in outputs]
+        return outputs, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in outputs]
     return outputs, [
         functools.reduce(ad.add_jaxvals, ts) for ts in zip(*terms, strict=True)
     ]

@@ -56,7 +56,7 @@ class Operands(NamedTuple):
     modifier: Arrays
     query_position: jax.Array | None  # BT, B may be 1, or the first; None: 0, 1, …
     key_position: jax.Array | None  # BS, likewise
-    rng: jax.Array | None
+    rng: Any  # of dropout: a random key, or the words that were drawn from it
     kinds: jax.Array | None = None  # of the blocks, see `jattn.tables`
 
 

@@ -112,7 +112,7 @@ def errors(
     got, exact = _with_exact(case, attention_state, dtype, sizes, seed)
     near_dtype = "float32" if dtype == "float64" else dtype
     shrink = float(jnp.finfo(dtype).eps / jnp.finfo(near_dtype).eps)
-    baseline = dict.fromkeys(exact, 0.0)
+    near, baseline = {}, dict.fromkeys(exact, 0.0)
     for near_seed in range(seed, seed + 4):
         function = definition.attention_state
         near, near_exact = _with_exact(case, function, near_dtype, sizes, near_seed)

@@ -13,6 +13,7 @@ from jax import export
 
 import jattn
 from jattn import blockwise, definition, masks, modifiers
+from jattn.blockwise import forward
 from jattn.problem import pose
 from tests import small_tiles
 
@@ -157,8 +158,8 @@ def test_empty_tiles_are_skipped(monkeypatch):
         jax.debug.callback(lambda: visits.append(1))
         return original(layout_, *args)
 
-    original = blockwise._products
-    monkeypatch.setattr(blockwise, "_products", visited)
+    original = forward.products_of
+    monkeypatch.setattr(forward, "products_of", visited)
     x = inputs(B=1, T=64, S=64, N=1, K=1)
     problem, operands = pose("test", *x, mask=masks.Causal())
     run = jax.jit(functools.partial(blockwise.attention_state, problem, tile=(16, 16)))

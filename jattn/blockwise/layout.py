@@ -34,7 +34,7 @@ FEW_ROWS = 8
 
 
 def plan(problem: Problem, spread: bool, tile: tuple[int, int] | None = None) -> Plan:
-    """The sizes of tiles, by the sizes of the problem; `tile` overrides queries and keys."""
+    """The sizes of tiles, by those of the problem; `tile` overrides queries and keys."""
     sizes = problem.sizes
     if tile is not None:
         return Plan(1, 1, sizes.G, min(tile[0], sizes.T), min(tile[1], sizes.S))
@@ -83,8 +83,8 @@ class Aligned(NamedTuple):
     mask: Any
     modifier: Any
     index: Index
-    words: tuple[jax.Array, jax.Array] | None
-    column: jax.Array
+    words: Any
+    column: Any
 
 
 class Layout:
@@ -257,7 +257,7 @@ class Schedule(NamedTuple):
         return self.order[b, k, i], self.full[b, k, i], self.live[b, k, i]
 
 
-def schedules(layout: Layout) -> tuple[Schedule, Schedule]:
+def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     """By query block over key blocks, and by key block over query blocks."""
     problem, plan = layout.problem, layout.plan
     if problem.mask is problem.modifier is None and not layout.has_padding:

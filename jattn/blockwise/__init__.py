@@ -1,0 +1,14 @@
+"""Attention block by block, in plain JAX: memory linear in T and S, on any device.
+
+`layout`        a call, laid out so that blocks can be cut from it; what is visited
+`tiles`         one tile, and the loops over tiles
+`forward`       output and logsumexp
+`backward`      cotangents
+`tangent`       tangents
+`rows`          the same function plainly, for derivatives of higher order
+`attention`     all of them as one operation
+"""
+
+from jattn.blockwise.attention import attention_state as attention_state
+from jattn.blockwise.attention import block_sizes as block_sizes
+from jattn.blockwise.attention import refusal as refusal

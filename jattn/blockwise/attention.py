@@ -1,0 +1,133 @@
+"""Attention block by block, in plain JAX: memory linear in T and S, on any device.
+
+Queries and keys are cut into blocks; the logits of one block of each, a tile, are all
+that ever exists of T × S. A table says which tiles a mask leaves empty, which are then
+skipped, and which it leaves full, which then need no mask.
+
+    forward    over the tiles of a query block: running maximum, sum and output
+    tangent    over the same tiles, with the logsumexp at hand
+    backward   over the tiles of a key block, with logits as columns × rows, so that
+               no product contracts the first axis of its left operand
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.blockwise.backward import backward
+from jattn.blockwise.forward import forward
+from jattn.blockwise.layout import Layout, plan
+from jattn.blockwise.rows import by_rows
+from jattn.blockwise.tangent import tangent
+from jattn.dropout import words
+from jattn.operation import Operation, retype
+from jattn.problem import Operands, Problem, index
+from jattn.state import State
+
+
+def refusal(problem: Problem, platform: str) -> str | None:
+    """Takes everything, anywhere."""
+    del problem, platform
+    return None
+
+
+def attention_state(
+    problem: Problem, operands: Operands, tile: tuple[int, int] | None = None
+) -> State:
+    """The output BTND in the dtype of the inputs, and the logsumexp BTN.
+
+    `tile` is how many queries and keys a tile has, where the measured rule is not wanted.
+    """
+    sizes = problem.sizes
+    if any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S)):
+        return _nothing(problem)
+    if operands.rng is not None:  # one word per query and key serves every tile
+        at, rng = index(problem, operands), operands.rng
+        drawn = (words(rng, at.b, at.n, at.t, 0), words(rng, at.b, at.n, at.s, 1))
+        operands = operands._replace(rng=drawn)
+    leaves, tree = jax.tree.flatten(operands)
+    return State(*Attention(problem, tree, tile)(*leaves))
+
+
+def block_sizes(problem: Problem) -> tuple[int, int]:
+    """How many queries and keys are skipped at once."""
+    rule = plan(problem, spread=False)
+    return rule.T, rule.S
+
+
+def _nothing(problem: Problem) -> State:
+    """The state of queries without keys."""
+    B, N, T, _ = problem.sizes.BNTS
+    output = jnp.zeros((B, T, N, problem.sizes.D), problem.dtype)
+    return State(output, jnp.full((B, T, N), -jnp.inf, problem.wide))
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention(Operation):
+    """The leaves of `Operands`, its rng made into words, to output and logsumexp."""
+
+    problem: Problem
+    tree: Any
+    tile: tuple[int, int] | None = None
+
+    @property
+    def outputs(self) -> int:
+        """Output and logsumexp."""
+        return 2
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """For policies of `jax.checkpoint`."""
+        return "jattn_output", "jattn_logsumexp"
+
+    def plan(self, spread: bool):
+        """How much a tile holds."""
+        return plan(self.problem, spread, self.tile)
+
+    @property
+    def elements(self) -> int:
+        """Two tiles."""
+        B, K, G, T, S, *_ = self.plan(spread=False)
+        return 2 * B * K * G * T * S
+
+    def types(self, *types):
+        """BTND and BTN."""
+        B, N, T, _ = self.problem.sizes.BNTS
+        query = types[0]
+        spec = query.sharding.spec[:3]
+        return [
+            retype(query, (B, T, N, self.problem.sizes.D), spec=(*spec, None)),
+            retype(query, (B, T, N), self.problem.wide, spec),
+        ]
+
+    def fast(self, *leaves, spread):
+        """Tile by tile."""
+        return forward(
+            Layout(self.problem, self.tree.unflatten(leaves), self.plan(spread), False)
+        )
+
+    def reference(self, *leaves):
+        """A few whole rows at a time."""
+        return by_rows(self.problem, self.tree.unflatten(leaves))
+
+    def push(self, active, primals, outputs, tangents, spread):
+        """Tile by tile."""
+        layout = Layout(self.problem, self.tree.unflatten(primals), self.plan(spread))
+        tangents = iter(tangents)
+        tangents = [next(tangents) if flag else None for flag in active]
+        return tangent(layout, outputs, self.tree.unflatten(tangents))
+
+    def pull(self, active, primals, outputs, cotangents, spread):
+        """Tile by tile."""
+        layout = Layout(
+            self.problem, self.tree.unflatten(primals), self.plan(spread), False
+        )
+        results = backward(layout, outputs, cotangents, self.tree.unflatten(active))
+        results = self.tree.flatten_up_to(results)
+        return [
+            jnp.zeros(x.shape, x.dtype) if result is None else result.astype(x.dtype)
+            for x, result, flag in zip(primals, results, active, strict=True)
+            if flag
+        ]

@@ -1,0 +1,161 @@
+"""Cotangents, tile by tile, over the rows that see each block of keys.
+
+Logits are columns × rows here, so that no product contracts the first axis of its left
+operand, which is slow on CPUs.
+
+Reference:
+    Dao et al., 2022, arXiv:2205.14135, algorithm 4.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn import tile
+from jattn.blockwise.layout import Layout, schedules
+from jattn.blockwise.tiles import Active, Tile, dot, loop, over_heads, over_tiles
+from jattn.pointwise import Arrays
+from jattn.problem import Operands
+
+
+def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
+    """The cotangents of the wanted operands; None for the others."""
+    wide = layout.problem.wide
+    _, by_key = schedules(layout)
+    output, logsumexp = outputs
+    d_output, d_logsumexp = cotangents
+    delta = jnp.sum(d_output.astype(wide) * output.astype(wide), axis=-1) - d_logsumexp
+    empty = logsumexp == -jnp.inf
+    delta = jnp.where(empty, 0, delta)
+    logsumexp = jnp.where(empty, jnp.inf, logsumexp)  # so that exp gives 0
+    rows = tuple(map(layout.queries, (d_output, logsumexp, delta)))
+    actives = _actives(layout)
+    pick = lambda want, x: jnp.zeros(x.shape, wide) if want else None
+    wants = Active(wanted.bias, wanted.modifier.captured, wanted.modifier.aligned)
+    d_active = Active(
+        *(jax.tree.map(pick, x, y) for x, y in zip(wants, actives, strict=True))
+    )
+
+    def one_head(head, carry):
+        d_query, *carry = carry
+        queries = tuple(layout.row_blocks(x, **head.at) for x in (layout.query, *rows))
+        queries = (layout.scaled(queries[0]), layout.narrowed(queries[1]), *queries[2:])
+        d_rows = jnp.zeros_like(jnp.swapaxes(queries[0], -1, -2), wide)
+        body = functools.partial(_backward_block, layout, head, queries, by_key)
+        d_rows, *carry = loop(layout.counts["S"], body, (d_rows, *carry))
+        d_rows = jnp.swapaxes(d_rows, -1, -2)
+        return layout.put_row_blocks(d_query, d_rows, **head.at), *carry
+
+    carry = tuple(
+        jnp.zeros(x.shape, wide) for x in (layout.query, layout.key, layout.value)
+    )
+    results = over_heads(layout, one_head, (*carry, d_active))
+    return _cotangents(layout, wanted, *results)
+
+
+def _actives(layout: Layout) -> Active:
+    operands, aligned = layout.operands, layout.aligned
+    return Active(aligned.bias, operands.modifier.captured, aligned.modifier)
+
+
+def _backward_block(layout, head, queries, by_key, j, carry):
+    """All that one block of keys adds: a loop over the rows that see it."""
+    d_rows, d_key, d_value, d_active = carry
+    key = layout.narrowed(layout.cut(head.key, "BKS.", S=j))
+    value = layout.narrowed(layout.cut(head.value, "BKS.", S=j))
+    wide = layout.problem.wide
+    body = functools.partial(_backward_tile, layout, head, queries, (key, value), j)
+    start = (d_rows, jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide), d_active)
+    carry = over_tiles(by_key, head, j, layout.counts["T"], body, start)
+    d_rows, key_part, value_part, d_active = carry
+    put = lambda whole, part: layout.put(
+        whole, jnp.moveaxis(part, 1, 2), "BSK.", S=j, **head.at
+    )
+    return d_rows, put(d_key, key_part), put(d_value, value_part), d_active
+
+
+def _backward_tile(layout, head, queries, keys, j, masked):
+    """The body of the loop over the tiles of one block of keys."""
+    wide = layout.problem.wide
+    isolated = masked and layout.problem.mask is not None
+
+    def body(i, carry):
+        d_rows, d_key, d_value, d_active = carry
+        query, d_output, logsumexp, delta = (_at(x, i) for x in queries)
+        key, value = keys
+        view = Tile(layout, head.aligned, i, j, columns_first=True)
+        allowed = view.allowed() if masked else None
+        keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
+        products = dot("BKSH,BKRH->BKSR", key, query, wide)
+        products = products * layout.operands.scale if layout.narrow else products
+        chosen = jax.tree.map(
+            lambda total, x: None if total is None else x,
+            d_active,
+            view.active,
+            is_leaf=lambda x: x is None,
+        )
+        logits, pull = jax.vjp(
+            lambda x, chosen: view.logits(x, chosen.fill(view.active)), products, chosen
+        )
+        if isolated:  # what follows mixes rows, and columns, by products with zeros
+            query, key = tile.isolate(query)[0], tile.isolate(key)[0]
+            d_clean, poison = tile.isolate(d_output)
+            logsumexp = logsumexp + poison.astype(wide)
+        else:
+            d_clean = d_output
+        weights = keep_allowed(jnp.exp(logits - logsumexp[..., None, :]))
+        d_weights = view.drop(dot("BKSD,BKRD->BKSR", value, d_output, wide))
+        d_logits = keep_allowed(weights * (d_weights - delta[..., None, :]))
+        d_products, d_chosen = pull(d_logits)
+        if layout.problem.modifier is not None:
+            d_products = keep_allowed(d_products)
+        d_products = layout.narrowed(d_products)
+        dropped = layout.narrowed(view.drop(weights))
+        d_key = d_key + dot("BKSR,BKRH->BKSH", d_products, query, wide)
+        d_value = d_value + dot("BKSR,BKRD->BKSD", dropped, d_clean, wide)
+        key = jnp.swapaxes(key, 2, 3)
+        d_row = _at(d_rows, i) + dot("BKHS,BKSR->BKHR", key, d_products, wide)
+        d_rows = lax.dynamic_update_index_in_dim(d_rows, d_row, i, 0)
+        d_active = _add_active(layout, d_active, d_chosen, T=i, S=j, **head.at)
+        return d_rows, d_key, d_value, d_active
+
+    return body
+
+
+def _add_active(layout: Layout, whole: Active, part: Active, **at) -> Active:
+    """Adds the derivatives of one tile to their sums."""
+    add = lambda whole, part: layout.add(whole, part, "BKGTS", **at)
+    return Active(
+        jax.tree.map(add, whole.bias, part.bias),
+        jax.tree.map(lambda x, y: x + y.astype(x.dtype), whole.captured, part.captured),
+        jax.tree.map(add, whole.modifier, part.modifier),
+    )
+
+
+def _at(blocks, i):
+    return lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)
+
+
+def _cotangents(layout, wanted, d_query, d_key, d_value, d_active) -> Operands:
+    """Sums over tiles as cotangents of the operands."""
+    operands, S = layout.operands, layout.problem.sizes.S
+    d_query = layout.unqueries(d_query)
+    finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
+    d_scale = jnp.sum(d_query * finite.astype(d_query.dtype))
+    d_key = d_key[:, :S] * (operands.scale if layout.narrow else 1)
+    unalign: Any = lambda d, x: None if d is None else layout.unalign(d, x)
+    nothing = jax.tree.map(lambda _: None, wanted)
+    return nothing._replace(
+        query=d_query * operands.scale,
+        key=d_key,
+        value=d_value[:, :S],
+        scale=d_scale,
+        bias=unalign(d_active.bias, operands.bias),
+        modifier=Arrays(
+            d_active.captured,
+            tuple(map(unalign, d_active.modifier, operands.modifier.aligned)),
+        ),
+    )

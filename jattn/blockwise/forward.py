@@ -1,0 +1,126 @@
+"""Output and logsumexp, tile by tile: running maximum, sum and output of each row.
+
+Reference:
+    Dao et al., 2022, arXiv:2205.14135, algorithm 1; Milakov and Gimelshein, 2018,
+    arXiv:1805.02867, the running sum.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+
+from jattn.blockwise.layout import Layout, schedules
+from jattn.blockwise.tiles import (
+    Tile,
+    dot,
+    loop,
+    over_heads,
+    over_tiles,
+    products_of,
+    sums_of,
+)
+from jattn.shapes import wide_dtype
+
+
+def forward(layout: Layout):
+    """The output BTND and the logsumexp BTN."""
+    if not layout.plan.folded:
+        return _forward(layout)
+    # Folded heads mix in products with zeros, which keep them apart while all is finite.
+    folded = _forward(layout)
+    spoiled = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(x)) for x in folded))
+    plan = layout.plan._replace(folded=False)
+    apart = Layout(layout.problem, layout.operands, plan, wide=not layout.narrow)
+    return lax.cond(spoiled, lambda: _forward(apart), lambda: folded)
+
+
+def _forward(layout: Layout):
+    sizes, wide = layout.problem.sizes, layout.problem.wide
+    folded, scale = layout.plan.folded, layout.operands.scale
+    by_query, _ = schedules(layout)
+    shape = (sizes.B, layout.padded["T"], sizes.K, sizes.G)
+    output = jnp.zeros((*shape, sizes.D), layout.problem.dtype)
+
+    def one_head(head, carry):
+        def one_block(i, carry):
+            query = layout.rows(layout.query, T=i, **head.at)
+            # In float32, so that scaling before the product costs nothing and is exact.
+            query = layout.scaled(query) if folded else query.astype(wide) * scale
+            body = functools.partial(_forward_tile, layout, head, query, i)
+            rows = query.shape[:3]
+            start = (
+                jnp.full(rows, -jnp.inf, wide),
+                jnp.zeros(rows, wide),
+                jnp.zeros((*rows, sizes.D), wide),
+            )
+            state = over_tiles(by_query, head, i, layout.counts["S"], body, start)
+            return tuple(
+                layout.put_rows(whole, part, T=i, **head.at)
+                for whole, part in zip(carry, finish(*state), strict=True)
+            )
+
+        return loop(layout.counts["T"], one_block, carry)
+
+    start = (output, jnp.zeros(shape, wide))
+    output, logsumexp = over_heads(layout, one_head, start, folded)
+    return layout.unqueries(output), layout.unqueries(logsumexp)
+
+
+def _forward_tile(layout, head, query, i, masked):
+    """The body of the loop over the tiles of one query block."""
+    folded = layout.plan.folded
+
+    def body(j, carry):
+        row_max, row_sum, output = carry
+        view = Tile(layout, head.aligned, i, j)
+        axes = "BSK." if folded else "BKS."
+        key = layout.cut(head.key, axes, S=j)
+        value = layout.narrowed(layout.cut(head.value, axes, S=j))
+        products = (_folded_products if folded else products_of)(layout, query, key)
+        logits = view.logits(products, view.active)
+        allowed = view.allowed() if masked else None
+        if allowed is not None:
+            logits = jnp.where(allowed, logits, -jnp.inf)
+        top = jnp.maximum(row_max, jnp.max(logits, axis=-1))
+        safe = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+        weights = jnp.exp(logits - safe[..., None])
+        shrink = jnp.exp(row_max - safe)
+        row_sum = row_sum * shrink + jnp.sum(weights, axis=-1)
+        weights = layout.narrowed(view.drop(weights))
+        part = _folded_sums(weights, value) if folded else sums_of(weights, value, allowed)
+        return top, row_sum, output * shrink[..., None] + part
+
+    return body
+
+
+def _folded_products(layout, query, key):
+    """Queries BKRH by keys BSKH as one product, which reads the keys where they lie.
+
+    Each query has zeros for the heads that are not its own: K times the arithmetic, which
+    is little beside moving the keys of each head together.
+    """
+    B, K, R, H = query.shape
+    own = jnp.eye(K, dtype=bool)[None, :, None, :, None]
+    query = jnp.where(own, query[:, :, :, None], 0).reshape(B, K * R, K * H)
+    key = layout.narrowed(key).reshape(*key.shape[:2], K * H)
+    products = dot("BSX,BYX->BSY", key, query, layout.problem.wide)
+    products = jnp.swapaxes(products, 1, 2).reshape(B, K, R, -1)
+    return products * layout.operands.scale if layout.narrow else products
+
+
+def _folded_sums(weights, value):
+    """Values BSKD in proportion to weights BKRS, all heads as one product."""
+    B, K, R, S = weights.shape
+    wide = wide_dtype(weights.dtype)
+    value = value.reshape(B, S, -1)
+    sums = dot("BYS,BSX->BYX", weights.reshape(B, K * R, S), value, wide)
+    return jnp.einsum("BKRKD->BKRD", sums.reshape(B, K, R, K, -1))
+
+
+def finish(row_max, row_sum, output):
+    """Output and logsumexp of rows that saw all their tiles."""
+    empty = row_sum == 0
+    row_sum = jnp.where(empty, 1, row_sum)
+    logsumexp = jnp.where(empty, -jnp.inf, row_max + jnp.log(row_sum))
+    return output / row_sum[..., None], logsumexp

@@ -1,0 +1,48 @@
+"""Output and logsumexp a few whole rows at a time: plain, for JAX to differentiate."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn import tile
+from jattn.blockwise.forward import finish
+from jattn.blockwise.layout import Layout, rows_plan
+from jattn.blockwise.tiles import Tile, products_of, sums_of
+from jattn.problem import Operands, Problem
+
+
+def by_rows(problem: Problem, operands: Operands):
+    """Output and logsumexp, whole rows at a time: plain, for JAX to differentiate."""
+    sizes, wide = problem.sizes, problem.wide
+    layout = Layout(problem, operands, rows_plan(problem))
+    key, value = (jnp.moveaxis(x.astype(wide), 2, 1) for x in (layout.key, layout.value))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def rows(i):
+        query = layout.scaled(layout.rows(layout.query, T=i))
+        view = Tile(layout, layout.aligned, i, 0)
+        allowed, clean, poison = view.allowed(), key, None
+        if allowed is not None:  # the transpose of these products is a mixing one
+            query, query_poison = tile.isolate(query)
+            clean, key_poison = tile.isolate(key)
+            poison = query_poison[..., None] + key_poison[..., None, :]
+        logits = view.logits(products_of(layout, query, clean), view.active)
+        if allowed is not None:
+            logits = jnp.where(allowed, logits + poison, -jnp.inf)
+        top = lax.stop_gradient(jnp.max(logits, axis=-1))
+        top = jnp.where(top == -jnp.inf, 0, top)
+        weights = jnp.exp(logits - top[..., None])
+        total = jnp.sum(weights, axis=-1)
+        output = sums_of(view.drop(weights), value, allowed)
+        return finish(top, total, output)
+
+    results = lax.map(rows, jnp.arange(layout.counts["T"]))
+    whole = (jnp.zeros((*layout.query.shape[:4], sizes.D), wide),)
+    whole = (*whole, jnp.zeros(layout.query.shape[:4], wide))
+    output, logsumexp = (
+        layout.unqueries(layout.put_row_blocks(x, y))
+        for x, y in zip(whole, results, strict=True)
+    )
+    return output.astype(problem.dtype), logsumexp

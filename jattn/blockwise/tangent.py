@@ -1,0 +1,112 @@
+"""Tangents of output and logsumexp, tile by tile, with the logsumexp at hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jattn.blockwise.layout import Layout, schedules
+from jattn.blockwise.tiles import Active, Tile, dot, loop, over_heads, over_tiles, sums_of
+from jattn.problem import Operands
+
+
+def tangent(layout: Layout, outputs, tangents: Operands):
+    """The tangents of output and logsumexp, from those of operands; None is zero."""
+    wide, scale = layout.problem.wide, layout.operands.scale
+    by_query, _ = schedules(layout)
+    output, logsumexp = outputs
+    safe = layout.queries(jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp))
+    terms = []
+    if tangents.query is not None:
+        terms.append(tangents.query.astype(wide) * scale)
+    if tangents.scale is not None:
+        terms.append(layout.operands.query.astype(wide) * tangents.scale)
+    d_query = layout.queries(sum(terms[1:], terms[0])) if terms else None
+    d_keys = tuple(
+        None if x is None else layout.keys(x.astype(wide))
+        for x in (tangents.key, tangents.value)
+    )
+    align = lambda x: None if x is None else layout.align(x)
+    d_active = Active(
+        align(tangents.bias),
+        tangents.modifier.captured,
+        tuple(map(align, tangents.modifier.aligned)),
+    )
+
+    def one_head(head, carry):
+        cut = lambda x: jnp.moveaxis(layout.cut(x, "BSK.", **head.at), 2, 1)
+        d_head = (*jax.tree.map(cut, d_keys), _cut_active(layout, d_active, **head.at))
+
+        def one_block(i, carry):
+            rows = lambda x: layout.rows(x, T=i, **head.at)
+            query = layout.scaled(rows(layout.query))
+            d_rows = None if d_query is None else rows(d_query)
+            given = (query, rows(safe), d_rows)
+            body = functools.partial(_tangent_tile, layout, head, d_head, given, i)
+            D = layout.problem.sizes.D
+            start = jnp.zeros(query.shape[:3], wide), jnp.zeros((*query.shape[:3], D), wide)
+            parts = over_tiles(by_query, head, i, layout.counts["S"], body, start)
+            return tuple(
+                layout.put_rows(whole, part, T=i, **head.at)
+                for whole, part in zip(carry, parts, strict=True)
+            )
+
+        return loop(layout.counts["T"], one_block, carry)
+
+    shape = layout.query.shape[:4]
+    start = jnp.zeros(shape, wide), jnp.zeros((*shape, layout.problem.sizes.D), wide)
+    d_logsumexp, d_sum = map(layout.unqueries, over_heads(layout, one_head, start))
+    d_output = d_sum - d_logsumexp[..., None] * output.astype(wide)
+    return d_output.astype(output.dtype), d_logsumexp
+
+
+def _tangent_tile(layout, head, d_head, given, i, masked):
+    """The body of the loop over the tiles of one query block."""
+    wide = layout.problem.wide
+    d_keys, d_values, d_actives = d_head
+
+    def body(j, carry):
+        total, output = carry
+        query, logsumexp, d_query = given
+        cut = lambda x: None if x is None else layout.cut(x, "BKS.", S=j).astype(wide)
+        key, value, d_key, d_value = map(cut, (head.key, head.value, d_keys, d_values))
+        view = Tile(layout, head.aligned, i, j)
+        products = dot("BKRH,BKSH->BKRS", query, key, wide)
+        d_products = jnp.zeros_like(products)
+        if d_query is not None:
+            d_products += dot("BKRH,BKSH->BKRS", d_query, key, wide)
+        if d_key is not None:
+            d_products += dot("BKRH,BKSH->BKRS", query, d_key, wide)
+        d_active = _cut_active(layout, d_actives, T=i, S=j)
+        chosen = jax.tree.map(
+            lambda d, x: None if d is None else x,
+            d_active,
+            view.active,
+            is_leaf=lambda x: x is None,
+        )
+        d_active = jax.tree.map(lambda d, x: d.astype(x.dtype), d_active, chosen)
+        logits, d_logits = jax.jvp(
+            lambda x, chosen: view.logits(x, chosen.fill(view.active)),
+            (products, chosen),
+            (d_products, d_active),
+        )
+        weights = jnp.exp(logits - logsumexp[..., None])
+        d_weights = weights * d_logits
+        allowed = view.allowed() if masked else None
+        if allowed is not None:
+            weights = jnp.where(allowed, weights, 0)
+            d_weights = jnp.where(allowed, d_weights, 0)
+        output = output + sums_of(view.drop(d_weights), value, allowed)
+        if d_value is not None:
+            output = output + sums_of(view.drop(weights), d_value, allowed)
+        return total + jnp.sum(d_weights, axis=-1), output
+
+    return body
+
+
+def _cut_active(layout: Layout, active: Active, **at) -> Active:
+    """The part of aligned arrays at the blocks `at`."""
+    cut = lambda x: layout.cut(x, "BKGTS", **at)
+    return active._replace(
+        bias=jax.tree.map(cut, active.bias), modifier=jax.tree.map(cut, active.modifier)
+    )

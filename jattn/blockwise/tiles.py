@@ -1,0 +1,148 @@
+"""One tile: its logits, mask and dropout, its products; and the loops over tiles."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn import tile
+from jattn.blockwise.layout import Aligned, Layout
+from jattn.dropout import keep
+from jattn.pointwise import Arrays, Index
+from jattn.shapes import wide_dtype
+
+
+class Active(NamedTuple):
+    """What the logits of a tile depend on beside the products; None where constant."""
+
+    bias: Any
+    captured: Any
+    modifier: Any
+
+    def fill(self, other: "Active") -> "Active":
+        """The other's arrays where this one has None."""
+        pick = lambda mine, other: other if mine is None else mine
+        return jax.tree.map(pick, self, other, is_leaf=lambda x: x is None)
+
+
+class Tile:
+    """One tile's logits, mask and dropout, for rows × columns or columns × rows."""
+
+    def __init__(self, layout: Layout, aligned: Aligned, i, j, columns_first=False):
+        cut = lambda x: layout.cut(x, "BKGTS", T=i, S=j)
+        self.layout, self.problem = layout, layout.problem
+        self.part = jax.tree.map(cut, aligned)
+        self.lay = functools.partial(layout.lay, columns_first=columns_first)
+        self.index = Index(*map(self.lay, self.part.index))
+
+    @property
+    def active(self) -> Active:
+        """All of it."""
+        captured = self.layout.operands.modifier.captured
+        return Active(self.part.bias, captured, self.part.modifier)
+
+    def logits(self, products, active: Active):
+        """Modifier, then bias, on products that were scaled."""
+        logits = products
+        if self.problem.modifier is not None:
+            arrays = Arrays(active.captured, tuple(map(self.lay, active.modifier)))
+            logits = self.problem.modifier(arrays, self.index, products)
+            logits = jnp.broadcast_to(logits, products.shape).astype(products.dtype)
+        return logits if active.bias is None else logits + self.lay(active.bias)
+
+    def allowed(self):
+        """Which pairs count: the mask's, and no padding."""
+        allowed = None
+        if self.problem.mask is not None:
+            captured = self.layout.operands.mask.captured
+            arrays = Arrays(captured, tuple(map(self.lay, self.part.mask)))
+            allowed = self.problem.mask(arrays, self.index)
+        if self.layout.has_padding:
+            inside = self.lay(self.part.column) < self.problem.sizes.S
+            allowed = inside if allowed is None else allowed & inside
+        return allowed
+
+    def drop(self, weights):
+        """The weights that dropout keeps, scaled up."""
+        if self.part.words is None:
+            return weights
+        queries, keys = map(self.lay, self.part.words)
+        kept = keep(queries, keys, self.problem.rate)
+        return jnp.where(kept, weights / (1 - self.problem.rate), 0)
+
+
+class Head(NamedTuple):
+    """Some examples and key/value heads of a call."""
+
+    at: dict
+    key: jax.Array  # BKSH
+    value: jax.Array  # BKSD
+    aligned: Aligned
+
+
+def over_heads(layout: Layout, body, carry, folded=False):
+    """Runs `body(head, carry)` for every step in B and K; folded keys stay BSK…."""
+    counts = layout.counts
+
+    def step(index, carry):
+        b, k = index // counts["K"], index % counts["K"]
+        cut = lambda x, axes: layout.cut(x, axes, B=b, K=k)
+        aligned = jax.tree.map(lambda x: cut(x, "BKGTS"), layout.aligned)
+        key, value = cut(layout.key, "BSK."), cut(layout.value, "BSK.")
+        if not folded:
+            key, value = jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1)
+        return body(Head({"B": b, "K": k}, key, value, aligned), carry)
+
+    return loop(counts["B"] * counts["K"], step, carry)
+
+
+def loop(count, body, carry):
+    """A loop; none for a single turn."""
+    if isinstance(count, int) and count == 1:
+        return body(0, carry)
+    return lax.fori_loop(0, count, body, carry)
+
+
+def over_tiles(schedule, head: Head, i, count, body, carry):
+    """Runs `body(masked)(j, carry)` over the tiles of block `i` that are not empty."""
+    if schedule is None:
+        return loop(count, body(False), carry)
+    order, full, live = schedule.at(head.at["B"], head.at["K"], i)
+    at = lambda masked: lambda turn, carry: body(masked)(order[turn], carry)
+    if not schedule.masked:
+        return lax.fori_loop(0, live, at(False), carry)
+    carry = lax.fori_loop(0, full, at(False), carry)
+    return lax.fori_loop(full, live, at(True), carry)
+
+
+def dot(spec: str, x, y, wide):
+    """A product that is summed in the wide precision."""
+    return jnp.einsum(spec, x, y, preferred_element_type=wide)
+
+
+def products_of(layout, query, key):
+    """Each query by each key, BKRH and BKSH to BKRS."""
+    wide = layout.problem.wide
+    return dot("BKRH,BKSH->BKRS", query, key.astype(wide), wide)
+
+
+def sums_of(weights, value, allowed):
+    """The values BKSD in proportion to weights BKRS.
+
+    What is not finite in a value counts as 0 where there is a mask, for 0 · NaN is NaN;
+    a row that sees some gets NaN after the sum.
+    """
+    wide = wide_dtype(weights.dtype)
+    if allowed is None:
+        return dot("BKRS,BKSD->BKRD", weights, value, wide)
+    value, poison = tile.isolate(value)
+    poison = poison.astype(wide)
+    total = dot("BKRS,BKSD->BKRD", weights, value, wide)
+
+    def spoil(total):
+        seen = jnp.where(allowed, poison[..., None, :], 0)
+        return total + jnp.sum(seen, axis=-1)[..., None]
+
+    return lax.cond(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)
