@@ -11,21 +11,26 @@ Read in this order:
 `pointwise`     masks and modifiers made into data that compare by structure
 `tables`        which blocks of a mask are empty, partial or full, to keep and reuse
 `problem`       one call, taken apart: static facts and operands
-`blocks`, `skipping`, `tabulate`  how a mask says by itself which blocks those are
+`blocks`        a mask evaluated over intervals, a pair of blocks each
+`skipping`      which blocks of a call can be skipped, for every implementation
+`tabulate`      block tables made from a mask and shapes
 `tile`          the logits of some queries by some keys
 `dense`         attention in one tile
+`operation`     a function with its own derivatives that JAX transforms in every way
+`blockwise`     attention in many tiles: forward, backward, tangent
 `dispatch`      which implementation runs, and why
 `explanation`   what a call would do
 `api`           the public functions
 `testing`       named cases and the checks that every implementation passes
 `expression`    masks written as text
 `picture`       masks and weights as small arrays, and as text
-`panels`, `plot`  pictures of masks and weights, with matplotlib
+`panels`        empty panels for pictures
+`plot`          pictures of masks and weights, with matplotlib
 `command`       what `python -m jattn` does
 `adapters`      the same functions under other libraries' signatures
 """
 
-from jattn import masks, modifiers
+from jattn import definition, masks, modifiers
 from jattn.api import (
     attention,
     attention_logits,
@@ -52,6 +57,7 @@ __all__ = [
     "attention_state",
     "attention_weights",
     "block_table",
+    "definition",
     "explain",
     "masks",
     "merge",

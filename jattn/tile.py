@@ -28,19 +28,25 @@ def isolate(array: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def products(query: jax.Array, key: jax.Array) -> jax.Array:
-    """Each query by each key, BTNH and BSKH to BNTS, in the precision of both."""
+    """Each query by each key, BTNH and BSKH to BNTS, in the precision of both.
+
+    The queries of the G heads that share a key head are the rows of one product.
+    """
     B, T, N, H = query.shape
-    K, S = key.shape[2], key.shape[1]
-    grouped = query.reshape(B, T, K, N // K, H)
-    return jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key).reshape(B, N, T, S)
+    S, K = key.shape[1:3]
+    rows = jnp.moveaxis(query.reshape(B, T, K, N // K, H), 1, 3).reshape(
+        B, K, N // K * T, H
+    )
+    return jnp.einsum("BKRH,BSKH->BKRS", rows, key).reshape(B, N, T, S)
 
 
 def sums(weights: jax.Array, value: jax.Array) -> jax.Array:
     """The values in proportion to weights, BNTS and BSKD to BTND."""
     B, N, T, S = weights.shape
     K, D = value.shape[2:]
-    grouped = weights.reshape(B, K, N // K, T, S)
-    return jnp.einsum("BKGTS,BSKD->BTKGD", grouped, value).reshape(B, T, N, D)
+    rows = weights.reshape(B, K, N // K * T, S)
+    output = jnp.einsum("BKRS,BSKD->BKRD", rows, value).reshape(B, K, N // K, T, D)
+    return jnp.moveaxis(output, 3, 1).reshape(B, T, N, D)
 
 
 def logits(problem: Problem, operands: Operands, index: Index, products) -> jax.Array:

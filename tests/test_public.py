@@ -13,7 +13,14 @@ import jattn
 PUBLIC = {
     "jattn": {
         *("EMPTY", "Dropout", "Explanation", "State", "attention", "attention_logits"),
-        *("attention_state", "attention_weights", "BlockTable", "block_table", "explain"),
+        *(
+            "attention_state",
+            "attention_weights",
+            "BlockTable",
+            "block_table",
+            "definition",
+            "explain",
+        ),
         *("masks", "merge", "modifiers"),
     },
     "jattn.masks": {
