@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -356,6 +357,8 @@ def _attend(where, query, key, value, sink, implementation, options) -> State:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _state(problem: Problem, name: str, operands: Operands, sink) -> State:
     state = dispatch.IMPLEMENTATIONS[name].attention_state(problem, operands)
+    chex.assert_equal_shape_prefix([operands.query, *state], 3)
+    chex.assert_type(state.logsumexp, problem.wide)
     return state._replace(output=with_sink(state, sink).astype(problem.dtype))
 
 

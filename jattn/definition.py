@@ -11,6 +11,7 @@ to get the same numbers, and is tested against this page, value and derivatives.
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -121,6 +122,8 @@ def attend(
     Reference:
         Vaswani et al., 2017, arXiv:1706.03762, section 3.2.1, equation 1.
     """
+    chex.assert_rank([query, key, value], [1, 2, 2])
+    chex.assert_equal_shape_prefix([key, value], 1)
     wide = wide_dtype(query.dtype)
     query, key, dtype = query.astype(wide), key.astype(wide), value.dtype
     value = value.astype(wide)

@@ -103,7 +103,8 @@ def with_sink(state: State, sink: jax.Array | None) -> jax.Array:
     seen = state.logsumexp != -jnp.inf
     sink = jnp.broadcast_to(sink, seen.shape).astype(state.logsumexp.dtype)
     excess = jnp.where(seen, state.logsumexp, 0) - sink
-    return state.output * jnp.where(seen, jax.nn.sigmoid(excess), 0)[..., None]
+    share = jnp.where(seen, jax.nn.sigmoid(excess), 0)
+    return state.output.astype(share.dtype) * share[..., None]
 
 
 def _check(parts) -> None:

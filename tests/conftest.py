@@ -1,11 +1,15 @@
-"""The sternest settings that JAX has, for every test."""
+"""The sternest settings that JAX has, for every test; docstrings keep a user's."""
 
 import jax
 import pytest
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture(params=[False, True], ids=["x64_off", "x64_on"])

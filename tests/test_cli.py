@@ -119,7 +119,7 @@ def test_attend_prints_the_strongest_keys_of_each_query(arrays, capsys):
     np.savez("b.npz", query=[[[9.0]]], key=[[[0.0]], [[1.0]]], value=[[[1.0]], [[2.0]]])
     assert main(["attend", "b.npz", "--scale", "0.1"]) == 0
     printed = capsys.readouterr().out
-    assert "B=1 T=1 S=2 N=1 K=1 H=1 D=1, float64; dense on" in printed
+    assert "B=1 T=1 S=2 N=1 K=1 H=1 D=1, float64; blockwise on" in printed
     assert "     0       1 █████▊   0.711       0 ██▎      0.289\n" in printed
 
 

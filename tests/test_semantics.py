@@ -1,6 +1,8 @@
 """What DESIGN promises of the edges, each sentence a test, for every implementation."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +230,19 @@ def test_float64_is_float64_throughout(state):
         assert (output.dtype, logsumexp.dtype) == ("float64", "float64")
         expected = jattn.definition.attention(query, key, value)
         np.testing.assert_allclose(output, expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_head_size_one_in_float64_does_not_end_the_process(implementation):
+    # One plain einsum of such shapes aborts XLA on CPUs, so this is a process of its own.
+    code = f"""
+import jax, jax.numpy as jnp, jattn
+jax.config.update("jax_enable_x64", True)
+query, key = jnp.ones((2, 5, 4, 1)), jnp.ones((2, 5, 2, 1))
+loss = lambda *x: jattn.attention(*x, implementation="{implementation}").sum()
+jax.block_until_ready(jax.jit(jax.grad(loss, (0, 1, 2)))(query, key, key))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_two_runs_are_bitwise_equal(state):

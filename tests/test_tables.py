@@ -316,8 +316,12 @@ def test_explain_says_how_many_blocks_are_skipped():
 
 def test_explain_counts_blocks_that_a_modifier_skips():
     near = lambda logit, b, n, t, s: jnp.where(abs(t - s) < 512, logit, -jnp.inf)
-    assert explain(modifier=near).blocks.empty == (64 - 22) / 64
-    assert explain(modifier=lambda logit, b, n, t, s: logit - t).blocks is None
+    blocks = explain(modifier=near).blocks
+    count = blocks.counts[
+        0
+    ]  # far more than 512 pairs wide, so that three diagonals are left
+    assert blocks.empty == (count**2 - (3 * count - 2)) / count**2
+    assert explain(modifier=lambda logit, b, n, t, s: 2 * logit).blocks is None
 
 
 @pytest.mark.parametrize("as_shape", [True, False])

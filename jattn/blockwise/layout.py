@@ -168,7 +168,8 @@ class Layout:
 
     def add(self, array, part, axes: str, **at):
         """Adds to what `cut` reads."""
-        return self.put(array, self.cut(array, axes, **at) + part, axes, **at)
+        total = self.cut(array, axes, **at) + part.astype(array.dtype)
+        return self.put(array, total, axes, **at)
 
     def rows(self, array, **at):
         """The rows of a tile, BTKG… to BK(GT)…."""
