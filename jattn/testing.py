@@ -3,7 +3,8 @@
 For whoever writes a kernel: run `assert_matches_definition` and `check_gradients` over
 `CASES` with a function of the signature of `jattn.attention_state`. The judge is
 `jattn.definition` in float64, and nothing has a tolerance of its own: an error may be at
-most `budget` times that of the definition computed in the same dtype.
+most `budget` times that of the definition computed in the same dtype, or times what moving
+the inputs by a rounding changes, and two units in the last place of the largest number.
 """
 
 import dataclasses
