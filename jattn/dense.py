@@ -19,9 +19,9 @@ def refusal(problem: Problem, platform: str) -> str | None:
     return None
 
 
-def block_sizes(problem: Problem) -> None:
+def block_sizes(problem: Problem, operands: Operands | None) -> None:
     """Skips nothing."""
-    del problem
+    del problem, operands
 
 
 def attention_logits(problem: Problem, operands: Operands) -> jax.Array:

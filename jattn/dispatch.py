@@ -8,7 +8,7 @@ named one runs or its sentence is raised. Nothing falls back in silence.
 import types
 
 from jattn import blockwise, dense
-from jattn.problem import Problem
+from jattn.problem import Operands, Problem
 
 IMPLEMENTATIONS: dict[str, types.ModuleType] = {
     "blockwise": blockwise,
@@ -52,10 +52,12 @@ def choose(where: str, problem: Problem, platform: str, implementation=None) -> 
     return implementation
 
 
-def block_sizes(problem: Problem, name: str) -> tuple[int, int] | None:
+def block_sizes(
+    problem: Problem, operands: Operands | None, name: str
+) -> tuple[int, int] | None:
     """How many queries and keys are skipped at once, or None where nothing is.
 
-    An implementation says so by a function `block_sizes(problem)`.
+    An implementation says so by a function `block_sizes(problem, operands)`.
     """
-    ask = getattr(IMPLEMENTATIONS[name], "block_sizes", lambda problem: _BLOCKS)
-    return ask(problem)
+    ask = getattr(IMPLEMENTATIONS[name], "block_sizes", lambda *_: _BLOCKS)
+    return ask(problem, operands)

@@ -113,7 +113,7 @@ def explain(
 
 def _blocks(problem: Problem, operands: Operands | None, name: str) -> Blocks | None:
     """What is skipped, if there is anything that could be."""
-    sizes = block_sizes(problem, name)
+    sizes = block_sizes(problem, operands, name)
     B, N, T, S = problem.sizes.BNTS
     if sizes is None or problem.mask is problem.modifier is None or 0 in (B, N, T, S):
         return None

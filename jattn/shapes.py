@@ -46,6 +46,11 @@ class Sizes:
         return self.N // self.K if self.K else 0
 
     @property
+    def are_known(self) -> bool:
+        """Whether no size is symbolic."""
+        return all(isinstance(size, int) for size in (*self.BNTS, self.K, self.H, self.D))
+
+    @property
     def BNTS(self) -> tuple[int, ...]:
         """The shape of the logits and the weights."""
         return self.B, self.N, self.T, self.S

@@ -25,7 +25,7 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
     """
     B, N, T, S = problem.sizes.BNTS
     shape = (1, 1, -(-T // block_q), -(-S // block_kv))
-    if not all(isinstance(size, int) for size in (B, N, T, S)):
+    if not problem.sizes.are_known:
         return jnp.full(shape, PARTIAL, jnp.int8)
     kinds = np.full(shape, FULL, np.int8)
     positions = (operands.query_position, operands.key_position)

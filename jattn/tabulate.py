@@ -50,7 +50,7 @@ def block_table(
     blocks = _check_block(where, block)
     query, key = _check_shape(where, "query", query), _check_shape(where, "key", key)
     sizes = measure(where, query, key, key)
-    if not all(isinstance(size, int) for size in sizes.BNTS):
+    if not sizes.are_known:
         raise ValueError(
             f"{where}: the sizes must be known numbers, got BNTS = {sizes.BNTS}; "
             f"`attention` with the mask itself takes symbolic ones."

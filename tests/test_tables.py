@@ -191,7 +191,7 @@ def test_output_gradients_and_tangent_skip_the_same_blocks(monkeypatch):
     expected = results(lambda b, n, t, s: (t >= s) & (t // 512 == s // 512))
     jax.clear_caches()
     monkeypatch.setattr(skipping, "block_table", wrong_table)
-    found = results(Causal())
+    found = results(Causal() & Segments(jnp.zeros(1536, jnp.int32)))
     jax.clear_caches()
     for have, want in zip(found, expected, strict=True):
         np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
@@ -307,11 +307,18 @@ explain = functools.partial(jattn.explain, SHAPE, SHAPE, SHAPE, implementation="
 
 def test_explain_says_how_many_blocks_are_skipped():
     found = explain(mask=Causal())
-    assert found.flops_visited == 2 * 2 * 4 * 36 * 512**2 * 128
+    assert found.flops_visited == 2 * 2 * 4 * 10 * 1024**2 * 128
     assert str(found).splitlines()[3:5] == [
-        "blocks          43.8 % skipped, 12.5 % partial (of 8 × 8 blocks of 512 × 512)",
-        "not skipped     19.3 Gflop",
+        "blocks          37.5 % skipped, 25 % partial (of 4 × 4 blocks of 1024 × 1024)",
+        "not skipped     21.5 Gflop",
     ]
+
+
+def test_tiles_are_smaller_where_that_leaves_out_more():
+    assert explain(mask=Causal() & Window(100, 0)).blocks.sizes == (512, 512)
+    ids = jnp.zeros(4096, jnp.int32)
+    assert explain(mask=Causal() & Segments(ids)).blocks.sizes == (512, 512)
+    assert explain(mask=Causal() & Window(3000, 0)).blocks.sizes == (1024, 1024)
 
 
 def test_explain_counts_blocks_that_a_modifier_skips():

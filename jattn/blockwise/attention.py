@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from jattn.blockwise.backward import backward
 from jattn.blockwise.forward import forward
-from jattn.blockwise.layout import Layout, plan
+from jattn.blockwise import layout as layouts
+from jattn.blockwise.layout import Layout, granularity, plan
 from jattn.blockwise.rows import by_rows
 from jattn.blockwise.tangent import tangent
 from jattn.dropout import words
@@ -48,13 +49,13 @@ def attention_state(
         drawn = (words(rng, at.b, at.n, at.t, 0), words(rng, at.b, at.n, at.s, 1))
         operands = operands._replace(rng=drawn)
     leaves, tree = jax.tree.flatten(operands)
-    return State(*Attention(problem, tree, tile)(*leaves))
+    size = granularity(problem, operands)
+    return State(*Attention(problem, tree, size, tile)(*leaves))
 
 
-def block_sizes(problem: Problem) -> tuple[int, int]:
-    """How many queries and keys are skipped at once."""
-    rule = plan(problem, spread=False)
-    return rule.T, rule.S
+def block_sizes(problem: Problem, operands: Operands | None) -> tuple[int, int]:
+    """How many queries and keys are skipped at once; None stands for unknown operands."""
+    return layouts.block_sizes(problem, granularity(problem, operands))
 
 
 def _nothing(problem: Problem) -> State:
@@ -70,6 +71,7 @@ class Attention(Operation):
 
     problem: Problem
     tree: Any
+    size: int
     tile: tuple[int, int] | None = None
 
     @property
@@ -84,7 +86,7 @@ class Attention(Operation):
 
     def plan(self, spread: bool):
         """How much a tile holds."""
-        return plan(self.problem, spread, self.tile)
+        return plan(self.problem, spread, self.size, self.tile)
 
     @property
     def elements(self) -> int:

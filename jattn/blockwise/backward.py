@@ -47,6 +47,8 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
         body = functools.partial(_backward_block, layout, head, queries, by_key)
         d_rows, *carry = loop(layout.counts["S"], body, (d_rows, *carry))
         d_rows = jnp.swapaxes(d_rows, -1, -2)
+        if not wanted.scale:  # else that of the scale is made of these first
+            d_rows = d_rows * layout.operands.scale
         return layout.put_row_blocks(d_query, d_rows, **head.at), *carry
 
     carry = tuple(
@@ -142,14 +144,16 @@ def _at(blocks, i):
 def _cotangents(layout, wanted, d_query, d_key, d_value, d_active) -> Operands:
     """Sums over tiles as cotangents of the operands."""
     operands, S = layout.operands, layout.problem.sizes.S
-    d_query = layout.unqueries(d_query)
-    finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
-    d_scale = jnp.sum(d_query * finite.astype(d_query.dtype))
+    d_query, d_scale = layout.unqueries(d_query), None
+    if wanted.scale:
+        finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
+        d_scale = jnp.sum(d_query * finite.astype(d_query.dtype))
+        d_query = d_query * operands.scale
     d_key = d_key[:, :S] * (operands.scale if layout.narrow else 1)
     unalign: Any = lambda d, x: None if d is None else layout.unalign(d, x)
     nothing = jax.tree.map(lambda _: None, wanted)
     return nothing._replace(
-        query=d_query * operands.scale,
+        query=d_query,
         key=d_key,
         value=d_value[:, :S],
         scale=d_scale,

@@ -14,6 +14,7 @@ from jattn.blockwise.layout import Layout, schedules
 from jattn.blockwise.tiles import (
     Tile,
     dot,
+    is_one,
     loop,
     over_heads,
     over_tiles,
@@ -39,7 +40,7 @@ def _forward(layout: Layout):
     sizes, wide = layout.problem.sizes, layout.problem.wide
     folded, scale = layout.plan.folded, layout.operands.scale
     by_query, _ = schedules(layout)
-    shape = (sizes.B, layout.padded["T"], sizes.K, sizes.G)
+    shape = layout.query.shape[:3]
     output = jnp.zeros((*shape, sizes.D), layout.problem.dtype)
 
     def one_head(head, carry):
@@ -48,12 +49,14 @@ def _forward(layout: Layout):
             # In float32, so that scaling before the product costs nothing and is exact.
             query = layout.scaled(query) if folded else query.astype(wide) * scale
             body = functools.partial(_forward_tile, layout, head, query, i)
-            rows = query.shape[:3]
-            start = (
-                jnp.full(rows, -jnp.inf, wide),
-                jnp.zeros(rows, wide),
-                jnp.zeros((*rows, sizes.D), wide),
-            )
+            start = None
+            if by_query is not None or not is_one(layout.counts["S"]):
+                rows = query.shape[:3]
+                start = (
+                    jnp.full(rows, jnp.finfo(wide).min),
+                    jnp.zeros(rows, wide),
+                    jnp.zeros((*rows, sizes.D), wide),
+                )
             state = over_tiles(by_query, head, i, layout.counts["S"], body, start)
             return tuple(
                 layout.put_rows(whole, part, T=i, **head.at)
@@ -68,11 +71,10 @@ def _forward(layout: Layout):
 
 
 def _forward_tile(layout, head, query, i, masked):
-    """The body of the loop over the tiles of one query block."""
+    """The body of the loop over the tiles of one query block; carries None at first."""
     folded = layout.plan.folded
 
     def body(j, carry):
-        row_max, row_sum, output = carry
         view = Tile(layout, head.aligned, i, j)
         axes = "BSK." if folded else "BKS."
         key = layout.cut(head.key, axes, S=j)
@@ -82,14 +84,21 @@ def _forward_tile(layout, head, query, i, masked):
         allowed = view.allowed() if masked else None
         if allowed is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
-        top = jnp.maximum(row_max, jnp.max(logits, axis=-1))
-        safe = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
-        weights = jnp.exp(logits - safe[..., None])
-        shrink = jnp.exp(row_max - safe)
-        row_sum = row_sum * shrink + jnp.sum(weights, axis=-1)
+        # At least the least number, so that −∞ − top is −∞. A `where` would do as well,
+        # but would keep XLA from making one loop of products, maximum and exponential.
+        row_max = jnp.max(logits, axis=-1, initial=jnp.finfo(logits.dtype).min)
+        if carry is not None:
+            row_max = jnp.maximum(row_max, carry[0])
+        row_max = lax.stop_gradient(row_max)
+        weights = jnp.exp(logits - row_max[..., None])
+        row_sum = jnp.sum(weights, axis=-1)
         weights = layout.narrowed(view.drop(weights))
-        part = _folded_sums(weights, value) if folded else sums_of(weights, value, allowed)
-        return top, row_sum, output * shrink[..., None] + part
+        sums = _folded_sums(weights, value) if folded else sums_of(weights, value, allowed)
+        if carry is not None:
+            shrink = jnp.exp(carry[0] - row_max)
+            row_sum = carry[1] * shrink + row_sum
+            sums = carry[2] * shrink[..., None] + sums
+        return row_max, row_sum, sums
 
     return body
 
@@ -120,7 +129,8 @@ def _folded_sums(weights, value):
 
 def finish(row_max, row_sum, output):
     """Output and logsumexp of rows that saw all their tiles."""
+    # The largest weight of a row that sees something is 1, so its sum is at least that.
+    divisor = jnp.maximum(row_sum, 1)
     empty = row_sum == 0
-    row_sum = jnp.where(empty, 1, row_sum)
-    logsumexp = jnp.where(empty, -jnp.inf, row_max + jnp.log(row_sum))
-    return output / row_sum[..., None], logsumexp
+    logsumexp = row_max + jnp.log(jnp.where(empty, 1, row_sum))
+    return output / divisor[..., None], jnp.where(empty, -jnp.inf, logsumexp)

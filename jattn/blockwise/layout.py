@@ -6,6 +6,7 @@ and columns in either order. Rows are the queries of all G heads that share a ke
 head; columns are keys.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -28,21 +29,56 @@ class Plan(NamedTuple):
     S: int  # keys
     folded: bool = False  # whether the forward pass takes heads as one
 
+    @property
+    def N(self) -> int:
+        """Query heads."""
+        return self.K * self.G
+
 
 # With as few rows to a key/value head, reading the keys is what takes time.
 FEW_ROWS = 8
 
 
-def plan(problem: Problem, spread: bool, tile: tuple[int, int] | None = None) -> Plan:
+# How many queries and keys a tile has, at most, measured on XLA's CPU: large tiles are
+# faster, by this much a pair, and small ones leave out more of what a mask hides.
+COARSE, FINE = 1024, 512
+FINE_COST = 1.25
+
+
+def granularity(problem: Problem, operands: Operands | None) -> int:
+    """COARSE or FINE, by what is left to visit under a mask that reads no arrays."""
+    if problem.mask is None:
+        return COARSE
+    if operands is None or not problem.sizes.are_known:
+        return FINE
+    where = operands.query_position, operands.key_position
+    if jax.tree.leaves((operands.mask, where, operands.kinds)):
+        return FINE
+    alone = dataclasses.replace(problem, modifier=None)
+    coarse, fine = (
+        np.mean(skipping.block_table(alone, operands, *tile) != skipping.EMPTY)
+        for tile in (block_sizes(problem, COARSE), block_sizes(problem, FINE))
+    )
+    return COARSE if coarse <= fine * FINE_COST else FINE
+
+
+def block_sizes(problem: Problem, size: int) -> tuple[int, int]:
+    """How many queries and keys are skipped at once."""
+    rule = plan(problem, spread=False, size=size)
+    return rule.T, rule.S
+
+
+def plan(
+    problem: Problem, spread: bool, size: int, tile: tuple[int, int] | None = None
+) -> Plan:
     """The sizes of tiles, by those of the problem; `tile` overrides queries and keys."""
     sizes = problem.sizes
     if tile is not None:
         return Plan(1, 1, sizes.G, min(tile[0], sizes.T), min(tile[1], sizes.S))
-    if not all(isinstance(x, int) for x in (sizes.B, sizes.T, sizes.S)):
+    if not sizes.are_known:
         return Plan(1, 1, sizes.G, 256, 512)
-    rows, columns = (1024, 1024) if problem.mask is None else (512, 512)
-    T = _even(sizes.T, max(rows // sizes.G, 1))
-    S = _even(sizes.S, columns)
+    T = _even(sizes.T, max(size // sizes.G, 1))
+    S = _even(sizes.S, size)
     if spread:  # all examples and heads, for a loop over them would cut a divided axis
         return Plan(sizes.B, sizes.K, sizes.G, T, S)
     if sizes.G * sizes.T <= FEW_ROWS and sizes.K > 1:
@@ -59,7 +95,7 @@ def plan(problem: Problem, spread: bool, tile: tuple[int, int] | None = None) ->
 def rows_plan(problem: Problem) -> Plan:
     """Tiles of whole rows: few enough that they stay small."""
     sizes = problem.sizes
-    if not all(isinstance(x, int) for x in (sizes.B, sizes.T, sizes.S)):
+    if not sizes.are_known:
         return Plan(sizes.B, sizes.K, sizes.G, 16, sizes.S)
     row = sizes.B * sizes.N * sizes.S
     return Plan(sizes.B, sizes.K, sizes.G, _even(sizes.T, max(1, 2**20 // row)), sizes.S)
@@ -90,7 +126,7 @@ class Aligned(NamedTuple):
 class Layout:
     """The arrays of a call, padded to whole blocks.
 
-    Queries are BTKG…, keys and values BSK…, and all that is aligned BKGTS.
+    Queries are BTN…, keys and values BSK…, and all that is aligned BKGTS.
     """
 
     def __init__(self, problem: Problem, operands: Operands, plan: Plan, wide=True):
@@ -119,15 +155,12 @@ class Layout:
         return query if self.narrow else query * self.operands.scale
 
     def queries(self, array):
-        """BTN… to BTKG…, padded."""
-        sizes = self.problem.sizes
-        array = self._pad(array, {1: "T"})
-        return array.reshape(*array.shape[:2], sizes.K, sizes.G, *array.shape[3:])
+        """BTN… padded."""
+        return self._pad(array, {1: "T"})
 
     def unqueries(self, array):
-        """BTKG… back to BTN…."""
-        array = array[:, : self.problem.sizes.T]
-        return array.reshape(*array.shape[:2], self.problem.sizes.N, *array.shape[4:])
+        """BTN… without the padding."""
+        return array[:, : self.problem.sizes.T]
 
     def keys(self, array):
         """BSK… padded."""
@@ -146,6 +179,7 @@ class Layout:
 
     def cut(self, array, axes: str, **at):
         """The part of an array at the blocks `at`; axes of 1 and others stay whole."""
+        at = self._with_heads(at)
         starts, sizes = [], []
         for letter, length in zip(axes, array.shape, strict=True):
             size = getattr(self.plan, letter) if letter in at else length
@@ -160,6 +194,7 @@ class Layout:
         """Writes what `cut` reads."""
         if part.shape == array.shape:
             return part.astype(array.dtype)
+        at = self._with_heads(at)
         starts = [
             0 if x not in at or size == 1 else at[x] * getattr(self.plan, x)
             for x, size in zip(axes, array.shape, strict=True)
@@ -172,33 +207,35 @@ class Layout:
         return self.put(array, total, axes, **at)
 
     def rows(self, array, **at):
-        """The rows of a tile, BTKG… to BK(GT)…."""
-        axes = "BTKG" + "." * (array.ndim - 4)
-        array = jnp.moveaxis(self.cut(array, axes, **at), 1, 3)
-        B, K, G, T, *rest = array.shape
-        return array.reshape(B, K, G * T, *rest)
+        """The rows of a tile, BTN… to BK(GT)…."""
+        array = self.cut(array, "BTN" + "." * (array.ndim - 3), **at)
+        B, T, _, *rest = array.shape
+        array = jnp.moveaxis(array.reshape(B, T, -1, self.plan.G, *rest), 1, 3)
+        return array.reshape(B, array.shape[1], -1, *rest)
 
     def put_rows(self, array, part, **at):
         """Writes what `rows` reads."""
-        B, K, GT, *rest = part.shape
-        part = part.reshape(B, K, self.plan.G, GT // self.plan.G, *rest)
-        return self.put(array, jnp.moveaxis(part, 3, 1), "BTKG" + "." * len(rest), **at)
+        B, K, _, *rest = part.shape
+        part = jnp.moveaxis(part.reshape(B, K, self.plan.G, -1, *rest), 3, 1)
+        part = part.reshape(*part.shape[:2], K * self.plan.G, *rest)
+        return self.put(array, part, "BTN" + "." * len(rest), **at)
 
     def row_blocks(self, array, **at):
-        """All rows of a head, BTKG… to blocks × BK(GT)…."""
-        array = self.cut(array, "BTKG" + "." * (array.ndim - 4), **at)
-        B, _, K, G, *rest = array.shape
-        blocks = (self.counts["T"], self.plan.T)
-        array = jnp.moveaxis(array.reshape(B, *blocks, K, G, *rest), (1, 2), (0, 4))
-        return array.reshape(blocks[0], B, K, G * blocks[1], *rest)
+        """All rows of a head, BTN… to blocks × BK(GT)…."""
+        array = self.cut(array, "BTN" + "." * (array.ndim - 3), **at)
+        B, _, N, *rest = array.shape
+        G, blocks = self.plan.G, (self.counts["T"], self.plan.T)
+        array = array.reshape(B, *blocks, N // G, G, *rest)
+        array = jnp.moveaxis(array, (1, 2), (0, 4))
+        return array.reshape(blocks[0], B, N // G, G * blocks[1], *rest)
 
     def put_row_blocks(self, array, part, **at):
         """Writes what `row_blocks` reads."""
         count, B, K, _, *rest = part.shape
         G, T = self.plan.G, self.plan.T
         part = jnp.moveaxis(part.reshape(count, B, K, G, T, *rest), (0, 4), (1, 2))
-        part = part.reshape(B, count * T, K, G, *rest)
-        return self.put(array, part, "BTKG" + "." * len(rest), **at)
+        part = part.reshape(B, count * T, K * G, *rest)
+        return self.put(array, part, "BTN" + "." * len(rest), **at)
 
     def lay(self, array, columns_first: bool = False):
         """An aligned part, BKGTS, as four axes: its G and T become rows."""
@@ -209,6 +246,10 @@ class Layout:
             G, T = self.plan.G, self.plan.T
             array = jnp.broadcast_to(array, (B, K, G, T, S)).reshape(B, K, G * T, S)
         return jnp.swapaxes(array, 2, 3) if columns_first else array
+
+    def _with_heads(self, at):
+        """Blocks of N go with those of K."""
+        return at | {"N": at["K"]} if "K" in at else at
 
     def _align(self) -> Aligned:
         operands = self.operands

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn import tile
-from jattn.blockwise.forward import finish
 from jattn.blockwise.layout import Layout, rows_plan
 from jattn.blockwise.tiles import Tile, products_of, sums_of
 from jattn.problem import Operands, Problem
@@ -36,11 +35,14 @@ def by_rows(problem: Problem, operands: Operands):
         weights = jnp.exp(logits - top[..., None])
         total = jnp.sum(weights, axis=-1)
         output = sums_of(view.drop(weights), value, allowed)
-        return finish(top, total, output)
+        empty = total == 0
+        total = jnp.where(empty, 1, total)
+        logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+        return output / total[..., None], logsumexp
 
     results = lax.map(rows, jnp.arange(layout.counts["T"]))
-    whole = (jnp.zeros((*layout.query.shape[:4], sizes.D), wide),)
-    whole = (*whole, jnp.zeros(layout.query.shape[:4], wide))
+    whole = (jnp.zeros((*layout.query.shape[:3], sizes.D), wide),)
+    whole = (*whole, jnp.zeros(layout.query.shape[:3], wide))
     output, logsumexp = (
         layout.unqueries(layout.put_row_blocks(x, y))
         for x, y in zip(whole, results, strict=True)

@@ -53,7 +53,7 @@ def tangent(layout: Layout, outputs, tangents: Operands):
 
         return loop(layout.counts["T"], one_block, carry)
 
-    shape = layout.query.shape[:4]
+    shape = layout.query.shape[:3]
     start = jnp.zeros(shape, wide), jnp.zeros((*shape, layout.problem.sizes.D), wide)
     d_logsumexp, d_sum = map(layout.unqueries, over_heads(layout, one_head, start))
     d_output = d_sum - d_logsumexp[..., None] * output.astype(wide)

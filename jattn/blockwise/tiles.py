@@ -98,9 +98,14 @@ def over_heads(layout: Layout, body, carry, folded=False):
     return loop(counts["B"] * counts["K"], step, carry)
 
 
+def is_one(count) -> bool:
+    """Whether a number of turns is known to be one; symbolic ones never are."""
+    return isinstance(count, int) and count == 1
+
+
 def loop(count, body, carry):
     """A loop; none for a single turn."""
-    if isinstance(count, int) and count == 1:
+    if is_one(count):
         return body(0, carry)
     return lax.fori_loop(0, count, body, carry)
 
