@@ -20,11 +20,32 @@ INDICES = ("b", "n", "t", "s")
 
 @dataclass_transform(frozen_default=True)
 def pytree(*leaves: str, static: tuple[str, ...] = ()):
-    """A frozen dataclass whose `leaves` JAX sees and whose `static` fields it hashes."""
+    """A frozen dataclass whose `leaves` JAX sees and whose `static` fields it hashes.
+
+    One made from a tree is not checked again: transformations put into a tree what is no
+    array, such as None, axes or shardings.
+    """
+    names = [jax.tree_util.GetAttrKey(name) for name in leaves]
+
+    def flatten(instance):
+        children = tuple(getattr(instance, name) for name in leaves)
+        return children, tuple(getattr(instance, name) for name in static)
+
+    def flatten_with_keys(instance):
+        children, rest = flatten(instance)
+        return tuple(zip(names, children, strict=True)), rest
 
     def register(cls):
         cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-        return jax.tree_util.register_dataclass(cls, list(leaves), list(static))
+
+        def unflatten(rest, children):
+            instance = object.__new__(cls)
+            for name, value in zip((*leaves, *static), (*children, *rest), strict=True):
+                object.__setattr__(instance, name, value)
+            return instance
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        return cls
 
     return register
 

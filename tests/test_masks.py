@@ -148,6 +148,13 @@ def test_masks_are_pytrees_of_their_arrays():
     assert doubled.right.offset == 6
 
 
+@pytest.mark.parametrize("leaf", [None, "axis", object()])
+def test_masks_hold_what_transformations_put_into_trees(leaf):
+    filled = jax.tree.map(lambda _: leaf, Causal(2) & Window(1, 2) & Prefix(3))
+    leaves = jax.tree.leaves(filled, is_leaf=lambda x: x is leaf)
+    assert leaves == [leaf] * 4
+
+
 def test_masks_pass_through_jit_as_arguments():
     query = jnp.zeros((4, 1, 1))
     logits = jax.jit(lambda mask: jattn.attention_logits(query, query, mask=mask))
