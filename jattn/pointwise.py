@@ -82,21 +82,12 @@ class Program:
         """Evaluates at every pair of a tile; four axes, 1 where nothing depends on it."""
         inputs = (*index, *arrays.aligned)
         inputs = inputs if logit is None else (logit, *inputs)
-        # An input that is not used must not spread its axes over the result.
-        inputs = [
-            x
-            if used
-            else x[:1, :1, :1, :1].reshape(1, 1, 1, 1)
-            if x.size
-            else jnp.zeros((1, 1, 1, 1), x.dtype)
-            for x, used in zip(inputs, self.used, strict=True)
-        ]
 
         def at(*scalars):
             (result,) = jax.core.eval_jaxpr(self.jaxpr, arrays.captured, *scalars)
             return result
 
-        return _over_axes(at, inputs)
+        return over_axes(at, inputs, self.used)
 
 
 def trace(where: str, function: Callable, aligned, logit=None):
@@ -131,8 +122,24 @@ def trace(where: str, function: Callable, aligned, logit=None):
     return program, Arrays(captured, tuple(aligned))
 
 
+def over_axes(function, inputs, used):
+    """Maps a function of scalars over arrays of four axes that broadcast.
+
+    Inputs that are not `used` do not spread their axes over the result.
+    """
+    inputs = [
+        x
+        if flag
+        else x[:1, :1, :1, :1].reshape(1, 1, 1, 1)
+        if x.size
+        else jnp.zeros((1, 1, 1, 1), x.dtype)
+        for x, flag in zip(inputs, used, strict=True)
+    ]
+    return _over_axes(function, inputs)
+
+
 def _over_axes(function, inputs):
-    """Maps a function of scalars over arrays that broadcast, axis by axis.
+    """Maps axis by axis.
 
     An axis that is 1 in every input is not mapped, so that what depends on t alone is
     computed T times and not T·S times.

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(jattn.__file__).parent
 # In reading order; modules of one layer do not know one another.
 LAYERS = (
     {"shapes", "pointwise"},
-    {"masks", "modifiers", "dropout", "state"},
+    {"masks", "modifiers", "dropout", "state", "split"},
     {"definition", "tables"},
     {"problem"},
     {"blocks.intervals"},
