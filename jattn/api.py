@@ -48,7 +48,8 @@ def attention(
 
     A query that sees no key, S = 0 included, has output 0 and every gradient 0. NaN or Inf
     in a key or value that is masked out touches nothing, forward or backward. Softmax
-    and sums are in float32 at least, in float64 for float64 inputs. Every floating input
+    and sums are in float32 at least, in float64 for float64 inputs; products have the
+    precision of `jax.default_matmul_precision`, in derivatives too. Every floating input
     has derivatives of every order, arrays inside modifiers too.
 
     Args:
@@ -64,7 +65,7 @@ def attention(
         query_position: Where the queries stand: the first one's position or each one's, `T`
             or `BT`; 0, 1, … by default. What masks and modifiers see as t.
         key_position: Likewise for the keys: `S` or `BS`; what they see as s.
-        dropout: A `jattn.Dropout(rate, rng)`.
+        dropout: A `jattn.Dropout(rate, rng)`; `shared=True` drops alike in all heads.
         implementation: None chooses; a name runs that one or raises its reason.
 
     Returns:

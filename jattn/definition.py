@@ -197,9 +197,10 @@ def _attend_all(
             change = lambda x, s, e: modifier.modify(x, b, n, t, s, e).astype(wide)
             modify = lambda scores: jax.vmap(change)(scores, s, modifier_elements)
         if dropout is not None:
+            here = (0 * b, 0 * n) if dropout.shared else (b, n)
             kept = keep(
-                words(dropout.rng, b, n, t, side=0),
-                words(dropout.rng, b, n, s, side=1),
+                words(dropout.rng, *here, t, side=0),
+                words(dropout.rng, *here, s, side=1),
                 dropout.rate,
             )
             drop = lambda weights: jnp.where(kept, weights / (1 - dropout.rate), 0)

@@ -25,10 +25,15 @@ __all__ = ["Dropout", "keep", "words"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dropout:
-    """Drops weights at `rate`, drawn from the JAX random key `rng`."""
+    """Drops weights at `rate`, drawn from the JAX random key `rng`.
+
+    With `shared`, one draw serves all examples and heads: what is dropped depends on the
+    two positions alone.
+    """
 
     rate: float
     rng: jax.Array
+    shared: bool = False
 
     def __post_init__(self):
         rate = self.rate
@@ -38,7 +43,7 @@ class Dropout:
             )
 
 
-jax.tree_util.register_dataclass(Dropout, ["rng"], ["rate"])
+jax.tree_util.register_dataclass(Dropout, ["rng"], ["rate", "shared"])
 
 
 def words(rng, b, n, position, side: int) -> jax.Array:

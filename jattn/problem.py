@@ -37,6 +37,8 @@ class Problem:
     modifier: Program | None
     rate: float  # of dropout
     blocks: tuple[int, int] | None = None  # of a block table that came with the mask
+    shared: bool = False  # whether one draw of dropout serves all examples and heads
+    precision: str | None = None  # of products: what `jax.default_matmul_precision` says
 
     @property
     def wide(self) -> jnp.dtype:
@@ -92,8 +94,11 @@ def pose(
         query_position=query_position,
         key_position=key_position,
     )
-    rate, rng = _check_dropout(where, dropout)
-    return dataclasses.replace(problem, rate=rate), operands._replace(
+    rate, shared, rng = _check_dropout(where, dropout)
+    config: Any = jax.config  # whose attributes type checkers do not know
+    precision = config.jax_default_matmul_precision
+    problem = dataclasses.replace(problem, rate=rate, shared=shared, precision=precision)
+    return problem, operands._replace(
         query=flatten_batch(query, sizes),
         key=flatten_batch(key, sizes),
         value=flatten_batch(value, sizes),
@@ -160,9 +165,17 @@ def kept(problem: Problem, operands: Operands, index: Index):
     """Which weights dropout leaves, or None without dropout."""
     if operands.rng is None:
         return None
-    query_words = words(operands.rng, index.b, index.n, index.t, side=0)
-    key_words = words(operands.rng, index.b, index.n, index.s, side=1)
+    query_words, key_words = drawn(problem, operands, index)
     return keep(query_words, key_words, problem.rate)
+
+
+def drawn(problem: Problem, operands: Operands, index: Index):
+    """The words of dropout, of queries and of keys."""
+    b, n = index.b, index.n
+    if problem.shared:
+        b = n = jnp.zeros((1, 1, 1, 1), jnp.int32)
+    query_words = words(operands.rng, b, n, index.t, side=0)
+    return query_words, words(operands.rng, b, n, index.s, side=1)
 
 
 def select_rows(problem: Problem, operands: Operands, rows: jax.Array):
@@ -253,10 +266,10 @@ def _check_scale(where, scale, sizes):
 
 def _check_dropout(where, dropout):
     if dropout is None:
-        return 0.0, None
+        return 0.0, False, None
     if not isinstance(dropout, Dropout):
         raise ValueError(
             f"{where}: `dropout` must be jattn.Dropout(rate, rng), got "
             f"{type(dropout).__name__}."
         )
-    return dropout.rate, dropout.rng
+    return dropout.rate, dropout.shared, dropout.rng

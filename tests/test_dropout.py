@@ -107,3 +107,17 @@ def test_dropout_seed_can_be_mapped():
     run = lambda rng: jattn.attention(QUERY, QUERY, QUERY, dropout=Dropout(0.5, rng))
     mapped = jax.vmap(run)(rngs)
     np.testing.assert_allclose(mapped[2], run(rngs[2]), atol=1e-6)
+
+
+def test_shared_dropout_is_that_of_the_first_head_everywhere():
+    dropout = Dropout(0.5, jax.random.key(1), shared=True)
+    mask = np.asarray(jattn.attention_weights(QUERY, QUERY, dropout=dropout)) > 0
+    np.testing.assert_array_equal(mask, np.broadcast_to(kept()[:1, :1], mask.shape))
+
+
+@pytest.mark.parametrize("name", jattn.dispatch.IMPLEMENTATIONS)
+def test_shared_dropout_equals_the_definition(name):
+    dropout = Dropout(0.5, jax.random.key(1), shared=True)
+    got = jattn.attention(QUERY, QUERY, QUERY, dropout=dropout, implementation=name)
+    want = jattn.definition.attention(QUERY, QUERY, QUERY, dropout=dropout)
+    np.testing.assert_allclose(got, want, atol=1e-6)

@@ -235,3 +235,16 @@ def test_mask_with_arrays_passes_through_jit_and_vmap(implementation):
     masks = Segments(IDS[:, :5])
     mapped = jax.jit(jax.vmap(call))(QUERY, masks)
     close(mapped[1], call(QUERY[1], Segments(IDS[1, :5])))
+
+
+def test_products_have_the_precision_that_is_asked_for(implementation):
+    """Also those that are compiled after the context has ended."""
+
+    def loss(query):
+        with jax.default_matmul_precision("highest"):
+            output = jattn.attention(query, KEY, VALUE, implementation=implementation)
+        return jnp.sum(output)
+
+    program = jax.jit(jax.grad(loss)).lower(QUERY).as_text()
+    asked = program.count("precision = [HIGHEST, HIGHEST]")
+    assert asked == program.count("stablehlo.dot_general") > 1

@@ -11,6 +11,7 @@ skipped, and which it leaves full, which then need no mask.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,9 +23,8 @@ from jattn.blockwise import layout as layouts
 from jattn.blockwise.layout import Layout, granularity, plan
 from jattn.blockwise.rows import by_rows
 from jattn.blockwise.tangent import tangent
-from jattn.dropout import words
 from jattn.operation import Operation, retype
-from jattn.problem import Operands, Problem, index
+from jattn.problem import Operands, Problem, drawn, index
 from jattn.state import State
 
 
@@ -45,9 +45,8 @@ def attention_state(
     if any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S)):
         return _nothing(problem)
     if operands.rng is not None:  # one word per query and key serves every tile
-        at, rng = index(problem, operands), operands.rng
-        drawn = (words(rng, at.b, at.n, at.t, 0), words(rng, at.b, at.n, at.s, 1))
-        operands = operands._replace(rng=drawn)
+        words = drawn(problem, operands, index(problem, operands))
+        operands = operands._replace(rng=words)
     leaves, tree = jax.tree.flatten(operands)
     size = granularity(problem, operands)
     return State(*Attention(problem, tree, size, tile)(*leaves))
@@ -63,6 +62,20 @@ def _nothing(problem: Problem) -> State:
     B, N, T, _ = problem.sizes.BNTS
     output = jnp.zeros((B, T, N, problem.sizes.D), problem.dtype)
     return State(output, jnp.full((B, T, N), -jnp.inf, problem.wide))
+
+
+def _precise(method):
+    """The method, its products in the precision that was asked for when it was called.
+
+    An operation is compiled after the caller's `jax.default_matmul_precision` ended.
+    """
+
+    @functools.wraps(method)
+    def precise(self, *args, **kwargs):
+        with jax.default_matmul_precision(self.problem.precision):
+            return method(self, *args, **kwargs)
+
+    return precise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,16 +117,19 @@ class Attention(Operation):
             retype(query, (B, T, N), self.problem.wide, spec),
         ]
 
+    @_precise
     def fast(self, *leaves, spread):
         """Tile by tile."""
         return forward(
             Layout(self.problem, self.tree.unflatten(leaves), self.plan(spread), False)
         )
 
+    @_precise
     def reference(self, *leaves):
         """A few whole rows at a time."""
         return by_rows(self.problem, self.tree.unflatten(leaves))
 
+    @_precise
     def push(self, active, primals, outputs, tangents, spread):
         """Tile by tile."""
         layout = Layout(self.problem, self.tree.unflatten(primals), self.plan(spread))
@@ -121,6 +137,7 @@ class Attention(Operation):
         tangents = [next(tangents) if flag else None for flag in active]
         return tangent(layout, outputs, self.tree.unflatten(tangents))
 
+    @_precise
     def pull(self, active, primals, outputs, cotangents, spread):
         """Tile by tile."""
         layout = Layout(
