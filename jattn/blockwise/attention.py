@@ -19,12 +19,14 @@ import jax.numpy as jnp
 
 from jattn.blockwise.backward import backward
 from jattn.blockwise.forward import forward
+from jattn import skipping
 from jattn.blockwise import layout as layouts
 from jattn.blockwise.layout import Layout, granularity, plan
 from jattn.blockwise.rows import by_rows
 from jattn.blockwise.tangent import tangent
 from jattn.operation import Operation, retype
 from jattn.problem import Operands, Problem, drawn, index
+from jattn.split import split
 from jattn.state import State
 
 
@@ -47,14 +49,38 @@ def attention_state(
     if operands.rng is not None:  # one word per query and key serves every tile
         words = drawn(problem, operands, index(problem, operands))
         operands = operands._replace(rng=words)
-    leaves, tree = jax.tree.flatten(operands)
     size = granularity(problem, operands)
+    problem, operands = _split(
+        problem, operands, tile or layouts.block_sizes(problem, size)
+    )
+    leaves, tree = jax.tree.flatten(operands)
     return State(*Attention(problem, tree, size, tile)(*leaves))
 
 
 def block_sizes(problem: Problem, operands: Operands | None) -> tuple[int, int]:
     """How many queries and keys are skipped at once; None stands for unknown operands."""
     return layouts.block_sizes(problem, granularity(problem, operands))
+
+
+def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
+    """The call with what reads one side of a pair evaluated once, not in every pair.
+
+    Which tiles are empty is found before, for positions say more than arrays of them.
+    """
+    at, parts = index(problem, operands), {}
+    for name in ("mask", "modifier"):
+        program, arrays = getattr(problem, name), getattr(operands, name)
+        if program is not None:
+            found = split(program, arrays, at)
+            if len(found[1].aligned) > len(arrays.aligned):
+                parts[name] = found
+    if not parts or not problem.sizes.are_known:
+        return problem, operands
+    kinds = skipping.block_table(problem, operands, *blocks)
+    programs = {name: program for name, (program, _) in parts.items()}
+    arrays = {name: array for name, (_, array) in parts.items()}
+    problem = dataclasses.replace(problem, blocks=blocks, **programs)
+    return problem, operands._replace(kinds=jnp.asarray(kinds), **arrays)
 
 
 def _nothing(problem: Problem) -> State:

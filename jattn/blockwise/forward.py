@@ -123,7 +123,8 @@ def _folded_sums(weights, value):
     B, K, R, S = weights.shape
     wide = wide_dtype(weights.dtype)
     value = value.reshape(B, S, -1)
-    sums = dot("BYS,BSX->BYX", weights.reshape(B, K * R, S), value, wide)
+    weights = jnp.swapaxes(weights.reshape(B, K * R, S), 1, 2)
+    sums = dot("BSY,BSX->BYX", weights, value, wide)
     return jnp.einsum("BKRKD->BKRD", sums.reshape(B, K, R, K, -1))
 
 

@@ -83,8 +83,9 @@ def plan(
         return Plan(sizes.B, sizes.K, sizes.G, T, S)
     if sizes.G * sizes.T <= FEW_ROWS and sizes.K > 1:
         K = _divisor(sizes.K, 64 // (sizes.G * sizes.T))
-        S = _even(sizes.S, 8192)
-        B = _divisor(sizes.B, 2**19 // (S * K * max(sizes.H, 1))) if K == sizes.K else 1
+        # To cut keys is to copy them, which takes longer than to read them.
+        S = sizes.S if problem.mask is None else _even(sizes.S, 8192)
+        B = sizes.B if K == sizes.K else 1
         return Plan(B, K, sizes.G, T, S, folded=True)
     fit = max(1, 2**19 // (T * S * sizes.G))
     K = _divisor(sizes.K, fit)
