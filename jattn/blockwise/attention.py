@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.blockwise.backward import backward
-from jattn.blockwise.forward import forward
 from jattn import skipping
 from jattn.blockwise import layout as layouts
+from jattn.blockwise.backward import backward
+from jattn.blockwise.forward import forward
 from jattn.blockwise.layout import Layout, granularity, plan
 from jattn.blockwise.rows import by_rows
 from jattn.blockwise.tangent import tangent

@@ -50,7 +50,7 @@ def _forward(layout: Layout):
             query = layout.scaled(query) if folded else query.astype(wide) * scale
             body = functools.partial(_forward_tile, layout, head, query, i)
             start = None
-            if by_query is not None or not is_one(layout.counts["S"]):
+            if not is_one(layout.counts["S"]):
                 rows = query.shape[:3]
                 start = (
                     jnp.full(rows, jnp.finfo(wide).min),

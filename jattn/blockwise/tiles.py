@@ -114,6 +114,8 @@ def over_tiles(schedule, head: Head, i, count, body, carry):
     """Runs `body(masked)(j, carry)` over the tiles of block `i` that are not empty."""
     if schedule is None:
         return loop(count, body(False), carry)
+    if is_one(count):  # applies the mask, rather than to ask whether it must
+        return body(schedule.masked)(0, carry)
     order, full, live = schedule.at(head.at["B"], head.at["K"], i)
     at = lambda masked: lambda turn, carry: body(masked)(order[turn], carry)
     if not schedule.masked:

@@ -1,0 +1,278 @@
+"""What was promised for the CPU, measured: `python -m bench.cpu [NAME …]`.
+
+Every ratio is the median over rounds in which all calls take turns, as in `bench.speed`.
+`peak` measures what the limit of a row is made of: its products at the rate of one large
+product, and its exponentials at the rate of one large array.
+"""
+
+import argparse
+import functools
+import statistics
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+import jattn
+from bench import candidates, measure, report, rows
+from jattn.masks import Causal, Window
+from jattn.modifiers import ALiBi, SoftCap
+
+LONG = (  # the geometric mean is of these
+    ("plain", (1, 2048, 8, 64)),
+    ("causal", (1, 2048, 8, 64)),
+    ("plain", (1, 4096, 8, 64)),
+    ("causal", (1, 4096, 8, 64)),
+    ("plain", (1, 4096, 4, 128)),
+    ("causal", (1, 4096, 4, 128)),
+)
+SHORT = (
+    ("plain", (4, 512, 8, 64)),
+    ("causal", (4, 512, 8, 64)),
+    ("plain", (32, 128, 8, 64)),
+    ("one_query", (1, 1, 8, 64, 8, 8192)),
+    ("one_query", (1, 1, 8, 64, 2, 8192)),
+)
+SHAPES = (  # beside plain attention at (1, 4096, 8, 64), a flop's time
+    ("8 query heads, 2 key heads", (1, 4096, 8, 64, 2)),
+    ("values of 64, keys of 128", (1, 4096, 4, 128, 4, 4096, 64)),
+    ("2048 queries, 4096 keys", (1, 2048, 8, 64, 8, 4096)),
+    ("4097 queries, 3001 keys", (1, 4097, 8, 64, 8, 3001)),
+)
+BASE = (1, 4096, 8, 64)
+
+
+def rates() -> tuple[float, float]:
+    """Flops a second of a large product, and exponentials a second."""
+    square = jax.random.normal(jax.random.key(0), (2048, 2048))
+    product = functools.partial(jax.jit(jnp.dot), square, square)
+    exponential = functools.partial(jax.jit(jnp.exp), square)
+    calls = {"product": product, "exponential": exponential}
+    times = measure.interleave({n: _waits(f) for n, f in calls.items()}, 3.0)
+    fastest = {name: min(taken) for name, taken in times.items()}
+    return 2 * 2048**3 / fastest["product"], square.size / fastest["exponential"]
+
+
+def limit(work: measure.Work, label: str) -> float:
+    """The seconds of all products and exponentials that a row needs, by `rates`."""
+    sizes = work.sizes
+    found = jattn.explain(*(work.inputs[x] for x in candidates.INPUTS), **work.options)
+    pairs = sizes.B * sizes.N * sizes.T * sizes.S
+    pairs *= (found.flops_visited or found.flops) / found.flops
+    both = label != "forward"
+    flops = 2 * pairs * (4 * sizes.H + 3 * sizes.D if both else sizes.H + sizes.D)
+    per_flop, per_exponential = _rates()
+    return flops / per_flop + (1 + both) * pairs / per_exponential
+
+
+_rates = functools.cache(rates)
+
+
+def peak() -> None:
+    """The rates that limits are made of."""
+    product, exponential = _rates()
+    print(f"products {product / 1e9:.0f} Gflop/s, exponentials {exponential / 1e9:.1f} G/s")
+
+
+def versus(table, dtype: str = "float32") -> dict[str, list[float]]:
+    """Each row beside the peers; how many times longer torch takes, by pass."""
+    ahead: dict[str, list[float]] = {label: [] for label in candidates.PASSES}
+    for name, shape in table:
+        work = measure.pose(rows.find_case(name), rows.sizes_of(shape), dtype)
+        makers = {"jattn": functools.partial(candidates.own, name=_chosen(work))}
+        makers |= {"jax_nn": candidates.jax_nn}
+        if not candidates.missing(["torch"]):
+            makers["torch"] = candidates.torch
+        made = {name: make(work) for name, make in makers.items()}
+        for label in candidates.PASSES:
+            runs = {key: one.passes[label].run for key, one in made.items() if one}
+            times = measure.interleave(runs, 5.0)
+            ratios = {key: measure.ratio(times[key], times["jattn"]) for key in runs}
+            seconds = statistics.median(times["jattn"])
+            fraction = limit(work, label) / seconds
+            text = ", ".join(f"{k} {r:.2f} ×" for k, r in ratios.items() if k != "jattn")
+            size = report.shape_text({x: getattr(work.sizes, x) for x in rows.LETTERS})
+            print(
+                f"{name:9} {size:32} {label:16} {1e3 * seconds:7.1f} ms "
+                f"{100 * fraction:3.0f} % of the limit; {text}",
+                flush=True,
+            )
+            ahead[label].append(ratios.get("torch", float("nan")))
+    return ahead
+
+
+def long() -> None:
+    """Long sequences in float32."""
+    ahead = versus(LONG)
+    ratios = [x for label in ahead.values() for x in label]
+    mean = statistics.geometric_mean(ratios)
+    print(f"torch / jattn: geometric mean {mean:.2f}, least {min(ratios):.2f}")
+
+
+def short() -> None:
+    """Short sequences, and one query."""
+    versus(SHORT)
+
+
+def bfloat16() -> None:
+    """Half precision."""
+    versus((("plain", BASE),), "bfloat16")
+
+
+def shapes() -> None:
+    """The time per flop of other shapes."""
+    table = (("", BASE), *SHAPES)
+    works = {
+        name: measure.pose(rows.find_case("plain"), rows.sizes_of(shape), "float32")
+        for name, shape in table
+    }
+    made = {name: candidates.own(work, _chosen(work)) for name, work in works.items()}
+    for label in candidates.PASSES:
+        runs = {name: one.passes[label].run for name, one in made.items()}
+        times = measure.interleave(runs, 10.0)
+        flops = {name: limit(work, label) for name, work in works.items()}
+        for name, _ in SHAPES:
+            per_flop = measure.ratio(times[name], times[""]) / flops[name] * flops[""]
+            print(f"{name:28} {label:16} {per_flop:.2f} × the time per flop", flush=True)
+
+
+def options() -> None:
+    """What modifiers, a bias and dropout cost."""
+    inputs, slopes = _inputs(BASE), jnp.linspace(0.1, 1.0, BASE[2])
+    bias = jax.random.normal(jax.random.key(7), (1, BASE[2], 1, BASE[1]))
+    table = {
+        "plain": {},
+        "SoftCap": {"modifier": SoftCap(30.0)},
+        "ALiBi": {"modifier": ALiBi()},
+        "broadcast bias": {"bias": bias},
+        "lambda, distance": {"modifier": lambda x, b, n, t, s: x - slopes[n] * (t - s)},
+        "lambda, cosine": {"modifier": lambda x, b, n, t, s: x * jnp.cos(0.1 * s)},
+        "dropout": {"dropout": jattn.Dropout(0.1, jax.random.key(3))},
+    }
+    for label, make in (("forward", _forward), ("forward+backward", _both)):
+        runs = {name: make(inputs, **given).run for name, given in table.items()}
+        times = measure.interleave(runs, 12.0)
+        for name in list(table)[1:]:
+            ratio = measure.ratio(times[name], times["plain"])
+            print(f"{name:28} {label:16} {ratio:.2f} × plain", flush=True)
+
+
+def window() -> None:
+    """A window of 512 keys: the time by the length."""
+    mask, base = Causal() & Window(511, 0), None
+    for length in (4096, 16384, 65536):
+        runs = {"": _forward(_inputs((1, length, 2, 64)), mask=mask).run}
+        seconds = statistics.median(measure.interleave(runs, 4.0)[""])
+        base = base or seconds / 4096
+        print(
+            f"window 512, T = {length:<12} forward          {1e3 * seconds:7.1f} ms, "
+            f"{seconds / length / base:.2f} × the time per query at 4096",
+            flush=True,
+        )
+
+
+def derivatives() -> None:
+    """Tangents beside the forward pass, and Hessian-vector products beside gradients."""
+    inputs = _inputs(BASE)
+    total = lambda inputs: jnp.sum(jnp.sin(jattn.attention(*inputs)))
+    tangent = lambda inputs: jax.jvp(lambda x: jattn.attention(*x), (inputs,), (inputs,))
+    product = lambda inputs: jax.jvp(jax.value_and_grad(total), (inputs,), (inputs,))
+    runs = {
+        "forward": measure.compiled(lambda inputs: jattn.attention(*inputs), inputs),
+        "jvp": measure.compiled(tangent, inputs),
+        "forward+backward": measure.compiled(jax.value_and_grad(total), inputs),
+        "Hessian-vector product": measure.compiled(product, inputs),
+    }
+    times = measure.interleave({name: one.run for name, one in runs.items()}, 15.0)
+    for one, base in zip(list(runs)[1::2], list(runs)[::2], strict=True):
+        print(f"{one:28} {measure.ratio(times[one], times[base]):.2f} × {base}", flush=True)
+
+
+def memory() -> None:
+    """Bytes beside arguments and results."""
+    for length in (16384, 32768, 131072):
+        inputs = _inputs((1, length, 1 if length > 10**5 else 2, 64))
+        for label, make in (("forward", _forward), ("forward+backward", _both)):
+            temporaries = make(inputs, mask=Causal()).temporaries / 2**20
+            size = f"T = {length}, N = {inputs[0].shape[2]}, causal"
+            print(f"{size:28} {label:16} {temporaries:.0f} MiB", flush=True)
+
+
+def compiling() -> None:
+    """Seconds to trace, lower and compile."""
+    _both(_inputs((1, 512, 2, 64))), _both(_inputs((1, 512, 2, 64)), mask=Causal())
+    for name, given in (("plain", {}), ("causal", {"mask": Causal()})):
+        for length in (2048, 65536):
+            inputs = _inputs((1, length, 2, 64))
+            for label, make in (("forward", _forward), ("forward+backward", _both)):
+                jax.clear_caches()
+                seconds = make(inputs, **given).compile_seconds
+                print(f"{name}, T = {length:<15} {label:16} {seconds:.2f} s", flush=True)
+
+
+def longest() -> None:
+    """T = 131072, causal, one head."""
+    one = _both(_inputs((1, 131072, 1, 64)), mask=Causal())
+    times = measure.interleave({"": one.run}, 0.0)[""]
+    print(
+        f"T = 131072, N = 1, causal    forward+backward {statistics.median(times):.1f} s, "
+        f"{one.temporaries / 2**20:.0f} MiB",
+        flush=True,
+    )
+
+
+def _chosen(work: measure.Work) -> str:
+    return candidates.chosen(work).removeprefix("jattn ")
+
+
+def _inputs(shape):
+    return [jax.random.normal(jax.random.key(i), shape) for i in range(3)]
+
+
+def _forward(inputs, **given) -> measure.Pass:
+    return measure.compiled(lambda inputs: jattn.attention(*inputs, **given), inputs)
+
+
+def _both(inputs, **given) -> measure.Pass:
+    def both(inputs):
+        output, pull = jax.vjp(lambda x: jattn.attention(*x, **given), inputs)
+        return output, pull(inputs[0])
+
+    return measure.compiled(both, inputs)
+
+
+def _waits(function: Callable) -> Callable:
+    return lambda: jax.block_until_ready(function())
+
+
+SECTIONS = {
+    "peak": peak,
+    "long": long,
+    "short": short,
+    "bfloat16": bfloat16,
+    "shapes": shapes,
+    "options": options,
+    "window": window,
+    "derivatives": derivatives,
+    "memory": memory,
+    "compile": compiling,
+    "longest": longest,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures what is named, or everything."""
+    parser = argparse.ArgumentParser("bench.cpu", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SECTIONS))
+    chosen = parser.parse_args(arguments).names or list(SECTIONS)
+    if unknown := set(chosen) - set(SECTIONS):
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    facts = report.header("float32", ["torch"], candidates.missing(["torch"]))
+    print(report.opening(facts).split("\n\n")[0])
+    for name in chosen:
+        print(f"\n{name}: {SECTIONS[name].__doc__}")
+        SECTIONS[name]()
+
+
+if __name__ == "__main__":
+    main()
