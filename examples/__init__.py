@@ -1,0 +1,1 @@
+"""Whole programs with `jattn` inside; `python -m examples.language_model` is the first."""

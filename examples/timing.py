@@ -1,0 +1,47 @@
+"""How long a training step takes, by the way in which the model attends."""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from examples import attending
+from examples.model import LanguageModel
+from examples.packing import Batch
+from examples.training import make_step
+
+WAYS = {
+    "blocks between documents skipped": attending.within_documents,
+    "only later blocks skipped": attending.without_document_skipping,
+    "jax.nn with the mask as an array": attending.by_jax_nn,
+}
+
+
+def step_times(
+    model: LanguageModel, optimizer: nnx.Optimizer, batches: Sequence[Batch]
+) -> dict[str, float]:
+    """The median seconds of a step, all ways in turn on each batch.
+
+    What slows the machine for a while so slows all of them. The model given stays as it is.
+    """
+    model, optimizer = nnx.clone(model), nnx.clone(optimizer)
+    steps = {name: make_step(way) for name, way in WAYS.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn, batch in enumerate([batches[0], *batches]):  # the first is to compile
+        for name, step in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step(model, optimizer, batch))
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def share_within_documents(batches: Sequence[Batch]) -> float:
+    """Of all pairs of a token and one before it, how many stand in one document."""
+    position = np.concatenate([batch.position for batch in batches])
+    return float(
+        (position + 1).sum() / (len(position) * np.arange(1, position.shape[1] + 1).sum())
+    )

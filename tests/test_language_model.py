@@ -1,0 +1,256 @@
+"""The example learns, resumes, writes and refuses as it says."""
+
+import functools
+import itertools
+import signal
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("optax")
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("tqdm")
+
+from flax import nnx
+
+from examples import attending, checkpoints, packing, run, text, timing, training
+from examples.language_model import main
+from examples.model import LanguageModel
+from examples.settings import Plan, Sizes
+
+SIZES = Sizes(vocabulary=32, layers=2, width=16, heads=4, kv_heads=2)
+PLAN = Plan(steps=6, rows=2, length=24, rate=0.03)
+
+
+@pytest.fixture(autouse=True)
+def standard():
+    """The promotion of a user: that of optax is not strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def documents(count=12):
+    """Documents that count upwards from somewhere, and so can be learnt."""
+    random = np.random.default_rng(0)
+    return [
+        list(1 + (random.integers(31) + np.arange(random.integers(3, 20))) % 31)
+        for _ in range(count)
+    ]
+
+
+def stream():
+    return packing.Stream(documents(), PLAN.length, PLAN.rows, PLAN.seed)
+
+
+def losses(attend, steps=PLAN.steps):
+    """The loss before each step."""
+    model, optimizer = training.begin(SIZES, PLAN)
+    step, batches = training.make_step(attend), stream()
+    return [float(step(model, optimizer, batches[i])) for i in range(steps)]
+
+
+@functools.cache
+def noisy_model():
+    """One whose layers all count: what adds to the stream starts as 0."""
+    model = LanguageModel(SIZES, rngs=nnx.Rngs(0))
+    rngs = nnx.Rngs(1)
+    noisy = lambda x: x + 0.3 * jax.random.normal(rngs(), x.shape)
+    nnx.update(model, jax.tree.map(noisy, nnx.state(model, nnx.Param)))
+    return model
+
+
+# The text and its packing.
+
+
+def test_documents_for_validation_share_no_paragraph_with_the_others():
+    learnt, judges = text.load()
+    paragraphs = lambda documents: {
+        " ".join(paragraph.split())
+        for document in documents.values()
+        for paragraph in document.split("\n\n")
+    }
+    assert len(learnt) > 60
+    assert len(judges) > 5
+    assert not paragraphs(learnt) & paragraphs(judges)
+
+
+def test_pairs_that_stand_together_most_become_tokens():
+    tokens = text.learn_tokens(["abab abab cab"], 259)
+    assert [tokens.spelling[257:]] == [[b"ab", b"abab"]]
+    assert tokens.decode(tokens.encode("abab")) == "abab"
+    assert tokens.encode("abab") == [258]
+
+
+@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.given(st.text())
+def test_any_text_is_that_of_its_tokens(sentence):
+    tokens = text.learn_tokens(["the cat and the hat, that the cat sat at"], 270)
+    assert tokens.decode(tokens.encode(sentence)) == sentence
+
+
+def test_packed_rows_are_the_documents_one_after_the_other():
+    packed = packing.pack([[5, 6, 7], [8], [9, 10]], 4)
+    expected = {
+        "tokens": [[0, 5, 6, 7], [0, 8, 0, 9]],
+        "targets": [[5, 6, 7, 0], [8, 0, 9, 10]],
+        "document": [[1, 1, 1, 1], [1, 1, 2, 2]],
+        "position": [[0, 1, 2, 3], [0, 1, 0, 1]],
+    }
+    for name, rows in expected.items():
+        np.testing.assert_array_equal(getattr(packed, name), rows, name)
+
+
+def test_positions_start_anew_in_a_document_that_began_in_another_row():
+    packed = packing.pack([[5, 6, 7, 8], [9, 10, 11]], 4, start=1)
+    np.testing.assert_array_equal(packed.tokens, [[5, 6, 7, 8], [0, 9, 10, 11]])
+    np.testing.assert_array_equal(packed.position, [[0, 1, 2, 3], [0, 1, 2, 3]])
+
+
+def test_a_batch_is_a_function_of_its_number():
+    late, early = stream(), stream()
+    in_turn = [early[i] for i in range(2 * early.batches)]
+    for i in (len(in_turn) - 1, 0):
+        jax.tree.map(np.testing.assert_array_equal, late[i], in_turn[i])
+    assert not np.array_equal(in_turn[0].tokens, in_turn[early.batches].tokens)
+
+
+def test_a_token_sees_its_document_and_nothing_else():
+    # The logits of a document are those that it has alone.
+    first, second = documents(2)
+    packed = packing.pack([first, second], len(first) + len(second) + 1)
+    alone = packing.pack([second], len(second))
+    at = lambda batch: noisy_model()(
+        batch.tokens,
+        batch.position,
+        attending.within_documents(jnp.asarray(batch.document)),
+    )
+    both, one = at(packed)[0, len(first) + 1 :], at(alone)[0]
+    np.testing.assert_allclose(both[: len(one)], one, atol=1e-5)
+
+
+# The model with other ways to attend.
+
+
+def test_loss_after_some_steps_is_that_with_jax_nn():
+    ours, theirs = losses(attending.within_documents), losses(attending.by_jax_nn)
+    assert ours[-1] < ours[0] - 0.5  # it has learnt, and so its attention counts
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    # That is closer than another mask would come.
+    other = losses(lambda document: attending.within_documents(jnp.zeros_like(document)))
+    assert abs(ours[-1] - other[-1]) > 1e-3
+
+
+def test_without_document_skipping_the_loss_is_the_same():
+    ways = timing.WAYS.values()
+    batch = jax.tree.map(jnp.asarray, stream()[0])
+    one, *others = [float(training.mean_loss(noisy_model(), batch, way)) for way in ways]
+    np.testing.assert_allclose(others, one, rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [(1,) * 7, (5, 1, 1), (3, 4)])
+def test_logits_with_a_cache_are_those_without(parts):
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 32, (2, sum(parts))))
+    position = jnp.broadcast_to(jnp.arange(sum(parts)), tokens.shape)
+    attend = attending.within_documents(jnp.zeros_like(tokens))
+    whole = noisy_model()(tokens, position, attend)
+
+    cache = attending.empty_cache(SIZES, 2, room=12)
+    extend, logits = nnx.jit(attending.extend), []
+    for start, end in itertools.pairwise(np.cumsum((0, *parts))):
+        part, cache = extend(noisy_model(), tokens[:, start:end], cache)
+        logits.append(part)
+    np.testing.assert_allclose(jnp.concatenate(logits, axis=1), whole, atol=1e-5)
+    assert cache.length == sum(parts)
+
+
+def test_weights_that_are_watched_sum_to_1_before_the_word():
+    tokens = list(range(1, 10))
+    weights = run.look(noisy_model(), tokens)
+    assert weights.shape == (SIZES.layers * SIZES.heads, len(tokens)) or weights.ndim == 3
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+
+
+# Stopping and going on.
+
+
+class Interrupted(packing.Stream):
+    """Ctrl-C comes while the batch of step 2 is made."""
+
+    def __getitem__(self, step):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return super().__getitem__(step)
+
+
+def trained(folder, batches):
+    model, optimizer = training.begin(SIZES, PLAN)
+    history = checkpoints.History(PLAN.steps)
+    with checkpoints.Checkpoints(folder) as saved:
+        saved.restore(model, optimizer, history)
+        training.train(model, optimizer, batches, lambda model: 1.0, history, saved, 1e9)
+    return model, optimizer, history
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
+    model, optimizer, history = trained(tmp_path / "whole", stream())
+    interrupted = Interrupted(documents(), PLAN.length, PLAN.rows, PLAN.seed)
+    stopped = trained(tmp_path / "parts", interrupted)[2]
+    assert stopped.done == 3  # the step at hand was ended
+    after = trained(tmp_path / "parts", stream())
+    assert after[2].done == history.done == PLAN.steps
+    equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+    equal(nnx.state(after[0]), nnx.state(model))
+    equal(nnx.state(after[1]), nnx.state(optimizer))
+    equal(after[2].train, history.train)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# The command.
+
+TINY = "--layers 1 --width 8 --heads 2 --kv-heads 1 --vocabulary 300 --length 64".split()
+
+
+def command(tmp_path, *arguments):
+    return main([*TINY, "--out", str(tmp_path / "run"), *arguments])
+
+
+def test_command_trains_writes_and_draws(tmp_path, capsys):
+    small = ["--steps", "2", "--tokens", "3", "--rounds", "1"]
+    assert command(tmp_path, *small, "--word", "for") == 0
+    out = capsys.readouterr().out
+    assert 'The "while" statement|' in out
+    assert "blocks between documents skipped" in out
+    for name in ("loss.png", "attention.png"):
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+    # It goes on with nothing else, and nothing is trained again.
+    assert command(tmp_path, "--steps", "3") == 2
+    there = "the run there has steps 2, but this one has steps 3; give the same options"
+    assert there in capsys.readouterr().err
+
+
+REFUSALS = {
+    "--heads 3": "--width 8 must be a multiple of twice --heads 3",
+    "--heads 4 --kv-heads 3": "--heads 4 must be a multiple of --kv-heads 3",
+    "--steps 0": "argument --steps: must be a whole number above 0, got '0'",
+    "--rate nan": "argument --rate: must be a number from 0 on, got 'nan'",
+    "--length 99999": "--rows 1 of --length 99999 are more than there is",
+    "--word zebra": "--word: 'zebra' is not within the first 64 tokens of a document",
+    "--prompt " + 65 * "x": "--prompt has 65 tokens, and with what follows",
+    "--out {folder}": "folder: this folder holds something else; name a new one by --out",
+    "--out {folder}/mine": "mine: this is a file; name a folder by --out",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSALS)
+def test_command_refuses_in_a_sentence(tmp_path, capsys, arguments):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    given = arguments.format(folder=tmp_path / "folder").split()
+    assert command(tmp_path, *given) == 2
+    assert REFUSALS[arguments] in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "mine"]
