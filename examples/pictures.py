@@ -1,9 +1,12 @@
 """Two pictures of a run: how the loss fell, and which words a chosen word attends to."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -95,7 +98,8 @@ def attended(
     figure = Figure(size, layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     axes = list(figure.subplots(down, across, squeeze=False).flat)
-    shades = matplotlib_shades(float(np.max(weights)))
+    scale = PowerNorm(0.5, 0.0, float(np.max(weights)) or 1.0)  # small ones are seen too
+    shades = ScalarMappable(scale, COLOURS)
     for axis in axes[len(names) :]:
         axis.remove()
     for axis, name, each in zip(axes, names, weights, strict=False):
@@ -114,23 +118,15 @@ def attended(
                 token == len(pieces) - 1,
             )
     bar = figure.colorbar(shades, ax=axes[: len(names)], aspect=30, pad=0.015)
-    bar.set_label("weight", color=INK)
+    bar.set_label("weight (scale of square roots)", color=INK)
     bar.ax.tick_params(colors=INK)
     figure.suptitle(title, color=INK, fontsize=13, parse_math=False)
     figure.supxlabel(note, color=INK, fontsize=9, parse_math=False)
     return figure
 
 
-def matplotlib_shades(top: float):
-    """Colours for weights from 0 to the largest."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    return ScalarMappable(Normalize(0.0, top or 1.0), COLOURS)
-
-
 def lay_out(pieces: Sequence[str]) -> tuple[list[tuple[int, int, str, int]], int]:
-    """Where each part of a text stands if all letters are equally wide.
+    """Where each part of a text stands if all letters are equally wide; ↵ ends a line.
 
     Returns:
         (line, column, text, token) of each part, for a token may go over several lines; and
@@ -138,12 +134,13 @@ def lay_out(pieces: Sequence[str]) -> tuple[list[tuple[int, int, str, int]], int
     """
     places, line, column = [], 0, 0
     for token, piece in enumerate(pieces):
-        for index, part in enumerate(piece.split("\n")):
-            if index:
+        for part in re.split("(\n)", piece):
+            if part == "\n":
+                places.append((line, column, "↵", token))
                 line, column = line + 1, 0
-            if part:
+            elif part:
                 places.append((line, column, part, token))
-            column += len(part)
+                column += len(part)
     return places, line + 1
 
 

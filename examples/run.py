@@ -42,6 +42,9 @@ def run(sizes: Sizes, plan: Plan, arguments: argparse.Namespace) -> int:
             f"--prompt has {len(prompt)} tokens, and with what follows it must fit into "
             f"--length {plan.length}."
         )
+    layer = sizes.layers // 2 if arguments.layer is None else arguments.layer
+    if layer >= sizes.layers:
+        raise Refusal(f"--layer {layer} is not there: they are 0 to {sizes.layers - 1}.")
     example = find_word(data, arguments.word, min(SHOWN, plan.length))
     folder = checkpoints.open_folder(arguments.out, identity(sizes, plan))
 
@@ -66,7 +69,7 @@ def run(sizes: Sizes, plan: Plan, arguments: argparse.Namespace) -> int:
     style = {"temperature": arguments.temperature, "seed": plan.seed}
     written = writing.write(model, sizes, prompt, room, **style)
     print(f"\n{arguments.prompt}|{data.tokens.decode(written)}\n")
-    save_pictures(folder, data, model, history, example)
+    save_pictures(folder, data, model, history, example, layer)
     if arguments.rounds:
         print(f"\n{measure(model, optimizer, data.stream, arguments.rounds)}")
     return 0
@@ -155,17 +158,19 @@ def look(model: LanguageModel, tokens: Sequence[int]) -> np.ndarray:
     return np.asarray(weights(model, jnp.array([tokens])))
 
 
-def save_pictures(folder: pathlib.Path, data: Data, model, history, example) -> None:
-    """Writes the loss curve, and what a word attends to in the last layer."""
-    weights = look(model, example.tokens)
+def save_pictures(
+    folder: pathlib.Path, data: Data, model, history, example: Example, layer: int
+) -> None:
+    """Writes the loss curve, and what a word attends to in a layer."""
+    weights = look(model, example.tokens)[layer]
     pieces = [data.tokens.decode([token]) or "▸" for token in example.tokens]
     figures = {
         "loss.png": pictures.loss_curve(history, data.bytes_per_token),
         "attention.png": pictures.attended(
             pieces,
-            weights[-1],
-            [f"head {n}" for n in range(weights.shape[1])],
-            f"What “{pieces[-1].strip()}” attends to, layer {len(weights) - 1}",
+            weights,
+            [f"head {n}" for n in range(len(weights))],
+            f"What “{pieces[-1].strip()}” attends to in layer {layer}",
             f"from the document “{example.document}”, which was not learnt; ▸ is its start",
         ),
     }

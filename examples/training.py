@@ -53,8 +53,12 @@ def mean_loss(model: LanguageModel, batch: Batch, attending=within_documents) ->
 
 
 @functools.cache
-def make_step(attending=within_documents) -> Callable[..., jax.Array]:
-    """A compiled step: changes the model and its optimizer, and returns the loss before."""
+def make_step(attending) -> Callable[..., jax.Array]:
+    """A compiled step: changes the model and its optimizer, and returns the loss before.
+
+    Args:
+        attending: How to attend: a function of `batch.document`.
+    """
 
     @nnx.jit
     def step(model, optimizer, batch):
@@ -90,7 +94,7 @@ def train(
 
     Ctrl-C and `kill` end it after the step at hand, and save.
     """
-    step = make_step()
+    step = make_step(within_documents)
     saved = time.monotonic()
     with Stopping() as stopping, _bar(history) as bar:
         while history.done < history.steps and not stopping.asked:
