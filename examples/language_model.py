@@ -98,8 +98,8 @@ SHOWING = (
      "how freely it writes; 0 takes the likeliest token each time"),
     ("--word", str, "WORD", "exception", "of which to draw what it attends to"),
     ("--layer", _count, "N", None, "in which layer; by default in the middle"),
-    ("--rounds", _count, "N", 5,
-     "of measuring a step with and without document skipping; 0 leaves it out"),
+    ("--rounds", _count, "N", 8,
+     "batches for measuring a step with and without document skipping; 0 leaves it out"),
     ("--save-every", _positive, "SECONDS", 30.0, "a checkpoint at least so often"),
 )  # fmt: skip
 

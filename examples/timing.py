@@ -1,5 +1,6 @@
 """How long a training step takes, by the way in which the model attends."""
 
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,20 +24,23 @@ WAYS = {
 def step_times(
     model: LanguageModel, optimizer: nnx.Optimizer, batches: Sequence[Batch]
 ) -> dict[str, float]:
-    """The median seconds of a step, all ways in turn on each batch.
+    """The mean seconds of a step over these batches, all ways in turn on each.
 
-    What slows the machine for a while so slows all of them. The model given stays as it is.
+    What slows the machine for a while so slows all of them, and each goes first at times.
+    It is a mean, because batches
+    differ in how much there is to skip. The model given stays as it is.
     """
     model, optimizer = nnx.clone(model), nnx.clone(optimizer)
     steps = {name: make_step(way) for name, way in WAYS.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn, batch in enumerate([batches[0], *batches]):  # the first is to compile
-        for name, step in steps.items():
+    for turn, batch in enumerate(batches):
+        for name in np.roll(list(steps), turn):
+            run = functools.partial(steps[name], model, optimizer, batch)
+            jax.block_until_ready(run())  # untimed: compiles, and brings back the caches
             start = time.perf_counter()
-            jax.block_until_ready(step(model, optimizer, batch))
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.fmean(taken) for name, taken in times.items()}
 
 
 def share_within_documents(batches: Sequence[Batch]) -> float:
