@@ -1,7 +1,7 @@
 """Trains a small language model on text that every Python ships, and lets it write.
 
 The text is that of `pydoc_data.topics`, whose documents are packed several to a row; the
-model is a transformer in flax with `jattn` inside. Two cores need about two minutes. All
+model is a transformer in flax with `jattn` inside. Two cores need two to three minutes. All
 that a run makes goes into one folder: checkpoints, from which the same command goes on
 after Ctrl-C, and two pictures.
 """

@@ -27,8 +27,8 @@ def step_times(
     """The mean seconds of a step over these batches, all ways in turn on each.
 
     What slows the machine for a while so slows all of them, and each goes first at times.
-    It is a mean, because batches
-    differ in how much there is to skip. The model given stays as it is.
+    It is a mean, because batches differ in how much there is to skip. The model given
+    stays as it is.
     """
     model, optimizer = nnx.clone(model), nnx.clone(optimizer)
     steps = {name: make_step(way) for name, way in WAYS.items()}
