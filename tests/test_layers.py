@@ -31,13 +31,19 @@ LAYERS = (
     {"explanation"},
     {"api"},
     {"testing", "expression", "picture", "panels", "command.refusal", "adapters.jax_nn"},
-    {"plot", "command.files", "command.check", "command.timing"},
+    {"plot", "command.files", "command.check", "command.timing", "adapters.layer"},
     {"command.attend", "command.mask", "command.welcome"},
+    {"adapters.nnx", "adapters.linen"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 MODULES = sorted(LEVEL)
 LEVEL["blockwise"] = LEVEL["blockwise.attention"]  # the package, which gives its functions
-OUTSIDE = {"jax", "jaxlib", "chex", "numpy", "matplotlib"}
+OUTSIDE = {"jax", "jaxlib", "chex", "numpy"}
+EXTRAS = {
+    **{name: {"matplotlib"} for name in ("plot", "panels")},
+    **{f"adapters.{name}": {"flax"} for name in ("nnx", "linen")},
+    **{f"adapters.{name}": {name} for name in ("equinox", "haiku", "keras")},
+}
 
 
 def imports(module: str):
@@ -46,7 +52,7 @@ def imports(module: str):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            if node.module in ("jattn", "jattn.blocks"):
+            if node.module in ("jattn", "jattn.adapters", "jattn.blocks"):
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module
@@ -72,7 +78,5 @@ def test_every_module_has_a_layer():
 def test_core_depends_on_jax_and_chex_alone(module):
     import sys
 
-    known = set(sys.stdlib_module_names) | OUTSIDE | {"jattn"}
-    roots = {name.split(".")[0] for name in imports(module)}
-    assert roots <= known
-    assert "matplotlib" not in roots or module in ("plot", "panels")
+    known = set(sys.stdlib_module_names) | OUTSIDE | {"jattn"} | EXTRAS.get(module, set())
+    assert {name.split(".")[0] for name in imports(module)} <= known

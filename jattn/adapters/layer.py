@@ -1,0 +1,126 @@
+"""What layers of other libraries hand to attention, in the words of this one."""
+
+import contextlib
+import operator
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn.api import attention, attention_weights
+from jattn.dropout import Dropout
+from jattn.masks import Causal, Mask, as_mask
+from jattn.pointwise import pytree
+from jattn.shapes import check_array
+
+
+def attend(
+    where: str,
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    bias=None,
+    dropout: Dropout | None = None,
+    precision=None,
+    sow=None,
+    options: dict[str, Any],
+) -> jax.Array:
+    """Attends; before it, hands the weights BNTS to `sow`, before dropout, if given."""
+    with _precise(where, precision):
+        if sow is not None:
+            others = {k: x for k, x in options.items() if k != "implementation"}
+            weights = attention_weights(query, key, mask=mask, bias=bias, **others)
+            sow(weights.astype(query.dtype))
+        return attention(
+            query, key, value, mask=mask, bias=bias, dropout=dropout, **options
+        )
+
+
+@pytree()
+class CausalRows(Mask):
+    """No row sees a later column, whatever positions they have."""
+
+    def aligned(self, sizes) -> Any:
+        """The number of each row and column."""
+        row, column = (jnp.arange(x, dtype=jnp.int32) for x in (sizes.T, sizes.S))
+        return row.reshape(1, 1, -1, 1), column.reshape(1, 1, 1, -1)
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """The column is not after the row."""
+        row, column = elements
+        return column <= row
+
+
+def causal(options: dict[str, Any]) -> Mask:
+    """The lower triangle from the top left corner, as layers mean it."""
+    placed = any(options.get(f"{side}_position") is not None for side in ("query", "key"))
+    return CausalRows() if placed else Causal()
+
+
+def any_mask(where: str, mask) -> Mask | None:
+    """A mask, a function, or an array: Boolean, or of ones and zeros."""
+    if mask is None or isinstance(mask, Mask) or callable(mask):
+        return None if mask is None else as_mask(mask, where)
+    return as_mask(check_array(where, "mask", mask).astype(bool), where)
+
+
+def both(*masks: Mask | None) -> Mask | None:
+    """What all of the masks allow that are given."""
+    given = [mask for mask in masks if mask is not None]
+    return reduce(operator.and_, given) if given else None
+
+
+def dropout(where: str, rate, rng, deterministic, shared=False) -> Dropout | None:
+    """The dropout of a layer; None where it is off."""
+    if deterministic or (isinstance(rate, int | float) and rate == 0):
+        return None
+    if rng is None:
+        raise ValueError(
+            f"{where}: dropout at rate {rate} needs a random key, got None; give one, or "
+            f"switch dropout off."
+        )
+    return Dropout(rate, rng, shared)
+
+
+def check_step(where: str, query, key, reads_positions: bool, options) -> None:
+    """Refuses to guess where the one query of a decoding step stands."""
+    one, many = query.shape[-3], key.shape[-3]
+    if reads_positions and one == 1 < many and options.get("query_position") is None:
+        raise ValueError(
+            f"{where}: a mask or modifier of positions must be told where a single query "
+            f"stands among {many} keys, got no position; give `query_position`, or 0 if "
+            f"nothing depends on it."
+        )
+
+
+def _precise(where: str, precision):
+    """The context in which products have a precision, as `jax.lax` names it."""
+    if precision is None:
+        return contextlib.nullcontext()
+    pair = precision if isinstance(precision, tuple | list) else (precision,)
+    names = {_name(where, one) for one in pair}
+    if len(names) > 1:
+        raise ValueError(
+            f"{where}: `precision` must be the same for both sides of a product, got "
+            f"{precision!r}; give one."
+        )
+    return jax.default_matmul_precision(names.pop())
+
+
+def _name(where: str, precision) -> str:
+    """One precision as `jax.default_matmul_precision` takes it."""
+    if isinstance(precision, lax.DotAlgorithmPreset):
+        return precision.name
+    if isinstance(precision, str) and precision in lax.DotAlgorithmPreset.__members__:
+        return precision
+    try:
+        return lax.Precision(precision).name.lower()
+    except ValueError:
+        raise ValueError(
+            f"{where}: `precision` must be a `jax.lax.Precision`, a "
+            f"`jax.lax.DotAlgorithmPreset` or the name of one, got {precision!r}."
+        ) from None

@@ -1,0 +1,112 @@
+"""`jattn.attention` as the `attention_fn` of `flax.linen` layers."""
+
+from typing import Any
+
+import jax
+from flax.linen import dtypes
+
+from jattn.adapters import layer
+
+__all__ = ["attention"]
+
+WHERE = "linen.attention"
+
+
+# A layer hands over only what it finds in this signature by name.
+def attention(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    broadcast_dropout=True,
+    dropout_rng=None,
+    dropout_rate=0.0,
+    deterministic=False,
+    dtype=None,
+    precision=None,
+    module: Any = None,
+    force_fp32_for_softmax=False,
+    einsum_dot_general=None,
+    qk_attn_weights_einsum=None,
+    attn_weights_value_einsum=None,
+    *,
+    and_mask=None,
+    **options,
+) -> jax.Array:
+    """Attends like `flax.linen.dot_product_attention`, for `attention_fn=` of a layer.
+
+        nn.MultiHeadDotProductAttention(…, attention_fn=jattn.adapters.linen.attention)
+
+    The layer keeps its parameters, outputs and gradients. `functools.partial` adds what
+    flax lacks, such as `partial(attention, modifier=ALiBi(), and_mask=Causal())`.
+
+    It differs from flax (0.12) in this:
+
+    - A query that sees no key has output 0 and gradient 0, not the mean of the values.
+    - The softmax is in float32 at least, with or without `force_fp32_for_softmax`.
+    - Dropout drops with the same probability and, with `broadcast_dropout`, alike in all
+      examples and heads, but its draws are others.
+    - Key/value heads may be fewer than query heads.
+
+    Args:
+        query: `…TNH`; any number of batch axes, none too.
+        key: `…SKH`; N is a multiple of K.
+        value: `…SKD`.
+        bias: Added to the logits; broadcasts to `…NTS`.
+        mask: True or not 0 = may attend; broadcasts to `…NTS`. Or one of `jattn.masks`, or
+            a function (b, n, t, s) → bool, as in `layer(x, mask=Causal())`.
+        broadcast_dropout: Whether one draw serves all examples and heads.
+        dropout_rng: The random key of dropout.
+        dropout_rate: The probability that a weight is dropped.
+        deterministic: Whether nothing is dropped.
+        dtype: What the inputs are converted to; by default what they promote to.
+        precision: Of the products, one for both of their sides.
+        module: Where the weights are sown as `attention_weights`, if given: T × S of them.
+        force_fp32_for_softmax: Always so.
+        einsum_dot_general: Refused, as jattn takes its products itself.
+        qk_attn_weights_einsum: Refused likewise.
+        attn_weights_value_einsum: Refused likewise.
+        and_mask: A mask that must allow it too, for `functools.partial`: the layer itself
+            always gives `mask`.
+        **options: `modifier`, `sink`, `scale`, `query_position`, `key_position` and
+            `implementation` of `jattn.attention`.
+
+    Returns:
+        The output, `…TND`, in the dtype of the converted inputs.
+
+    Raises:
+        ValueError: If an argument does not fit, naming it and what to do; and where a
+            single query decodes with `modifier` or `and_mask` and nothing says where it
+            stands.
+    """
+    del force_fp32_for_softmax
+    products = {
+        "einsum_dot_general": einsum_dot_general,
+        "qk_attn_weights_einsum": qk_attn_weights_einsum,
+        "attn_weights_value_einsum": attn_weights_value_einsum,
+    }
+    for name, product in products.items():
+        if product is not None:
+            raise ValueError(
+                f"{WHERE}: `{name}` must be None, for jattn takes its products itself; "
+                f"leave it out, or keep `nn.dot_product_attention` in this layer."
+            )
+    query, key, value = dtypes.promote_dtype(query, key, value, dtype=dtype)
+    reads_positions = and_mask is not None or options.get("modifier") is not None
+    layer.check_step(WHERE, query, key, reads_positions, options)
+    sow = lambda weights: module.sow("intermediates", "attention_weights", weights)
+    return layer.attend(
+        WHERE,
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=layer.both(layer.any_mask(WHERE, mask), layer.any_mask(WHERE, and_mask)),
+        dropout=layer.dropout(
+            WHERE, dropout_rate, dropout_rng, deterministic, broadcast_dropout
+        ),
+        precision=precision,
+        sow=None if module is None else sow,
+        options=options,
+    )
