@@ -34,6 +34,8 @@ PUBLIC = {
     "jattn.adapters.jax_nn": {"dot_product_attention"},
     "jattn.adapters.nnx": {"attention"},
     "jattn.adapters.linen": {"attention"},
+    "jattn.adapters.equinox": {"MultiheadAttention"},
+    "jattn.adapters.haiku": {"MultiHeadAttention"},
     "jattn.testing": {
         *("CASES", "Case", "assert_matches_definition", "check_gradients"),
         *("derivatives", "errors", "random_inputs"),

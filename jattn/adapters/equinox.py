@@ -1,0 +1,131 @@
+"""`equinox.nn.MultiheadAttention` with this library's attention inside."""
+
+import equinox as eqx
+import jax
+
+from jattn.adapters import layer
+
+__all__ = ["MultiheadAttention"]
+
+WHERE = "equinox.MultiheadAttention"
+
+
+class MultiheadAttention(eqx.nn.MultiheadAttention):
+    """`equinox.nn.MultiheadAttention`, parameter for parameter; change the import.
+
+    It has the same leaves in the same order, so that what `tree_serialise_leaves` wrote of
+    one `tree_deserialise_leaves` reads into the other. Beyond it, it has grouped heads,
+    any mask and any modifier. It differs in this:
+
+    - A query that sees no key has output 0 before the last projection, and gradient 0; not
+      the mean of the values.
+    - The weights are not rounded to the dtype of half precision inputs.
+    - Dropout drops with the same probability, but its draws are others.
+    - A mask may have axes of size 1, and be of ones and zeros.
+    """
+
+    num_kv_heads: int = eqx.field(static=True)
+
+    def __init__(self, num_heads, query_size, *sizes, num_kv_heads=None, key, **options):
+        """Makes the parameters of `equinox.nn.MultiheadAttention`.
+
+        Args:
+            num_heads: N, how many heads the queries have.
+            query_size: How many features a query has.
+            *sizes: As equinox takes them, and so are all others.
+            num_kv_heads: K, how many heads the keys and values have; N a multiple of it,
+                and N by default.
+            key: The random key of the parameters.
+            **options: See equinox.
+        """
+        super().__init__(num_heads, query_size, *sizes, key=key, **options)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_kv_heads == num_heads:
+            return
+        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{WHERE}: num_heads={num_heads} must be a multiple of `num_kv_heads`, got "
+                f"{num_kv_heads}."
+            )
+        _, key_rng, value_rng, _ = jax.random.split(key, 4)  # as equinox does
+        linear = lambda size, head_size, has_bias, like, rng: eqx.nn.Linear(
+            size,
+            self.num_kv_heads * head_size,
+            use_bias=has_bias,
+            dtype=like.weight.dtype,
+            key=rng,
+        )
+        self.key_proj = linear(
+            self.key_size, self.qk_size, self.use_key_bias, self.key_proj, key_rng
+        )
+        self.value_proj = linear(
+            self.value_size, self.vo_size, self.use_value_bias, self.value_proj, value_rng
+        )
+
+    def __call__(
+        self,
+        query,
+        key_,
+        value,
+        mask=None,
+        *,
+        key=None,
+        inference=None,
+        deterministic=None,
+        process_heads=None,
+        bias=None,
+        **options,
+    ) -> jax.Array:
+        """Projects, attends and projects back, for one example; `jax.vmap` for more.
+
+        Args:
+            query: T × query_size.
+            key_: S × key_size.
+            value: S × value_size.
+            mask: True = may attend: an array that broadcasts to `NTS`, one of
+                `jattn.masks`, or a function (b, n, t, s) → bool; b is 0 under `jax.vmap`.
+            key: The random key of dropout.
+            inference: Whether nothing is dropped; by default what the layer says.
+            deterministic: Equinox's older name of `inference`.
+            process_heads: Turns query, key and value heads into others of their shapes.
+            bias: Added to the logits; broadcasts to `NTS`.
+            **options: `modifier`, `sink`, `scale`, `query_position`, `key_position` and
+                `implementation` of `jattn.attention`.
+
+        Returns:
+            T × output_size.
+
+        Raises:
+            ValueError: If an argument does not fit, naming it and what to do.
+        """
+        heads = (
+            _project(self.query_proj, query, self.num_heads),
+            _project(self.key_proj, key_, self.num_kv_heads),
+            _project(self.value_proj, value, self.num_kv_heads),
+        )
+        if process_heads is not None:
+            processed = tuple(process_heads(*heads))
+            shapes = [tuple(x.shape for x in arrays) for arrays in (processed, heads)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"{WHERE}: `process_heads` must keep the shapes of the heads "
+                    f"{shapes[1]}, got {shapes[0]}."
+                )
+            heads = processed
+        dtype = jax.numpy.result_type(*heads)
+        inference = inference if deterministic is None else deterministic
+        inference = self.dropout.inference if inference is None else inference
+        output = layer.attend(
+            WHERE,
+            *(x.astype(dtype) for x in heads),
+            mask=layer.any_mask(WHERE, mask),
+            bias=bias,
+            dropout=layer.dropout(WHERE, self.dropout.p, key, inference),
+            options=options,
+        )
+        return jax.vmap(self.output_proj)(output.reshape(output.shape[0], -1))
+
+
+def _project(linear, array, heads: int) -> jax.Array:
+    """The features of each position, head by head."""
+    return jax.vmap(linear)(array).reshape(array.shape[0], heads, -1)

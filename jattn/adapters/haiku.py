@@ -1,0 +1,95 @@
+"""`haiku.MultiHeadAttention` with this library's attention inside."""
+
+import haiku as hk
+import jax
+
+from jattn.adapters import layer
+
+__all__ = ["MultiHeadAttention"]
+
+WHERE = "haiku.MultiHeadAttention"
+
+
+class MultiHeadAttention(hk.MultiHeadAttention):
+    """`haiku.MultiHeadAttention`, parameter for parameter; change the import.
+
+    Its parameters have the same names and shapes, so that those of one apply to the other.
+    Beyond it, it has grouped heads, any mask, any modifier and dropout. It differs in
+    this:
+
+    - A query that sees no key has output 0 before the last projection, and gradient 0; not
+      the mean of the values.
+    - The softmax is in float32 at least.
+    - A mask may have fewer axes than the logits, and axes of size 1.
+    """
+
+    def __init__(
+        self, num_heads, key_size, w_init_scale=None, *, num_kv_heads=None, **rest
+    ):
+        """Makes the module.
+
+        Args:
+            num_heads: N, how many heads the queries have.
+            key_size: H, the size of a head of queries and keys.
+            w_init_scale: As haiku takes it, and so are all others.
+            num_kv_heads: K, how many heads the keys and values have; N a multiple of it,
+                and N by default.
+            **rest: `w_init`, `with_bias`, `b_init`, `value_size`, `model_size`, `name`.
+        """
+        super().__init__(num_heads, key_size, w_init_scale, **rest)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+
+    def __call__(
+        self, query, key, value, mask=None, *, bias=None, dropout=None, **options
+    ) -> jax.Array:
+        """Projects, attends and projects back.
+
+        Args:
+            query: Queries, `…T` × features; any number of batch axes, none too.
+            key: Keys, `…S` × features.
+            value: Values, `…S` × features.
+            mask: True = may attend: an array that broadcasts to `…NTS`, one of
+                `jattn.masks`, or a function (b, n, t, s) → bool.
+            bias: Added to the logits; broadcasts to `…NTS`.
+            dropout: A `jattn.Dropout(rate, rng)`.
+            **options: `modifier`, `sink`, `scale`, `query_position`, `key_position` and
+                `implementation` of `jattn.attention`.
+
+        Returns:
+            `…T` × model_size.
+
+        Raises:
+            ValueError: If an argument does not fit, naming it and what to do.
+        """
+        heads = (
+            self._project(query, self.num_heads, self.key_size, "query"),
+            self._project(key, self.num_kv_heads, self.key_size, "key"),
+            self._project(value, self.num_kv_heads, self.value_size, "value"),
+        )
+        dtype = jax.numpy.result_type(*heads)
+        output = layer.attend(
+            WHERE,
+            *(x.astype(dtype) for x in heads),
+            mask=layer.any_mask(WHERE, mask),
+            bias=bias,
+            dropout=dropout,
+            options=options,
+        )
+        output = output.reshape(*output.shape[:-2], -1)
+        return self._linear(self.model_size)(output)
+
+    @hk.transparent
+    def _project(self, array, heads: int, head_size: int, name: str) -> jax.Array:
+        """The features of each position, head by head."""
+        projected = self._linear(heads * head_size, name)(array)
+        return projected.reshape(*array.shape[:-1], heads, head_size)
+
+    @hk.transparent
+    def _linear(self, size: int, name: str | None = None) -> hk.Linear:
+        return hk.Linear(
+            size,
+            w_init=self.w_init,
+            with_bias=self.with_bias,
+            b_init=self.b_init,
+            name=name,
+        )
