@@ -137,6 +137,21 @@ def test_inputs_without_batch_equal_jax_nn(axes):
     assert_close(got, want)
 
 
+def test_every_option_without_batch_equals_jax_nn():
+    arrays, options = [x[1] for x in inputs()], dict(OPTIONS["everything"])
+    for name in ("mask", "bias"):
+        options[name] = options[name][-1]  # NTS
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        options[name] = options[name][1:]
+    cotangent = normal(T, N, H)
+    got = values_and_gradients(dot_product_attention, arrays, options, cotangent)
+    want = values_and_gradients(theirs, arrays, options, cotangent)
+    seen = got[1] > -jnp.inf
+    assert 0 < jnp.sum(seen) < T * N
+    assert_close((got[0], *got[2:]), (want[0], *want[2:]))
+    assert_close(jnp.where(seen, got[1], 0), jnp.where(seen, want[1], 0))
+
+
 def test_numpy_arrays_are_taken():
     arrays = [np.asarray(x) for x in inputs()]
     got = dot_product_attention(*arrays, mask=np.asarray(booleans(B, 1, T, S)))
