@@ -33,7 +33,7 @@ LAYERS = (
     {"testing", "expression", "picture", "panels", "command.refusal", "adapters.jax_nn"},
     {"plot", "command.files", "command.check", "command.timing", "adapters.layer"},
     {"command.attend", "command.mask", "command.welcome"},
-    {"adapters.nnx", "adapters.linen", "adapters.equinox", "adapters.haiku"},
+    {f"adapters.{name}" for name in ("nnx", "linen", "equinox", "haiku", "keras")},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 MODULES = sorted(LEVEL)

@@ -1,0 +1,148 @@
+"""`keras.layers.MultiHeadAttention` with this library's attention inside.
+
+Needs keras on its JAX backend: set `KERAS_BACKEND=jax` before keras is first imported.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jattn.adapters import layer
+from jattn.masks import Causal, Window
+
+WHERE = "jattn.adapters.keras"
+ADVICE = (
+    "pip install 'jattn[keras]', and set KERAS_BACKEND=jax before keras is first imported"
+)
+
+try:
+    import keras
+except ImportError as error:
+    raise ImportError(
+        f"{WHERE}: needs keras on its JAX backend, got: {error}; {ADVICE}."
+    ) from error
+
+__all__ = ["MultiHeadAttention"]
+
+
+def _check_backend(backend: str) -> None:
+    if backend != "jax":
+        raise ImportError(
+            f"{WHERE}: needs keras on its JAX backend, got {backend}; {ADVICE}."
+        )
+
+
+_check_backend(keras.backend.backend())
+
+
+@keras.saving.register_keras_serializable(package="jattn")
+class MultiHeadAttention(keras.layers.MultiHeadAttention):
+    """`keras.layers.MultiHeadAttention`, parameter for parameter; change the import.
+
+    Its arguments, weights and their names are those of keras, so that weights load.
+    `attention_mask` may also be one of `jattn.masks` or a function (b, n, t, s) → bool. No
+    mask is ever made T × S here, and blocks that causal and sliding windows leave empty are
+    skipped. It differs from keras (3.15) in this:
+
+    - A query that sees no key has output 0 and gradient 0; in keras that is so only where
+      the layer drops or returns weights, and else the mean of the values.
+    - Dropout drops with the same probability, but its draws are others.
+    - Memory is linear in the lengths without `flash_attention`, and with it, weights can be
+      returned too.
+    - `value_dim` may differ from `key_dim`.
+    - `use_causal_mask` and `sliding_window` are along the attention axis, whichever it is;
+      several axes have no order, and are refused.
+    """
+
+    def _compute_attention_mask(
+        self,
+        query,
+        value,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        use_causal_mask=False,
+    ) -> list:
+        """The masks that count, each as it is: none is spread over T × S."""
+        del query, value
+        masks = [attention_mask]
+        if query_mask is not None:
+            masks.append(jnp.expand_dims(query_mask, -1))
+        masks += [
+            jnp.expand_dims(mask, -2) for mask in (value_mask, key_mask) if mask is not None
+        ]
+        masks += self._ordered(use_causal_mask, self._sliding_window)
+        return [mask for mask in masks if mask is not None]
+
+    def _compute_attention(
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        training=None,
+        return_attention_scores=False,
+        use_causal_mask=False,
+    ):
+        """The output, BT…ND, and the weights, BNT…S…, if they are asked for."""
+        masks = attention_mask if isinstance(attention_mask, list) else [attention_mask]
+        masks = masks + self._ordered(use_causal_mask, None)
+        heads = [self._flatten(x) for x in (query, key, value)]
+        lengths = [tuple(x.shape[i] for i in self._attention_axes) for x in (query, key)]
+        rank, weights = heads[0].ndim + 2 * len(self._attention_axes) - 2, []
+        output = layer.attend(
+            WHERE,
+            *heads,
+            mask=layer.both(
+                *(layer.any_mask(WHERE, self._align(x, lengths, rank)) for x in masks)
+            ),
+            dropout=self._draw(training),
+            sow=weights.append if return_attention_scores else None,
+            options={},
+        )
+        batch, N = output.shape[:-3], output.shape[-2]
+        output = output.reshape(*batch, *lengths[0], *output.shape[-2:])
+        output = jnp.moveaxis(
+            output, range(len(batch), len(batch) + len(lengths[0])), self._attention_axes
+        )
+        weights = [x.reshape(*batch, N, *lengths[0], *lengths[1]) for x in weights]
+        return output, weights[0] if weights else None
+
+    def _ordered(self, is_causal: bool, window: int | None) -> list:
+        """The masks of one axis along which positions have an order."""
+        if (is_causal or window is not None) and len(self._attention_axes) > 1:
+            raise ValueError(
+                f"{WHERE}: `use_causal_mask` and `sliding_window` need one attention axis, "
+                f"got `attention_axes={self._attention_axes}`; give an `attention_mask`."
+            )
+        masks: list = [Causal()] if is_causal else []
+        return masks if window is None else [*masks, Window(window - 1, window - 1)]
+
+    def _draw(self, training):
+        """The dropout of this call, from the seeds of the layer's own."""
+        if not training or self._dropout == 0:
+            return None
+        seed = self._dropout_layer.seed_generator.next()
+        return layer.dropout(WHERE, self._dropout, seed, deterministic=False)
+
+    def _flatten(self, array) -> jax.Array:
+        """BT…NH with the attention axes last among the positions, and as one."""
+        axes = self._attention_axes
+        count = array.ndim - 2 - len(axes)
+        array = jnp.moveaxis(array, axes, range(count, count + len(axes)))
+        return array.reshape(*array.shape[:count], -1, *array.shape[-2:])
+
+    def _align(self, mask, lengths, rank: int):
+        """An array with axes BNTS, of one that may lack some before its T… and S…."""
+        if mask is None or not hasattr(mask, "ndim"):
+            return mask
+        axes = len(self._attention_axes)
+        while mask.ndim < rank:
+            mask = jnp.expand_dims(mask, -2 * axes - 1)
+        if axes == 1:
+            return mask
+        lead = mask.shape[: -2 * axes]
+        mask = jnp.broadcast_to(mask, (*lead, *lengths[0], *lengths[1]))
+        return mask.reshape(*lead, *map(math.prod, lengths))
