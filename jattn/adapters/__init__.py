@@ -1,4 +1,11 @@
-"""The public functions under the signatures of other libraries; none is imported here.
+"""The public functions under other libraries' signatures, and inside their layers.
 
-`jattn.adapters.jax_nn` has `jax.nn.dot_product_attention`.
+`jax_nn`    `jax.nn.dot_product_attention`
+`nnx`       what `flax.nnx.MultiHeadAttention` takes as `attention_fn`
+`linen`     what `flax.linen.MultiHeadDotProductAttention` takes as `attention_fn`
+`equinox`   `equinox.nn.MultiheadAttention`
+`haiku`     `haiku.MultiHeadAttention`
+`keras`     `keras.layers.MultiHeadAttention`, on its JAX backend
+
+Each is imported by itself, and none here, so that no framework is needed for another.
 """
