@@ -22,6 +22,7 @@ PUBLIC = {
             "explain",
         ),
         *("masks", "merge", "modifiers"),
+        *("StrongestKeys", "attention_entropy", "attention_received", "strongest_keys"),
     },
     "jattn.masks": {
         *("Causal", "Explicit", "Lengths", "Mask", "Pointwise", "Prefix", "Segments"),

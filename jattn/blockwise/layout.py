@@ -155,9 +155,9 @@ class Layout:
         query = self.narrowed(query)
         return query if self.narrow else query * self.operands.scale
 
-    def queries(self, array):
+    def queries(self, array, fill=0):
         """BTN… padded."""
-        return self._pad(array, {1: "T"})
+        return self._pad(array, {1: "T"}, fill)
 
     def unqueries(self, array):
         """BTN… without the padding."""
@@ -238,6 +238,11 @@ class Layout:
         part = part.reshape(B, count * T, K * G, *rest)
         return self.put(array, part, "BTN" + "." * len(rest), **at)
 
+    def by_head(self, array):
+        """The rows of a tile by query head, BK(GT)… to BKGT…."""
+        B, K, _, *rest = array.shape
+        return array.reshape(B, K, self.plan.G, self.plan.T, *rest)
+
     def lay(self, array, columns_first: bool = False):
         """An aligned part, BKGTS, as four axes: its G and T become rows."""
         B, K, G, T, S = array.shape
@@ -266,15 +271,15 @@ class Layout:
         column = jnp.arange(length, dtype=jnp.int32).reshape(1, 1, 1, 1, length)
         return jax.tree.map(self.align, aligned)._replace(column=column)
 
-    def _pad(self, array, axes):
-        """The array with its axes T and S padded by zeros; those of size 1 stay."""
+    def _pad(self, array, axes, fill=0):
+        """The array with its axes T and S padded; those of size 1 stay."""
         shape = list(array.shape)
         for axis, letter in axes.items():
             if not (isinstance(shape[axis], int) and shape[axis] == 1):
                 shape[axis] = self.padded[letter]
         if tuple(shape) == array.shape:
             return array
-        whole = jnp.zeros(shape, array.dtype)
+        whole = jnp.full(shape, fill, array.dtype)
         return lax.dynamic_update_slice(whole, array, (0,) * array.ndim)
 
 
@@ -298,6 +303,13 @@ class Schedule(NamedTuple):
         b = 0 if self.full.shape[0] == 1 else b
         k = 0 if self.full.shape[1] == 1 else k
         return self.order[b, k, i], self.full[b, k, i], self.live[b, k, i]
+
+    def in_order(self) -> "Schedule":
+        """The same tiles in the order in which they lie, each as if it were partial."""
+        places = lax.broadcasted_iota(jnp.int32, self.order.shape, self.order.ndim - 1)
+        last = self.order.shape[-1]
+        order = jnp.sort(jnp.where(places < self.live[..., None], self.order, last))
+        return self._replace(order=order, full=jnp.zeros_like(self.full))
 
 
 def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:

@@ -1,4 +1,4 @@
-"""Output and logsumexp a few whole rows at a time: plain, for JAX to differentiate."""
+"""A few whole rows at a time: plain, for JAX to differentiate."""
 
 import functools
 
@@ -20,16 +20,8 @@ def by_rows(problem: Problem, operands: Operands):
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def rows(i):
-        query = layout.scaled(layout.rows(layout.query, T=i))
         view = Tile(layout, layout.aligned, i, 0)
-        allowed, clean, poison = view.allowed(), key, None
-        if allowed is not None:  # the transpose of these products is a mixing one
-            query, query_poison = tile.isolate(query)
-            clean, key_poison = tile.isolate(key)
-            poison = query_poison[..., None] + key_poison[..., None, :]
-        logits = view.logits(products_of(layout, query, clean), view.active)
-        if allowed is not None:
-            logits = jnp.where(allowed, logits + poison, -jnp.inf)
+        logits, allowed = row_logits(layout, view, key, i)
         top = lax.stop_gradient(jnp.max(logits, axis=-1))
         top = jnp.where(top == -jnp.inf, 0, top)
         weights = jnp.exp(logits - top[..., None])
@@ -48,3 +40,15 @@ def by_rows(problem: Problem, operands: Operands):
         for x, y in zip(whole, results, strict=True)
     )
     return output.astype(problem.dtype), logsumexp
+
+
+def row_logits(layout: Layout, view: Tile, key, i):
+    """The logits of whole rows by all keys BKSH, and which of these count."""
+    query, allowed = layout.scaled(layout.rows(layout.query, T=i)), view.allowed()
+    if allowed is None:
+        return view.logits(products_of(layout, query, key), view.active), None
+    query, query_poison = tile.isolate(query)  # the transpose of products mixes rows
+    key, key_poison = tile.isolate(key)
+    poison = query_poison[..., None] + key_poison[..., None, :]
+    logits = view.logits(products_of(layout, query, key), view.active)
+    return jnp.where(allowed, logits + poison, -jnp.inf), allowed

@@ -1,0 +1,314 @@
+"""A look at weights of any length: the strongest keys, entropy, what each key receives.
+
+Each view says something of all T × S weights without ever holding them: they are computed
+tile by tile from query, key and logsumexp, in memory linear in T and S, and blocks that
+the mask leaves empty are skipped. All take the options of `jattn.attention_weights` but
+dropout: what is looked at is the weights before any of them drop.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jattn import blockwise
+from jattn.blockwise import views
+from jattn.blockwise.strongest import strongest
+from jattn.problem import Operands, Problem, check_sink, pose
+from jattn.shapes import check_array, flatten_batch
+
+__all__ = ["StrongestKeys", "attention_entropy", "attention_received", "strongest_keys"]
+
+
+class StrongestKeys(NamedTuple):
+    """The keys with the largest weights of each query, the largest first.
+
+    Attributes:
+        indices: Where each key is in `key`, int32; −1 where there is none.
+        weights: Its weight; 0 where there is none.
+    """
+
+    indices: jax.Array
+    weights: jax.Array
+
+
+def strongest_keys(
+    query,
+    key,
+    k: int,
+    *,
+    mask=None,
+    bias=None,
+    modifier=None,
+    sink=None,
+    scale=None,
+    query_position=None,
+    key_position=None,
+    logsumexp=None,
+    average: bool = False,
+) -> StrongestKeys:
+    """Finds the k keys that each query attends to most.
+
+    Of equal weights the first key comes first. Where fewer than k keys have any weight,
+    the rest has index −1 and weight 0; so has a query that sees nothing. A sink takes
+    weight away and is never among the keys. A query whose weights are not numbers has
+    indices −1 and weights NaN.
+
+    It has no derivative and says so when it is asked for one.
+
+    Args:
+        query: `BTNH`.
+        key: `BSKH`.
+        k: How many keys, a Python integer; it may be more than S.
+        mask: See `attention`; so are all others that are not said here.
+        bias: See `attention`.
+        modifier: See `attention`.
+        sink: See `attention`.
+        scale: See `attention`.
+        query_position: See `attention`.
+        key_position: See `attention`.
+        logsumexp: Of the logits, `BTN`, as `attention_state` of the same arguments gives
+            it; computed blockwise by default.
+        average: Whether to take the strongest of the weights averaged over heads.
+
+    Returns:
+        `indices` and `weights`, `BTNk`; or `BTk` of averaged weights.
+
+    Raises:
+        ValueError: If an argument does not fit, naming it and what to do.
+
+    Example:
+        >>> query, key = jnp.zeros((2, 1, 4)), jnp.zeros((2, 1, 4))
+        >>> indices, weights = strongest_keys(query, key, 2, mask=lambda b, n, t, s: t >= s)
+        >>> indices[:, 0], weights[:, 0]
+        (Array([[ 0, -1],
+               [ 0,  1]], dtype=int32), Array([[1. , 0. ],
+               [0.5, 0.5]], dtype=float32))
+    """
+    where = "strongest_keys"
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"{where}: `k` must be a Python integer above 0, got {k!r}.")
+    problem, arrays = _pose(
+        where,
+        query,
+        key,
+        sink,
+        logsumexp,
+        mask=mask,
+        bias=bias,
+        modifier=modifier,
+        scale=scale,
+        query_position=query_position,
+        key_position=key_position,
+    )
+    found = _strongest(problem, k, bool(average), arrays)
+    return StrongestKeys(*(_unflatten(x, problem) for x in found))
+
+
+def attention_entropy(
+    query,
+    key,
+    *,
+    mask=None,
+    bias=None,
+    modifier=None,
+    sink=None,
+    scale=None,
+    query_position=None,
+    key_position=None,
+    logsumexp=None,
+    average: bool = False,
+) -> jax.Array:
+    """Says over how many keys each query spreads: the entropy of its weights.
+
+        entropy = −Σₛ weightₛ log weightₛ        in nats
+
+    It is 0 for a query that attends to one key, or sees nothing, and log S for one that
+    attends to all S keys alike. The sink counts as one more key, so that the weights add
+    up to 1. Differentiable to any order, also in a given logsumexp.
+
+    Args:
+        query: See `strongest_keys`, and so are all others.
+        key: See `strongest_keys`.
+        mask: See `attention`.
+        bias: See `attention`.
+        modifier: See `attention`.
+        sink: See `attention`.
+        scale: See `attention`.
+        query_position: See `attention`.
+        key_position: See `attention`.
+        logsumexp: See `strongest_keys`.
+        average: Whether to take the mean of the heads' entropies.
+
+    Returns:
+        The entropy, `BTN`, in float32 at least; or its mean over heads, `BT`.
+
+    Raises:
+        ValueError: If an argument does not fit, naming it and what to do.
+
+    Example:
+        >>> query, key = jnp.zeros((3, 1, 4)), jnp.zeros((3, 1, 4))
+        >>> jnp.exp(attention_entropy(query, key, mask=lambda b, n, t, s: t >= s))
+        Array([[1.],
+               [2.],
+               [3.]], dtype=float32)
+
+    Reference:
+        Zhai et al., 2023, arXiv:2303.06296: it collapses before training diverges.
+    """
+    problem, arrays = _pose(
+        "attention_entropy",
+        query,
+        key,
+        sink,
+        logsumexp,
+        mask=mask,
+        bias=bias,
+        modifier=modifier,
+        scale=scale,
+        query_position=query_position,
+        key_position=key_position,
+    )
+    return _unflatten(_entropy(problem, bool(average), arrays), problem)
+
+
+def attention_received(
+    query,
+    key,
+    *,
+    mask=None,
+    bias=None,
+    modifier=None,
+    sink=None,
+    scale=None,
+    query_position=None,
+    key_position=None,
+    logsumexp=None,
+    average: bool = False,
+) -> jax.Array:
+    """Says how much attention each key gets: the sum of its weights over all queries.
+
+        receivedₛ = Σₜ weightₜₛ
+
+    Over all keys this adds up to the number of queries that see something, less what
+    goes to the sink. A key that no query sees receives 0. Differentiable to any order,
+    also in a given logsumexp.
+
+    Args:
+        query: See `strongest_keys`, and so are all others.
+        key: See `strongest_keys`.
+        mask: See `attention`.
+        bias: See `attention`.
+        modifier: See `attention`.
+        sink: See `attention`.
+        scale: See `attention`.
+        query_position: See `attention`.
+        key_position: See `attention`.
+        logsumexp: See `strongest_keys`.
+        average: Whether to take the mean over the N query heads.
+
+    Returns:
+        What each key receives from each query head, `BSN`, in float32 at least; or the
+        mean over heads, `BS`.
+
+    Raises:
+        ValueError: If an argument does not fit, naming it and what to do.
+
+    Example:
+        >>> query, key = jnp.zeros((2, 1, 4)), jnp.zeros((2, 1, 4))
+        >>> attention_received(query, key, mask=lambda b, n, t, s: t >= s)
+        Array([[1.5],
+               [0.5]], dtype=float32)
+    """
+    problem, arrays = _pose(
+        "attention_received",
+        query,
+        key,
+        sink,
+        logsumexp,
+        mask=mask,
+        bias=bias,
+        modifier=modifier,
+        scale=scale,
+        query_position=query_position,
+        key_position=key_position,
+    )
+    return _unflatten(_received(problem, bool(average), arrays), problem)
+
+
+def _pose(where, query, key, sink, logsumexp, **options):
+    """The problem; and its operands, the sink and the logsumexp."""
+    problem, operands = pose(where, query, key, key, **options)
+    sizes = problem.sizes
+    # No value is needed: one of size 0 makes the logsumexp cheap.
+    problem = dataclasses.replace(problem, sizes=dataclasses.replace(sizes, D=0))
+    operands = operands._replace(value=operands.value[..., :0])
+    if logsumexp is not None:
+        logsumexp = check_array(where, "logsumexp", logsumexp)
+        expected = (*sizes.batch, sizes.T, sizes.N)
+        floating = jnp.issubdtype(logsumexp.dtype, jnp.floating)
+        if logsumexp.shape != expected or not floating:
+            raise ValueError(
+                f"{where}: `logsumexp` must be BTN = {expected} and floating, got "
+                f"{logsumexp.dtype}{list(logsumexp.shape)}; take it from "
+                f"`jattn.attention_state` of the same arguments."
+            )
+        logsumexp = flatten_batch(logsumexp, sizes).astype(problem.wide)
+    return problem, (operands, check_sink(where, sink, sizes), logsumexp)
+
+
+def _normalizer(problem: Problem, operands: Operands, sink, logsumexp):
+    """The logarithm of what weights are divided by, BTN; −∞ where nothing is seen."""
+    if logsumexp is None:
+        logsumexp = blockwise.attention_state(problem, operands).logsumexp
+    if sink is None:
+        return logsumexp
+    sink = jnp.broadcast_to(sink.astype(problem.wide), logsumexp.shape)
+    return jnp.logaddexp(logsumexp, sink)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def _entropy(problem: Problem, average: bool, arrays, tile=None):
+    operands, sink, _ = arrays
+    normalizer = _normalizer(problem, *arrays)
+    entropy = views.entropy(problem, operands, views.closed(normalizer), tile)
+    if sink is not None:
+        sink = jnp.broadcast_to(sink.astype(problem.wide), normalizer.shape)
+        entropy += views.surprise(sink - views.closed(normalizer))
+    return jnp.mean(entropy, axis=2) if average else entropy
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def _received(problem: Problem, average: bool, arrays, tile=None):
+    normalizer = views.closed(_normalizer(problem, *arrays))
+    received = views.received(problem, arrays[0], normalizer, tile)
+    return jnp.mean(received, axis=2) if average else received
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
+def _strongest(problem: Problem, k: int, average: bool, arrays, tile=None):
+    arrays = _without_derivative(arrays)
+    normalizer = views.closed(_normalizer(problem, *arrays))
+    indices, weights = strongest(problem, arrays[0], normalizer, k, average, tile)
+    unknown = jnp.isnan(normalizer)
+    unknown = (jnp.any(unknown, axis=2) if average else unknown)[..., None]
+    return jnp.where(unknown, -1, indices), jnp.where(unknown, jnp.nan, weights)
+
+
+@jax.custom_jvp
+def _without_derivative(arrays):
+    return arrays
+
+
+@_without_derivative.defjvp
+def _refuse(primals, tangents):
+    raise ValueError(
+        "strongest_keys: has no derivative; give it `jax.lax.stop_gradient` of its inputs, "
+        "or differentiate `jattn.attention_weights` with `rows=`."
+    )
+
+
+def _unflatten(array: jax.Array, problem: Problem) -> jax.Array:
+    return array.reshape(*problem.sizes.batch, *array.shape[1:])
