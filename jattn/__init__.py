@@ -18,13 +18,17 @@ Read in this order:
 `dense`         attention in one tile
 `operation`     a function with its own derivatives that JAX transforms in every way
 `blockwise`     attention in many tiles: forward, backward, tangent
+`views`         a look at the weights of any length
 `dispatch`      which implementation runs, and why
 `explanation`   what a call would do
 `api`           the public functions
 `testing`       named cases and the checks that every implementation passes
 `expression`    masks written as text
 `picture`       masks and weights as small arrays, and as text
+`terminal`      pictures as text
 `panels`        empty panels for pictures
+`paint`         colours in them, and what they mean
+`text_figure`   a text as a picture
 `plot`          pictures of masks and weights, with matplotlib
 `command`       what `python -m jattn` does
 `adapters`      the same functions under other libraries' signatures
@@ -43,6 +47,12 @@ from jattn.explanation import Explanation
 from jattn.state import EMPTY, State, merge
 from jattn.tables import BlockTable
 from jattn.tabulate import block_table
+from jattn.views import (
+    StrongestKeys,
+    attention_entropy,
+    attention_received,
+    strongest_keys,
+)
 
 __version__ = "0.1.0"
 
@@ -52,8 +62,11 @@ __all__ = [
     "Dropout",
     "Explanation",
     "State",
+    "StrongestKeys",
     "attention",
+    "attention_entropy",
     "attention_logits",
+    "attention_received",
     "attention_state",
     "attention_weights",
     "block_table",
@@ -62,4 +75,5 @@ __all__ = [
     "masks",
     "merge",
     "modifiers",
+    "strongest_keys",
 ]

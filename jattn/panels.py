@@ -12,7 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-__all__ = ["INK", "Side", "kinds", "panels", "side"]
+from jattn.picture import printable
+
+__all__ = ["INK", "Side", "kinds", "panels", "side", "wrap"]
 
 INK = "#222222"
 _PALE = "#6b6b6b"
@@ -23,7 +25,7 @@ _ACROSS = 4
 
 
 class Side(NamedTuple):
-    """The queries or the keys of a panel: how many cells, and what is written where."""
+    """The rows or the columns of a panel: how many cells, and what is written where."""
 
     cells: int
     step: int  # from one labelled cell to the next
@@ -45,7 +47,7 @@ def side(tokens: Sequence[str] | None, length: int, block: int) -> Side:
     firsts = range(0, length, step * block)
     labels = [str(first) for first in firsts]
     if tokens is not None:
-        names = [_printable(tokens[first]) for first in firsts]
+        names = [printable(tokens[first], _MOST_LETTERS) for first in firsts]
         pairs = zip(labels, names, strict=True)
         labels = names if block == 1 else [" ".join(pair) for pair in pairs]
     return Side(cells, step, labels)
@@ -60,17 +62,19 @@ def panels(
     note: str = "",
     across: int = _ACROSS,
     below: float = 0.0,
+    sides: tuple[str, str] = ("queries", "keys"),
 ) -> tuple[Figure, list[Axes]]:
-    """Makes a figure of empty panels: keys on top, queries at the left.
+    """Makes a figure of empty panels: columns labelled on top, rows at the left.
 
     Args:
         names: What to write above each panel.
-        rows: The queries.
-        columns: The keys.
+        rows: The queries, or what else goes downwards.
+        columns: The keys, or what else goes to the right.
         title: What to write above all.
         note: What to write below all.
         across: How many panels stand side by side.
         below: Inches to leave for what else is to stand below.
+        sides: What rows and columns are called.
 
     Returns:
         The figure and its panels.
@@ -90,9 +94,9 @@ def panels(
         axis.set_title(name, color=INK, fontsize=11 * plan.zoom)
         _label(axis, rows, columns, plan)
         if index < plan.across:
-            axis.set_xlabel("keys", **style)
+            axis.set_xlabel(sides[1], **style)
         if index % plan.across == 0:
-            axis.set_ylabel("queries", **style)
+            axis.set_ylabel(sides[0], **style)
         else:
             axis.set_yticks([])
     _write(figure, plan)
@@ -132,7 +136,7 @@ def _plan(names, rows: Side, columns: Side, title, note, across, below) -> _Plan
     down = math.ceil(len(names) / across)
     total = max(across * (width + 0.15) + left + 1.3, 4.6)  # a legend is so wide
     zoom = max(1.0, total / 14)
-    title, note = _wrap(title, 13 * zoom, total), _wrap(note, 9 * zoom, total)
+    title, note = wrap(title, 13 * zoom, total), wrap(note, 9 * zoom, total)
     title_height = zoom * 0.24 * len(title.splitlines()) + 0.06
     note_height = zoom * 0.17 * len(note.splitlines()) + 0.06
     above = (above if is_turned else 0.3) + zoom * (0.45 if any(names) else 0.2)
@@ -198,12 +202,6 @@ def _write(figure: Figure, plan: _Plan) -> None:
         figure.supxlabel(plan.note, y=bottom, fontsize=9 * plan.zoom, **style)
 
 
-def _wrap(text: str, size: float, inches: float) -> str:
+def wrap(text: str, size: float, inches: float) -> str:
     """The text in as many lines as it takes."""
     return textwrap.fill(text, max(int(inches / (size * _LETTER)), 10))
-
-
-def _printable(token: str) -> str:
-    """A token in letters that can be seen, and not too many of them."""
-    token = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(token))
-    return token if len(token) <= _MOST_LETTERS else token[: _MOST_LETTERS - 1] + "…"

@@ -17,7 +17,18 @@ import numpy as np
 from jattn.api import attention_logits
 from jattn.tables import EMPTY, FULL, PARTIAL, BlockTable, resize, spread
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "allowed", "bar", "cells", "grid", "pool"]
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "allowed",
+    "bar",
+    "by_layer",
+    "cells",
+    "grid",
+    "heads_of",
+    "pool",
+]
 
 _GLYPHS = "·░█"
 _PAIRS_AT_ONCE = 2**24  # what `cells` holds of a mask, so that any length can be drawn
@@ -101,6 +112,73 @@ def pool(weights: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     return np.add.reduceat(sums, starts, axis=-2) / counts[:, None]
 
 
+def by_layer(entropies) -> np.ndarray:
+    """The mean entropy of each head, one row per layer; NaN where a layer has fewer heads.
+
+    Raises:
+        ValueError: If there is no layer, or one has no head or query.
+    """
+    layers = [np.asarray(layer, np.float64) for layer in entropies]
+    if not layers or any(layer.ndim == 0 or layer.size == 0 for layer in layers):
+        raise ValueError(
+            f"entropy: `entropies` must be one array BTN, TN or N for each layer, none of "
+            f"them empty, got shapes {[layer.shape for layer in layers]}."
+        )
+    means = np.full((len(layers), max(layer.shape[-1] for layer in layers)), np.nan)
+    for row, layer in zip(means, layers, strict=True):
+        row[: layer.shape[-1]] = layer.reshape(-1, layer.shape[-1]).mean(axis=0)
+    return means
+
+
+def shown_of(where: str, weights, query_tokens, key_tokens, heads):
+    """The weights to draw, panel after panel, their names, and what rows and columns are.
+
+    Raises:
+        ValueError: If `weights` is not BNTS, NTS or TS, or tokens or heads do not fit it.
+    """
+    array = np.asarray(weights, np.float64)
+    if array.ndim < 2 or 0 in array.shape:
+        raise ValueError(
+            f"{where}: `weights` must be BNTS, NTS or TS with no axis of size 0, got "
+            f"shape {array.shape}."
+        )
+    N, T, S = (1, *array.shape)[-3:]
+    chosen = _chosen(where, heads, N)
+    drawn = array.reshape(-1, N, T, S)[:, chosen]
+    examples = [f"example {b}, " for b in range(len(drawn))] if len(drawn) > 1 else [""]
+    names = [f"{example}head {head % N}" for example in examples for head in chosen]
+    key_tokens = query_tokens if key_tokens is None and T == S else key_tokens
+    _check_tokens(where, "query_tokens", query_tokens, "T", T)
+    _check_tokens(where, "key_tokens", key_tokens, "S", S)
+    names = names if array.ndim > 2 else [""]
+    return drawn.reshape(-1, T, S), names, query_tokens, key_tokens
+
+
+def heads_of(where: str, received, tokens, heads) -> tuple[np.ndarray, list[str]]:
+    """What the keys of one example receive, a row for each chosen head; and their names.
+
+    Raises:
+        ValueError: If `received` is not SN or S, or tokens or heads do not fit it.
+    """
+    array = np.asarray(received, np.float64)
+    if array.ndim not in (1, 2) or array.size == 0:
+        raise ValueError(
+            f"{where}: `received` must be SN or S, of one example and not empty, got shape "
+            f"{array.shape}; take one example by its index."
+        )
+    S, N = array.shape[0], array.size // array.shape[0]
+    _check_tokens(where, "tokens", tokens, "S", S)
+    chosen = _chosen(where, heads, N)
+    names = [f"head {head % N}" for head in chosen] if array.ndim == 2 else [""]
+    return array.reshape(S, N).T[chosen], names
+
+
+def printable(token, most: int) -> str:
+    """A token in letters that can be seen, and at most so many of them."""
+    token = "".join(x if x.isprintable() else repr(x)[1:-1] for x in str(token))
+    return token if len(token) <= most else token[: most - 1] + "…"
+
+
 def bar(share: float, width: int) -> str:
     """A bar of eighths of a character, `share` of the width long."""
     eighths = round(8 * width * min(max(share, 0.0), 1.0))
@@ -131,3 +209,20 @@ def _over_blocks(combine: np.ufunc, pairs: np.ndarray, block: tuple[int, int]):
     for axis, size in enumerate(block):
         pairs = combine.reduceat(pairs, np.arange(0, pairs.shape[axis], size), axis=axis)
     return pairs
+
+
+def _chosen(where: str, heads, N: int) -> list[int]:
+    chosen = list(range(N)) if heads is None else [int(head) for head in heads]
+    if not chosen or not all(-N <= head < N for head in chosen):
+        raise ValueError(
+            f"{where}: `heads` must be indices of the N={N} heads, got {chosen}."
+        )
+    return chosen
+
+
+def _check_tokens(where: str, name: str, tokens, letter: str, length: int) -> None:
+    if tokens is not None and len(tokens) != length:
+        raise ValueError(
+            f"{where}: `{name}` must have {letter}={length} tokens, got {len(tokens)}; "
+            f"give one string for each."
+        )

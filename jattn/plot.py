@@ -1,24 +1,25 @@
-"""Pictures of weights and of masks: queries downwards, keys to the right.
+"""Pictures of weights, of masks, and of what `jattn.views` says of weights.
 
-Both functions return a `matplotlib.figure.Figure` that belongs to no window and no global
+All functions return a `matplotlib.figure.Figure` that belongs to no window and no global
 state; `figure.savefig("weights.png")` writes it, on white in light and dark viewers alike.
 """
 
 import math
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from jattn.paint import paint
 from jattn.panels import INK, panels, side
-from jattn.picture import EMPTY, FULL, PARTIAL, cells, pool
+from jattn.picture import EMPTY, FULL, PARTIAL, by_layer, cells, pool, shown_of
 from jattn.tables import BlockTable
+from jattn.text_figure import received
 
-__all__ = ["mask", "weights"]
+__all__ = ["entropy", "mask", "received", "weights"]
 
 _COLOURS = {FULL: "#1f4e79", PARTIAL: "#8fbcdb", EMPTY: "#efefec"}
 _MOST_CELLS = 64  # along each side of a panel of weights, and twice as many of a mask
@@ -52,12 +53,11 @@ def weights(
     Raises:
         ValueError: If `weights` has no such shape, or tokens or heads do not fit it.
     """
-    drawn, names, notes = _select(weights, heads)
+    drawn, names, *tokens = shown_of(
+        "plot.weights", weights, query_tokens, key_tokens, heads
+    )
+    drawn, names, notes = _few(drawn, names, heads)
     T, S = drawn.shape[1:]
-    if key_tokens is None and T == S:
-        key_tokens = query_tokens
-    _check_tokens("query_tokens", query_tokens, "T", T)
-    _check_tokens("key_tokens", key_tokens, "S", S)
     block = (math.ceil(T / _MOST_CELLS), math.ceil(S / _MOST_CELLS))
     if block != (1, 1):
         drawn = pool(drawn, block)
@@ -66,17 +66,11 @@ def weights(
     if not finite.all():
         notes.append("grey: not a number")
     top = np.max(drawn, initial=0.0, where=finite) or 1.0
-    rows, columns = side(query_tokens, T, block[0]), side(key_tokens, S, block[1])
+    rows, columns = map(side, tokens, (T, S), block)
     figure, axes = panels(
         names, rows, columns, title=title, note="; ".join(notes), across=_across(names)
     )
-    colours = matplotlib.colormaps["BuPu"].with_extremes(bad="#9a9a9a")
-    style = {"cmap": colours, "vmin": 0, "vmax": top, "aspect": axes[0].get_aspect()}
-    images = [axis.imshow(x, **style) for x, axis in zip(drawn, axes, strict=True)]
-    if max(T, S) <= _MOST_NUMBERS:
-        for panel, axis in zip(drawn, axes, strict=True):
-            _write_numbers(axis, panel, top)
-    _add_scale(figure, images[0], axes)
+    paint(figure, axes, drawn, top, "weight", numbers=max(T, S) <= _MOST_NUMBERS)
     return figure
 
 
@@ -131,26 +125,36 @@ def mask(
     return figure
 
 
-def _select(weights, heads) -> tuple[np.ndarray, list[str], list[str]]:
-    """The weights to draw, one panel after the other, their names, and what to note."""
-    array = np.asarray(weights, np.float64)
-    if array.ndim < 2 or 0 in array.shape:
-        raise ValueError(
-            f"plot.weights: `weights` must be BNTS, NTS or TS with no axis of size 0, got "
-            f"shape {array.shape}."
-        )
-    N, T, S = (1, *array.shape)[-3:]
-    array = array.reshape(-1, N, T, S)
-    chosen = list(range(N)) if heads is None else [int(head) for head in heads]
-    if not chosen or not all(-N <= head < N for head in chosen):
-        raise ValueError(
-            f"plot.weights: `heads` must be indices of the N={N} heads, got {chosen}."
-        )
-    examples = [f"example {b}, " for b in range(len(array))] if len(array) > 1 else [""]
-    names = [f"{example}head {head % N}" for example in examples for head in chosen]
-    drawn = array[:, chosen].reshape(-1, T, S)
-    if np.ndim(weights) == 2:
-        return drawn, [""], []
+def entropy(entropies: Sequence, *, title: str | None = None) -> Figure:
+    """Draws how widely each head of each layer attends: layers downwards, heads across.
+
+    A cell is the mean over examples and queries. Up to twelve heads, it is written too.
+
+    Args:
+        entropies: One array for each layer, as from `jattn.attention_entropy`, `BTN` or
+            `TN`, or its means `N`; N may differ from layer to layer.
+        title: What to write above.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If there is no layer, or one has no head.
+    """
+    means = by_layer(entropies)
+    rows, columns = (side(None, length, 1) for length in means.shape)
+    note = "mean over queries; log S: all S keys alike"
+    note += "" if np.isfinite(means).all() else "; grey: none, or not a number"
+    names = ("layer", "head")
+    figure, axes = panels([""], rows, columns, title=title, note=note, sides=names)
+    top = np.max(means, initial=0.0, where=np.isfinite(means)) or 1.0
+    numbers = means.shape[1] <= _MOST_NUMBERS
+    paint(figure, axes, means[None], top, "entropy (nats)", numbers=numbers)
+    return figure
+
+
+def _few(drawn, names, heads) -> tuple[np.ndarray, list[str], list[str]]:
+    """The first panels unless these were asked for, their names, and what to note."""
     if heads is not None or len(drawn) <= _MOST_PANELS:
         return drawn, names, []
     note = f"the first {_MOST_PANELS} of {len(drawn)} panels"
@@ -161,32 +165,6 @@ def _across(names: list[str]) -> int:
     """How many panels stand side by side: those of one example, if they are few."""
     heads = sum(name.startswith(names[0].partition("head")[0]) for name in names)
     return heads if heads <= 4 else 4
-
-
-def _check_tokens(name: str, tokens, letter: str, length: int) -> None:
-    if tokens is not None and len(tokens) != length:
-        raise ValueError(
-            f"plot.weights: `{name}` must have {letter}={length} tokens, got "
-            f"{len(tokens)}; give one string for each."
-        )
-
-
-def _write_numbers(axis: Axes, panel: np.ndarray, top: float) -> None:
-    """Writes each weight that is not next to nothing into its cell."""
-    for (row, column), weight in np.ndenumerate(panel):
-        if weight >= 0.005:
-            text = f"{weight:.2f}".removeprefix("0")
-            ink = "white" if weight > top / 2 else INK
-            axis.text(column, row, text, ha="center", va="center", color=ink, fontsize=7)
-
-
-def _add_scale(figure: Figure, image, axes: list[Axes]) -> None:
-    """Says what the colours of all panels mean."""
-    bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
-    size = float(axes[0].title.get_fontsize())
-    bar.set_label("weight", color=INK, fontsize=size)
-    bar.ax.tick_params(colors=INK, labelsize=0.85 * size)
-    bar.outline.set(edgecolor=INK, linewidth=0.5)
 
 
 def _rule(axis: Axes, shape: tuple[int, ...]) -> None:

@@ -26,11 +26,15 @@ LAYERS = (
     {"blockwise.tiles"},
     {"blockwise.forward", "blockwise.backward"},
     {"blockwise.rows", "blockwise.tangent"},
-    {"dense", "blockwise.attention"},
-    {"dispatch"},
+    {"dense", "blockwise.attention", "blockwise.views"},
+    {"blockwise.strongest"},
+    {"dispatch", "views"},
     {"explanation"},
     {"api"},
-    {"testing", "expression", "picture", "panels", "command.refusal", "adapters.jax_nn"},
+    {"testing", "expression", "picture", "command.refusal", "adapters.jax_nn"},
+    {"panels"},
+    {"paint"},
+    {"text_figure", "terminal"},
     {"plot", "command.files", "command.check", "command.timing", "adapters.layer"},
     {"command.attend", "command.mask", "command.welcome"},
     {f"adapters.{name}" for name in ("nnx", "linen", "equinox", "haiku", "keras")},
@@ -40,7 +44,7 @@ MODULES = sorted(LEVEL)
 LEVEL["blockwise"] = LEVEL["blockwise.attention"]  # the package, which gives its functions
 OUTSIDE = {"jax", "jaxlib", "chex", "numpy"}
 EXTRAS = {
-    **{name: {"matplotlib"} for name in ("plot", "panels")},
+    **{name: {"matplotlib"} for name in ("paint", "panels", "plot", "text_figure")},
     **{f"adapters.{name}": {"flax"} for name in ("nnx", "linen")},
     **{f"adapters.{name}": {name} for name in ("equinox", "haiku", "keras")},
 }

@@ -185,6 +185,56 @@ def legend_of(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+def test_entropy_draws_means_by_layer_and_head():
+    figure = plot.entropy([np.array([[1.0, 2], [3, 4]]), np.array([0.5])])
+    (panel,) = panels_of(figure)
+    drawn = np.ma.filled(panel.images[0].get_array(), np.nan)
+    np.testing.assert_array_equal(drawn, [[2, 3], [0.5, np.nan]])
+    assert (panel.get_ylabel(), panel.get_xlabel()) == ("layer", "head")
+    assert [text.get_text() for text in panel.texts] == ["2.00", "3.00", ".50"]
+    assert figure.axes[-1].get_ylabel() == "entropy (nats)"
+    assert "grey: none" in figure.get_supxlabel()
+
+
+def test_received_writes_each_token_on_its_colour():
+    figure = plot.received(np.array([[0.0, 4], [1, 2]]), ["to", "be"], title="$x$")
+    written = [text.get_text() for text in figure.axes[0].texts]
+    assert written == ["$x$", "head 0", "to", "be", "head 1", "to", "be"]
+    boxes = [patch.get_facecolor() for patch in figure.axes[0].patches]
+    colours = plot_colours(np.array([0, 0.25, 1, 0.5]))
+    np.testing.assert_allclose(boxes, colours)
+    assert figure.axes[1].get_ylabel() == "received"
+    assert figure.axes[1].get_ylim() == (0, 4)
+
+
+def plot_colours(shares):
+    return pytest.importorskip("matplotlib").colormaps["BuPu"](shares)
+
+
+def test_received_without_tokens_or_with_too_many_is_rows_of_cells():
+    received = np.arange(260.0).reshape(130, 2)
+    (panel,) = panels_of(plot.received(received))
+    expected = [received[i : i + 3].mean(0) for i in range(0, 130, 3)]
+    np.testing.assert_allclose(panel.images[0].get_array(), np.transpose(expected))
+    assert labels_of(panel.yaxis) == ["head 0", "head 1"]
+    figure = plot.received(np.ones((3000, 16)), ["word"] * 3000)
+    assert figure.get_supxlabel() == "one cell: mean of 47 keys"
+
+
+@pytest.mark.parametrize("heads", [None, 1, 12])
+@pytest.mark.parametrize(
+    "words", [WORDS[:1], WORDS, ["incomprehensibilities" * 2] * 9, None]
+)
+def test_no_letter_of_received_is_cut_off(heads, words):
+    shape = (len(words or WORDS),) if heads is None else (len(words or WORDS), heads)
+    assert_all_inside(plot.received(np.ones(shape), words, title="A title " * 20))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (48, 2), (6, 8)])
+def test_no_letter_of_entropy_is_cut_off(shape):
+    assert_all_inside(plot.entropy(np.ones(shape), title="A title " * 9))
+
+
 @pytest.mark.parametrize(
     ("draw", "sentence"),
     [

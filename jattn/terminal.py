@@ -1,0 +1,249 @@
+"""The pictures of `jattn.plot` as text, for a terminal: each function returns a string.
+
+Shades stand for shares of the largest number, which the first line gives.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jattn.picture import by_layer, cells, grid, heads_of, pool, printable, shown_of
+
+__all__ = ["entropy", "mask", "received", "weights"]
+
+_SHADES = " ░▒▓█"
+_HEIGHTS = " ▁▂▃▄▅▆▇█"
+_MOST_CELLS = 64  # along each side of a head
+_MOST_LETTERS = 12  # of a token
+
+
+def weights(
+    weights,
+    *,
+    query_tokens: Sequence[str] | None = None,
+    key_tokens: Sequence[str] | None = None,
+    heads: Sequence[int] | None = None,
+    width: int = 80,
+) -> str:
+    """Draws attention weights, one head below the other: queries downwards.
+
+    More queries or keys than fit into `width`, or more than 64, are pooled into blocks,
+    which the first line says: the mean over the queries of the sum over the keys.
+
+    Args:
+        weights: As from `jattn.attention_weights`, `BNTS` or `NTS`; or of one head, `TS`.
+        query_tokens: What the queries are called, T of them; numbered by default.
+        key_tokens: What the keys are called; by default as the queries if T = S.
+        heads: Indices of the heads to draw; all by default.
+        width: How many letters fit into a line.
+
+    Returns:
+        The lines, as one string.
+
+    Raises:
+        ValueError: If `weights` has no such shape, or tokens or heads do not fit it.
+
+    Example:
+        >>> print(weights([[1.0, 0.0], [0.25, 0.75]], query_tokens=["to", "be"]))
+        weight, shares of 1.00: ░ 0.1–0.3  ▒ 0.3–0.5  ▓ 0.5–0.7  █ 0.7–1
+           t b
+           o e
+        to ██
+        be ░░██
+    """
+    given = (weights, query_tokens, key_tokens, heads)
+    drawn, names, query_tokens, key_tokens = shown_of("terminal.weights", *given)
+    T, S = drawn.shape[1:]
+    rows = _labels(query_tokens, T)
+    margin = max(map(len, rows)) + 1
+    most = max(min(width - margin, _MOST_CELLS), 1)
+    block = math.ceil(T / _MOST_CELLS), math.ceil(S / most)
+    drawn = pool(drawn, block) if block != (1, 1) else drawn
+    repeat = 2 if margin + 2 * drawn.shape[2] <= width else 1
+    lines = [_legend("weight", drawn)]
+    if block != (1, 1):
+        lines.append(f"one cell: {block[0]} × {block[1]}, mean over queries, sum over keys")
+    columns = _labels(key_tokens, S)[:: block[1]]
+    header = [" " * margin + line for line in _upright(columns, repeat)]
+    for name, panel in zip(names, _shares(drawn), strict=True):
+        lines += [*([name] if name else []), *header]
+        for label, row in zip(rows[:: block[0]], panel, strict=True):
+            shades = "".join(_shade(share) * repeat for share in row)
+            lines.append(f"{label:>{margin - 1}} {shades}".rstrip())
+    return "\n".join(lines)
+
+
+def mask(mask, length: int, key_length: int | None = None, *, width: int = 80) -> str:
+    """Draws which query may attend to which key, for one example and head.
+
+    Args:
+        mask: What `jattn.attention` takes as `mask`; of a `jattn.BlockTable` its blocks.
+        length: The number of queries, T, at least 1.
+        key_length: The number of keys, S; T by default.
+        width: How many letters fit into a line.
+
+    Returns:
+        The lines, as one string.
+
+    Raises:
+        ValueError: If the mask does not fit these lengths.
+
+    Example:
+        >>> print(mask(lambda b, n, t, s: t >= s, 3))
+        █ all may attend  ░ some  · none; one cell: 1 × 1
+          0
+        0 ██····
+        1 ████··
+        2 ██████
+    """
+    key_length = length if key_length is None else key_length
+    if min(length, key_length) < 1:
+        raise ValueError(
+            f"terminal.mask: `length` and `key_length` must be at least 1, got {length} "
+            f"and {key_length}."
+        )
+    most = max(min(width - len(str(length)) - 1, _MOST_CELLS), 1)
+    block = math.ceil(max(length, key_length) / most)
+    size = max(getattr(mask, "blocks", (1, 1)))
+    block = size * math.ceil(block / size)  # whole blocks of a table
+    kinds = cells(mask, length, key_length, (block, block))
+    legend = f"█ all may attend  ░ some  · none; one cell: {block} × {block}"
+    return "\n".join([legend, *grid(kinds, (block, block), width)])
+
+
+def entropy(entropies: Sequence, *, width: int = 80) -> str:
+    """Draws how widely each head of each layer attends: layers downwards, heads across.
+
+    A number is the mean over examples and queries, in nats; numbers that do not fit into
+    `width` are left out, and their shades stay.
+
+    Args:
+        entropies: One array for each layer, as from `jattn.attention_entropy`, `BTN` or
+            `TN`, or its means `N`; N may differ from layer to layer.
+        width: How many letters fit into a line.
+
+    Returns:
+        The lines, as one string.
+
+    Raises:
+        ValueError: If there is no layer, or one has no head.
+
+    Example:
+        >>> print(entropy([[3.0, 1.5], [0.5, 2.0]]))
+        entropy in nats, shares of 3.00: ░ 0.1–0.3  ▒ 0.3–0.5  ▓ 0.5–0.7  █ 0.7–1
+        head          0       1
+        layer 0 ██ 3.00 ▓▓ 1.50
+        layer 1 ░░ 0.50 ▓▓ 2.00
+    """
+    means = by_layer(entropies)
+    labels = [f"layer {layer}" for layer in range(len(means))]
+    margin, wide = max(map(len, labels)), 8
+    numbers = margin + wide * means.shape[1] <= width
+    wide = wide if numbers else 3
+    known = [
+        row[: np.shape(layer)[-1]] for row, layer in zip(means, entropies, strict=True)
+    ]
+    lines = [_legend("entropy in nats", np.concatenate(known))]
+    lines.append(
+        f"{'head':<{margin}}" + "".join(f"{n:>{wide}}" for n in range(means.shape[1]))
+    )
+    for label, row in zip(labels, known, strict=True):
+        shades = [_shade(mean / (_top(means) or 1.0)) for mean in row]
+        shown = [
+            f" {shade * 2}" + (f" {mean:.2f}" if numbers else "")
+            for mean, shade in zip(row, shades, strict=True)
+        ]
+        lines.append(f"{label:<{margin}}{''.join(shown)}".rstrip())
+    return "\n".join(lines)
+
+
+def received(
+    received,
+    tokens: Sequence[str] | None = None,
+    *,
+    heads: Sequence[int] | None = None,
+    width: int = 80,
+) -> str:
+    """Draws the attention that each token of a text receives, as bars under the text.
+
+    Args:
+        received: As from `jattn.attention_received` for one example, `SN`; or averaged
+            over heads, `S`.
+        tokens: What the keys are called, S of them; numbered by default.
+        heads: Indices of the heads to draw; all by default.
+        width: How many letters fit into a line.
+
+    Returns:
+        The lines, as one string.
+
+    Raises:
+        ValueError: If `received` has no such shape, or tokens or heads do not fit it.
+
+    Example:
+        >>> print(received([2.0, 0.5, 1.0], ["to", "be", "or"]))
+        received: a bar of full height █ is 2.00
+        to be or
+        ██ ▂▂ ▄▄
+    """
+    drawn, names = heads_of("terminal.received", received, tokens, heads)
+    labels = _labels(tokens, drawn.shape[1])
+    margin = max(map(len, names)) + 1 if any(names) else 0
+    shares = _shares(drawn)
+    lines = [f"received: a bar of full height █ is {_top(drawn):.2f}"]
+    for start, stop in _lines(labels, max(width - margin, 1)):
+        words = labels[start:stop]
+        lines.append(" " * margin + " ".join(words))
+        for name, row in zip(names, shares[:, start:stop], strict=True):
+            bars = [_height(x) * len(word) for x, word in zip(row, words, strict=True)]
+            lines.append(f"{name:<{margin}}{' '.join(bars)}".rstrip())
+    return "\n".join(lines)
+
+
+def _labels(tokens, length: int) -> list[str]:
+    """A label for each token, in letters that can be seen."""
+    if tokens is None:
+        return [str(place) for place in range(length)]
+    return [printable(token, _MOST_LETTERS) or "·" for token in tokens]
+
+
+def _upright(labels: list[str], repeat: int) -> list[str]:
+    """Labels written downwards, each over its column."""
+    height = max(map(len, labels))
+    labels = [label.rjust(height) for label in labels]
+    lines = ("".join(x[i].ljust(repeat) for x in labels) for i in range(height))
+    return [line.rstrip() for line in lines]
+
+
+def _lines(labels: list[str], width: int):
+    """Where each line of text starts and stops."""
+    start, used = 0, 0
+    for place, label in enumerate(labels):
+        if used and used + len(label) > width:
+            yield start, place
+            start, used = place, 0
+        used += len(label) + 1
+    yield start, len(labels)
+
+
+def _top(array: np.ndarray) -> float:
+    return float(np.max(array, initial=0.0, where=np.isfinite(array)))
+
+
+def _shares(array: np.ndarray) -> np.ndarray:
+    """Numbers as shares of the largest."""
+    return array / (_top(array) or 1.0)
+
+
+def _legend(what: str, array: np.ndarray) -> str:
+    shades = "░ 0.1–0.3  ▒ 0.3–0.5  ▓ 0.5–0.7  █ 0.7–1"
+    note = "" if np.isfinite(array).all() else "  ? NaN"
+    return f"{what}, shares of {_top(array):.2f}: {shades}{note}"
+
+
+def _shade(share: float) -> str:
+    return _SHADES[min(int(5 * share + 0.5), 4)] if math.isfinite(share) else "?"
+
+
+def _height(share: float) -> str:
+    return _HEIGHTS[round(8 * share)] if math.isfinite(share) else "?"
