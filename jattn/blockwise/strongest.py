@@ -7,7 +7,7 @@ come in the order of their keys, so that of equal weights the first key wins.
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.blockwise.layout import Layout, Plan, plan
+from jattn.blockwise.layout import Layout, Plan, granularity, plan
 from jattn.blockwise.views import is_nothing, sweep
 from jattn.problem import Operands, Problem
 
@@ -27,9 +27,11 @@ def strongest(
     if k == 0 or is_nothing(problem):
         shape = (B, T, k) if average else (B, T, N, k)
         return jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, problem.wide)
-    layout = Layout(problem, operands, _plan(problem, average, tile))
+    usual = plan(problem, False, granularity(problem, operands), tile)
+    usual = usual._replace(folded=False)
+    layout = Layout(problem, operands, _plan(problem, average, usual, tile))
     B, K, G, T, S, *_ = layout.plan
-    rows, whole = (B, K, G * T), layout.query.shape[:4]
+    rows, whole = (B, K, G * T), layout.query.shape[:3]
     if average:
         rows, whole = (B, T), layout.query.shape[:2]
     nothing = lambda shape: (
@@ -66,9 +68,9 @@ def _merge(best, weights, first):
     return weights, jnp.take_along_axis(columns, places, axis=-1)
 
 
-def _plan(problem: Problem, average: bool, tile) -> Plan:
+def _plan(problem: Problem, average: bool, usual: Plan, tile) -> Plan:
     """How much a tile holds: all heads where their weights are averaged."""
-    usual, K = plan(problem, False, tile)._replace(folded=False), problem.sizes.K
+    K = problem.sizes.K
     if not average or usual.K == K:
         return usual
     T = usual.T if tile is not None else max(usual.T * usual.K // K, 1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.blockwise.layout import Layout, Plan, plan, rows_plan, schedules
+from jattn.blockwise.layout import Layout, Plan, granularity, plan, rows_plan, schedules
 from jattn.blockwise.rows import row_logits
 from jattn.blockwise.tiles import Tile, loop, over_heads, over_tiles, products_of
 from jattn.operation import Operation, retype
@@ -27,7 +27,7 @@ def entropy(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.
     if is_nothing(problem):
         return jnp.zeros((B, T, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
-    return Entropy(problem, tree, tile)(*leaves, normalizer)[0]
+    return Entropy(problem, tree, granularity(problem, operands), tile)(*leaves, normalizer)[0]
 
 
 def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.Array:
@@ -36,7 +36,7 @@ def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax
     if is_nothing(problem):
         return jnp.zeros((B, S, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
-    return Received(problem, tree, tile)(*leaves, normalizer)[0]
+    return Received(problem, tree, granularity(problem, operands), tile)(*leaves, normalizer)[0]
 
 
 def closed(normalizer):
@@ -115,12 +115,13 @@ class _View(Operation):
 
     problem: Problem
     tree: Any
+    size: int
     tile: tuple[int, int] | None = None
 
     @property
     def elements(self) -> int:
         """Two tiles."""
-        B, K, G, T, S, *_ = plan(self.problem, False, self.tile)
+        B, K, G, T, S, *_ = plan(self.problem, False, self.size, self.tile)
         return 2 * B * K * G * T * S
 
     def lay(self, leaves, plan: Plan):
@@ -156,12 +157,12 @@ class Entropy(_View):
 
     def fast(self, *leaves, spread):
         """Tile by tile."""
-        layout, normalizer = self.lay(leaves, plan(self.problem, spread, self.tile))
+        layout, normalizer = self.lay(leaves, plan(self.problem, spread, self.size, self.tile))
         rows = (layout.plan.B, layout.plan.K, layout.plan.G * layout.plan.T)
         total = sweep(
             layout,
             normalizer,
-            jnp.zeros(layout.query.shape[:4], self.problem.wide),
+            jnp.zeros(layout.query.shape[:3], self.problem.wide),
             start=lambda total: jnp.zeros(rows, total.dtype),
             step=lambda part, logs, at: part + jnp.sum(surprise(logs), axis=-1),
             finish=lambda total, part, i, at: layout.put_rows(total, part, T=i, **at),
@@ -172,7 +173,7 @@ class Entropy(_View):
         """A few whole rows at a time."""
         layout, of_block = self.by_rows(leaves, lambda x: jnp.sum(surprise(x), axis=-1))
         parts = jax.lax.map(of_block, jnp.arange(layout.counts["T"]))
-        whole = jnp.zeros(layout.query.shape[:4], self.problem.wide)
+        whole = jnp.zeros(layout.query.shape[:3], self.problem.wide)
         return [layout.unqueries(layout.put_row_blocks(whole, parts))]
 
 
@@ -186,7 +187,7 @@ class Received(_View):
 
     def fast(self, *leaves, spread):
         """Tile by tile."""
-        layout, normalizer = self.lay(leaves, plan(self.problem, spread, self.tile))
+        layout, normalizer = self.lay(leaves, plan(self.problem, spread, self.size, self.tile))
         total = self.nothing(layout)
         add = lambda total, logs, at: layout.add(
             total, self.columns(layout, logs), "BKGS", S=at.j, **at.head
