@@ -210,15 +210,17 @@ class Layout:
     def rows(self, array, **at):
         """The rows of a tile, BTN… to BK(GT)…."""
         array = self.cut(array, "BTN" + "." * (array.ndim - 3), **at)
-        B, T, _, *rest = array.shape
-        array = jnp.moveaxis(array.reshape(B, T, -1, self.plan.G, *rest), 1, 3)
-        return array.reshape(B, array.shape[1], -1, *rest)
+        B, T, N, *rest = array.shape
+        G = self.plan.G
+        array = jnp.moveaxis(array.reshape(B, T, N // G, G, *rest), 1, 3)
+        return array.reshape(B, N // G, G * T, *rest)
 
     def put_rows(self, array, part, **at):
         """Writes what `rows` reads."""
-        B, K, _, *rest = part.shape
-        part = jnp.moveaxis(part.reshape(B, K, self.plan.G, -1, *rest), 3, 1)
-        part = part.reshape(*part.shape[:2], K * self.plan.G, *rest)
+        B, K, GT, *rest = part.shape
+        G, T = self.plan.G, GT // self.plan.G
+        part = jnp.moveaxis(part.reshape(B, K, G, T, *rest), 3, 1)
+        part = part.reshape(B, T, K * G, *rest)
         return self.put(array, part, "BTN" + "." * len(rest), **at)
 
     def row_blocks(self, array, **at):

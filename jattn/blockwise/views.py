@@ -27,7 +27,9 @@ def entropy(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.
     if is_nothing(problem):
         return jnp.zeros((B, T, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
-    return Entropy(problem, tree, granularity(problem, operands), tile)(*leaves, normalizer)[0]
+    return Entropy(problem, tree, granularity(problem, operands), tile)(
+        *leaves, normalizer
+    )[0]
 
 
 def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.Array:
@@ -36,7 +38,9 @@ def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax
     if is_nothing(problem):
         return jnp.zeros((B, S, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
-    return Received(problem, tree, granularity(problem, operands), tile)(*leaves, normalizer)[0]
+    return Received(problem, tree, granularity(problem, operands), tile)(
+        *leaves, normalizer
+    )[0]
 
 
 def closed(normalizer):
@@ -157,7 +161,9 @@ class Entropy(_View):
 
     def fast(self, *leaves, spread):
         """Tile by tile."""
-        layout, normalizer = self.lay(leaves, plan(self.problem, spread, self.size, self.tile))
+        layout, normalizer = self.lay(
+            leaves, plan(self.problem, spread, self.size, self.tile)
+        )
         rows = (layout.plan.B, layout.plan.K, layout.plan.G * layout.plan.T)
         total = sweep(
             layout,
@@ -187,7 +193,9 @@ class Received(_View):
 
     def fast(self, *leaves, spread):
         """Tile by tile."""
-        layout, normalizer = self.lay(leaves, plan(self.problem, spread, self.size, self.tile))
+        layout, normalizer = self.lay(
+            leaves, plan(self.problem, spread, self.size, self.tile)
+        )
         total = self.nothing(layout)
         add = lambda total, logs, at: layout.add(
             total, self.columns(layout, logs), "BKGS", S=at.j, **at.head
