@@ -90,8 +90,8 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         masks = attention_mask if isinstance(attention_mask, list) else [attention_mask]
         masks = masks + self._ordered(use_causal_mask, None)
         heads = [self._flatten(x) for x in (query, key, value)]
-        lengths = [tuple(x.shape[i] for i in self._attention_axes) for x in (query, key)]
-        rank, weights = heads[0].ndim + 2 * len(self._attention_axes) - 2, []
+        lengths = [tuple(x.shape[i] for i in self._axes) for x in (query, key)]
+        rank, weights = heads[0].ndim + 2 * len(self._axes) - 2, []
         output = layer.attend(
             WHERE,
             *heads,
@@ -105,17 +105,22 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         batch, N = output.shape[:-3], output.shape[-2]
         output = output.reshape(*batch, *lengths[0], *output.shape[-2:])
         output = jnp.moveaxis(
-            output, range(len(batch), len(batch) + len(lengths[0])), self._attention_axes
+            output, range(len(batch), len(batch) + len(lengths[0])), self._axes
         )
         weights = [x.reshape(*batch, N, *lengths[0], *lengths[1]) for x in weights]
         return output, weights[0] if weights else None
 
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        """The attention axes, which keras knows once the layer is built."""
+        return tuple(self._attention_axes or ())
+
     def _ordered(self, is_causal: bool, window: int | None) -> list:
         """The masks of one axis along which positions have an order."""
-        if (is_causal or window is not None) and len(self._attention_axes) > 1:
+        if (is_causal or window is not None) and len(self._axes) > 1:
             raise ValueError(
                 f"{WHERE}: `use_causal_mask` and `sliding_window` need one attention axis, "
-                f"got `attention_axes={self._attention_axes}`; give an `attention_mask`."
+                f"got `attention_axes={self._axes}`; give an `attention_mask`."
             )
         masks: list = [Causal()] if is_causal else []
         return masks if window is None else [*masks, Window(window - 1, window - 1)]
@@ -129,7 +134,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
     def _flatten(self, array) -> jax.Array:
         """BT…NH with the attention axes last among the positions, and as one."""
-        axes = self._attention_axes
+        axes = self._axes
         count = array.ndim - 2 - len(axes)
         array = jnp.moveaxis(array, axes, range(count, count + len(axes)))
         return array.reshape(*array.shape[:count], -1, *array.shape[-2:])
@@ -138,7 +143,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         """An array with axes BNTS, of one that may lack some before its T… and S…."""
         if mask is None or not hasattr(mask, "ndim"):
             return mask
-        axes = len(self._attention_axes)
+        axes = len(self._axes)
         while mask.ndim < rank:
             mask = jnp.expand_dims(mask, -2 * axes - 1)
         if axes == 1:
