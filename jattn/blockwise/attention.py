@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jattn import skipping
-from jattn.blockwise import layout as layouts
 from jattn.blockwise.backward import backward
 from jattn.blockwise.forward import forward
-from jattn.blockwise.layout import Layout, granularity, plan
+from jattn.blockwise.layout import Layout, granularity, plan, tile_sizes
 from jattn.blockwise.rows import by_rows
 from jattn.blockwise.tangent import tangent
 from jattn.operation import Operation, retype
@@ -50,16 +49,14 @@ def attention_state(
         words = drawn(problem, operands, index(problem, operands))
         operands = operands._replace(rng=words)
     size = granularity(problem, operands)
-    problem, operands = _split(
-        problem, operands, tile or layouts.block_sizes(problem, size)
-    )
+    problem, operands = _split(problem, operands, tile or tile_sizes(problem, size))
     leaves, tree = jax.tree.flatten(operands)
     return State(*Attention(problem, tree, size, tile)(*leaves))
 
 
 def block_sizes(problem: Problem, operands: Operands | None) -> tuple[int, int]:
     """How many queries and keys are skipped at once; None stands for unknown operands."""
-    return layouts.block_sizes(problem, granularity(problem, operands))
+    return tile_sizes(problem, granularity(problem, operands))
 
 
 def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):

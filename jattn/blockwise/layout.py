@@ -57,12 +57,12 @@ def granularity(problem: Problem, operands: Operands | None) -> int:
     alone = dataclasses.replace(problem, modifier=None)
     coarse, fine = (
         np.mean(skipping.block_table(alone, operands, *tile) != skipping.EMPTY)
-        for tile in (block_sizes(problem, COARSE), block_sizes(problem, FINE))
+        for tile in (tile_sizes(problem, COARSE), tile_sizes(problem, FINE))
     )
     return COARSE if coarse <= fine * FINE_COST else FINE
 
 
-def block_sizes(problem: Problem, size: int) -> tuple[int, int]:
+def tile_sizes(problem: Problem, size: int) -> tuple[int, int]:
     """How many queries and keys are skipped at once."""
     rule = plan(problem, spread=False, size=size)
     return rule.T, rule.S
