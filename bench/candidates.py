@@ -16,7 +16,7 @@ import numpy as np
 import jattn
 from bench.measure import Pass, Work, compiled
 from bench.plain import mask_and_bias, plainly
-from jattn.dispatch import IMPLEMENTATIONS
+from jattn import dispatch
 
 PASSES = ("forward", "forward+backward")
 INPUTS = ("query", "key", "value")
@@ -114,7 +114,8 @@ def missing(peers) -> list[str]:
 def makers(peers) -> dict[str, Callable[[Work], Candidate | None]]:
     """Every candidate's name, and what makes it."""
     implementations = {
-        f"jattn {name}": functools.partial(own, name=name) for name in IMPLEMENTATIONS
+        f"jattn {name}": functools.partial(own, name=name)
+        for name in dispatch.names(jax.default_backend())
     }
     return implementations | {name: PEERS[name] for name in peers}
 

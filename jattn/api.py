@@ -347,6 +347,8 @@ def _attend(where, query, key, value, sink, implementation, options) -> State:
     sink = check_sink(where, sink, problem.sizes)
     platform = jax.default_backend()
     name = dispatch.choose(where, problem, platform, implementation)
+    if implementation is None:
+        name = dispatch.for_any_platform(problem, name)
     output, logsumexp = _state(problem, name, operands, sink)
     batch = problem.sizes.batch
     return State(

@@ -7,24 +7,30 @@ named one runs or its sentence is raised. Nothing falls back in silence.
 
 import types
 
-from jattn import blockwise, dense
+from jattn import blockwise, dense, tpu
 from jattn.problem import Operands, Problem
 
 IMPLEMENTATIONS: dict[str, types.ModuleType] = {
     "blockwise": blockwise,
     "dense": dense,
+    "tpu": tpu,
 }
 
 # The first that does not refuse is taken; a platform not listed takes DEFAULT_ORDER.
-ORDER: dict[str, tuple[str, ...]] = {}
+ORDER: dict[str, tuple[str, ...]] = {"tpu": ("tpu", "blockwise", "dense")}
 DEFAULT_ORDER = ("blockwise", "dense")
 
 _BLOCKS = (512, 512)  # of an implementation that does not say
 
 
+def names(platform: str) -> tuple[str, ...]:
+    """The implementations that run on a platform, in its order."""
+    return ORDER.get(platform, DEFAULT_ORDER)
+
+
 def refusals(problem: Problem, platform: str) -> dict[str, str | None]:
     """What each implementation says of this problem, in the platform's order."""
-    order = ORDER.get(platform, DEFAULT_ORDER)
+    order = names(platform)
     others = [name for name in IMPLEMENTATIONS if name not in order]
     return {
         name: IMPLEMENTATIONS[name].refusal(problem, platform) for name in (*order, *others)
@@ -50,6 +56,17 @@ def choose(where: str, problem: Problem, platform: str, implementation=None) -> 
     if sentence is not None:
         raise ValueError(f'{where}(implementation="{implementation}"): {sentence}')
     return implementation
+
+
+def for_any_platform(problem: Problem, name: str) -> str:
+    """The implementation to lower, where `name` was chosen for the default platform.
+
+    What is traced on one machine may be lowered for another, or for several. The kernels'
+    operation is blockwise wherever it is not lowered for TPU.
+    """
+    if name == "blockwise" and tpu.refusal(problem, "tpu") is None:
+        return "tpu"
+    return name
 
 
 def block_sizes(

@@ -91,6 +91,11 @@ class Operation:
         """The operation that gives the cotangents of the linear arguments."""
         raise TypeError(f"{type(self).__name__} is not linear")
 
+    def on(self, platform: str) -> "Operation":
+        """The operation that computes it on a platform: itself, unless said otherwise."""
+        del platform
+        return self
+
     def __call__(self, *arrays) -> tuple[jax.Array, ...]:
         """Runs it, differentiably."""
         return tuple(_primitive.bind(*_vary(arrays), operation=self))
@@ -107,6 +112,10 @@ class _Derivative(Operation):
     def elements(self):
         """More than the operation, as there is more to hold."""
         return 2 * self.operation.elements
+
+    def on(self, platform):
+        """That of the operation for the platform."""
+        return dataclasses.replace(self, operation=self.operation.on(platform))
 
     def split(self, arrays):
         """The arguments, the outputs, and the rest."""
@@ -231,6 +240,10 @@ class Mapped(Operation):
             for x, summed in zip(self.operation.types(*inner), self.summed, strict=True)
         ]
 
+    def on(self, platform):
+        """That of the operation for the platform, mapped."""
+        return dataclasses.replace(self, operation=self.operation.on(platform))
+
     def fast(self, *arrays, spread):
         """Chunk by chunk; all at once where a loop would cut an axis of many devices."""
         function = functools.partial(self.operation.fast, spread=spread)
@@ -258,6 +271,8 @@ class Mapped(Operation):
         axes = [0 if mapped else None for mapped in self.mapped]
 
         def at_once(size, *arrays):
+            if isinstance(size, int) and size == 1:  # kernels are not to be mapped
+                return self._one(function, arrays)
             outputs = jax.vmap(function, axes, axis_size=size)(*arrays)
             return [
                 jnp.sum(x, axis=0, dtype=x.dtype) if summed else x
@@ -267,6 +282,12 @@ class Mapped(Operation):
         if chunk is self.size or chunk == self.size:
             return at_once(self.size, *arrays)
         return self._loop(at_once, arrays, chunk)
+
+    def _one(self, function, arrays):
+        pairs = zip(arrays, self.mapped, strict=True)
+        outputs = function(*(x[0] if mapped else x for x, mapped in pairs))
+        pairs = zip(outputs, self.summed, strict=True)
+        return [x if summed else x[None] for x, summed in pairs]
 
     def _loop(self, at_once, arrays, chunk):
         count = self.size // chunk
@@ -404,11 +425,15 @@ def _batch(arrays, axes, *, operation):
     return outputs, [0] * len(outputs)
 
 
-def _lower(context, *arrays, operation):
+def _lower(context, *arrays, operation, platform=None):
+    module = context.module_context
+    if platform is not None:  # of several that are lowered for, this rule is for one
+        module = module.replace(platforms=(platform,))
+    operation = operation.on(platform or module.platforms[0])
     fast = functools.partial(operation.fast, spread=_is_spread(context))
     # Inside, shapes are all that matters: not how the arrays lie on a mesh.
     plain = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
-    context = context.replace(avals_in=plain)
+    context = context.replace(avals_in=plain, module_context=module)
     return mlir.lower_fun(fast, multiple_results=True)(context, *arrays)
 
 
@@ -426,3 +451,6 @@ ad.primitive_jvps[_primitive] = _jvp
 ad.primitive_transposes[_primitive] = _transpose
 batching.primitive_batchers[_primitive] = _batch
 mlir.register_lowering(_primitive, _lower)
+mlir.register_lowering(
+    _primitive, functools.partial(_lower, platform="tpu"), platform="tpu"
+)

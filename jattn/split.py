@@ -98,28 +98,17 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
     Returns:
         The program, and its arrays.
     """
-    shapes = [x.shape for x in (*index, *arrays.aligned)]
-    takes_logit = len(program.jaxpr.invars) > len(shapes)
-    captured = [
-        _Value(var.aval, frozenset(), bool(var.aval.shape))
-        for var in program.jaxpr.constvars
-    ]
-    inputs = [
-        _Value(var.aval, _letters(shape), is_input=True)
-        for var, shape in zip(program.jaxpr.invars[takes_logit:], shapes, strict=True)
-    ]
-    logits = [
-        _Value(var.aval, frozenset("bnts"), is_input=True)
-        for var in program.jaxpr.invars[:takes_logit]
-    ]
-    steps: list[_Step] = []
-    (result,) = _walk(program.jaxpr, captured, [*logits, *inputs], steps)
+    indexed = (*index, *arrays.aligned)
+    logits = ["bnts"] * (len(program.jaxpr.invars) - len(indexed))
+    reads = [*logits, *(_letters(x.shape) for x in indexed)]
+    captured, inputs, result, steps = _graph(program.jaxpr, reads)
+    logits, inputs = inputs[: len(logits)], inputs[len(logits) :]
     inside, needed = _needed(steps, result)
 
     given = dict(zip(captured, arrays.captured, strict=True))
     whole = dict(zip(inputs[4:], arrays.aligned, strict=True))
     whole = {value: array for value, array in whole.items() if value in needed}
-    leading = dict(zip(inputs, (*index, *arrays.aligned), strict=True))
+    leading = dict(zip(inputs, indexed, strict=True))
     for value in (*captured, *(x for step in steps for x in step.results)):
         if value in needed and value.is_hoisted:
             whole[value] = _outside(value, steps, given, leading)
@@ -135,12 +124,32 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
     return trace("split", joint, tuple(whole.values()), logit)
 
 
-def _letters(shape) -> frozenset[str]:
-    return frozenset(
-        letter
-        for letter, size in zip("bnts", shape, strict=True)
-        if not (isinstance(size, int) and size == 1)
-    )
+def joint_equations(program: Program, logit: bool) -> list:
+    """The equations that `split` leaves, whatever the shapes of the arrays; at the most.
+
+    `logit` says whether the program takes one.
+    """
+    reads = [*["bnts"] * logit, "b", "n", "bt", "bs"]
+    reads += ["bnts"] * (len(program.jaxpr.invars) - len(reads))
+    *_, result, steps = _graph(program.jaxpr, reads)
+    return [step.equation for step in _needed(steps, result)[0]]
+
+
+def _graph(jaxpr, reads):
+    """Captured values, inputs that read these axes, the result, and all steps."""
+    captured = [_Value(x.aval, frozenset(), bool(x.aval.shape)) for x in jaxpr.constvars]
+    inputs = [
+        _Value(var.aval, frozenset(letters), is_input=True)
+        for var, letters in zip(jaxpr.invars, reads, strict=True)
+    ]
+    steps: list[_Step] = []
+    (result,) = _walk(jaxpr, captured, inputs, steps)
+    return captured, inputs, result, steps
+
+
+def _letters(shape) -> str:
+    sizes = zip("bnts", shape, strict=True)
+    return "".join(x for x, size in sizes if not (isinstance(size, int) and size == 1))
 
 
 def _walk(jaxpr, constants, inputs, steps: list[_Step]) -> list:

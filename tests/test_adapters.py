@@ -310,7 +310,7 @@ def test_float16_runs_under_jit():
 # Implementations and errors.
 
 
-@pytest.mark.parametrize("name", [None, "xla", *jattn.dispatch.IMPLEMENTATIONS])
+@pytest.mark.parametrize("name", [None, "xla", *jattn.dispatch.DEFAULT_ORDER])
 def test_implementations_of_both_libraries_are_taken(name):
     got = dot_product_attention(*inputs(), is_causal=True, implementation=name)
     assert_close(got, quick_theirs(*inputs(), is_causal=True))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.dispatch import IMPLEMENTATIONS
+from jattn.dispatch import DEFAULT_ORDER
 from jattn.testing import CASES, assert_matches_definition, errors
 from tests import small_tiles
 
@@ -19,7 +19,7 @@ cases = [
 ]
 TELLING = ("everything", "segments_with_padding", "captured", "large_logits")
 telling = [param for param in cases if param.id in TELLING]
-every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every = pytest.mark.parametrize("implementation", DEFAULT_ORDER)
 
 
 def state(implementation):
@@ -28,7 +28,7 @@ def state(implementation):
 
 _STATES = {
     name: functools.partial(jattn.attention_state, implementation=name)
-    for name in IMPLEMENTATIONS
+    for name in DEFAULT_ORDER
 } | {"blockwise_in_small_tiles": small_tiles.attention_state}
 
 

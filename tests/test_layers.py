@@ -21,13 +21,16 @@ LAYERS = (
     {"blocks.bounds"},
     {"blocks.decide"},
     {"blocks.table"},
-    {"tile", "skipping", "operation"},
+    {"tile", "skipping", "operation", "tpu.pairs", "tpu.schedule"},
+    {"tpu.layout"},
+    {"tpu.call", "tpu.tiles"},
+    {"tpu.forward", "tpu.backward"},
     {"blockwise.layout", "tabulate"},
     {"blockwise.tiles"},
     {"blockwise.forward", "blockwise.backward"},
     {"blockwise.rows", "blockwise.tangent"},
     {"dense", "blockwise.attention", "blockwise.views"},
-    {"blockwise.strongest"},
+    {"blockwise.strongest", "tpu.attention"},
     {"dispatch", "views"},
     {"explanation"},
     {"api"},
@@ -41,7 +44,8 @@ LAYERS = (
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 MODULES = sorted(LEVEL)
-LEVEL["blockwise"] = LEVEL["blockwise.attention"]  # the package, which gives its functions
+for package in ("blockwise", "tpu"):  # which give the functions of their last module
+    LEVEL[package] = LEVEL[f"{package}.attention"]
 OUTSIDE = {"jax", "jaxlib", "chex", "numpy"}
 EXTRAS = {
     **{name: {"matplotlib"} for name in ("paint", "panels", "plot", "text_figure")},
@@ -56,7 +60,7 @@ def imports(module: str):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            if node.module in ("jattn", "jattn.adapters", "jattn.blocks"):
+            if node.module in ("jattn", "jattn.adapters", "jattn.blocks", "jattn.tpu"):
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module

@@ -11,7 +11,7 @@ import pytest
 
 import jattn
 from jattn import Dropout
-from jattn.dispatch import IMPLEMENTATIONS
+from jattn.dispatch import DEFAULT_ORDER
 from jattn.masks import Causal, Explicit, Lengths
 from tests import small_tiles
 
@@ -23,7 +23,7 @@ VALUE = jnp.float32(rng.standard_normal((B, S, K, D)))
 
 STATES = {
     name: functools.partial(jattn.attention_state, implementation=name)
-    for name in IMPLEMENTATIONS
+    for name in DEFAULT_ORDER
 } | {"blockwise_in_small_tiles": small_tiles.attention_state}
 
 
@@ -232,7 +232,7 @@ def test_float64_is_float64_throughout(state):
         np.testing.assert_allclose(output, expected, rtol=1e-13)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", DEFAULT_ORDER)
 def test_head_size_one_in_float64_does_not_end_the_process(implementation):
     # One plain einsum of such shapes aborts XLA on CPUs, so this is a process of its own.
     code = f"""

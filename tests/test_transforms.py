@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 import jattn
-from jattn.dispatch import IMPLEMENTATIONS
+from jattn.dispatch import DEFAULT_ORDER
 from jattn.masks import Causal, Segments
 from jattn.modifiers import ALiBi, SoftCap
 
@@ -20,7 +20,7 @@ VALUE = jnp.float32(rng.standard_normal((3, 6, 2, 8)))
 IDS = jnp.sort(jnp.asarray(rng.integers(0, 3, (3, 6))))
 SLOPES = jnp.float32(rng.standard_normal(4))
 
-pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+pytestmark = pytest.mark.parametrize("implementation", DEFAULT_ORDER)
 close = functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-5)
 
 

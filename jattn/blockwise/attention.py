@@ -45,13 +45,23 @@ def attention_state(
     sizes = problem.sizes
     if any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S)):
         return _nothing(problem)
-    if operands.rng is not None:  # one word per query and key serves every tile
+    problem, operands, size = prepared(problem, operands, tile)
+    leaves, tree = jax.tree.flatten(operands)
+    return State(*Attention(problem, tree, size, tile)(*leaves))
+
+
+def prepared(problem: Problem, operands: Operands, tile: tuple[int, int] | None = None):
+    """The call as an operation takes it, and the granularity of its tiles.
+
+    Dropout's words are drawn: one per query and key serves every tile. What reads one
+    side of a pair is evaluated once, not in every pair.
+    """
+    if operands.rng is not None:
         words = drawn(problem, operands, index(problem, operands))
         operands = operands._replace(rng=words)
     size = granularity(problem, operands)
-    problem, operands = _split(problem, operands, tile or tile_sizes(problem, size))
-    leaves, tree = jax.tree.flatten(operands)
-    return State(*Attention(problem, tree, size, tile)(*leaves))
+    blocks = tile or tile_sizes(problem, size)
+    return *_split(problem, operands, blocks), size
 
 
 def block_sizes(problem: Problem, operands: Operands | None) -> tuple[int, int]:

@@ -1,0 +1,137 @@
+"""One call of a kernel: its static facts, and how its operands are cut into blocks."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jattn.problem import Problem
+from jattn.tables import EMPTY, FULL, PARTIAL
+from jattn.tpu import schedule
+from jattn.tpu.layout import Extras, Pairs, Plan, kind
+from jattn.tpu.schedule import Schedule, blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a kernel is written for.
+
+    Attributes:
+        problem: The call.
+        plan: Its blocks.
+        pairs: What joins a query and a key.
+        shapes: The `Extras` before they were arranged, as types.
+        steps: The shape of the schedule: examples, heads, steps.
+        by_query: Whether the outer blocks of the schedule are of queries.
+    """
+
+    problem: Problem
+    plan: Plan
+    pairs: Pairs
+    shapes: Extras
+    steps: tuple[int, int, int]
+    by_query: bool
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether the last block of keys has keys that are none."""
+        return self.plan.keys * self.plan.block_kv != self.problem.sizes.S
+
+    @property
+    def precision(self):
+        """Of products: all bits of float32."""
+        exact = self.problem.dtype == jnp.float32
+        return lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+
+    def word(self, words):
+        """The present step."""
+        b, k, step = (pl.program_id(axis) for axis in range(3))
+        return words[self._at(b, k, step)]
+
+    def over_kinds(self, word, block) -> None:
+        """Runs `block(masked)` unless the step's block is empty."""
+        kind = schedule.kind(word)
+        if self.problem.mask is None and not self.has_padding:
+            pl.when(kind != EMPTY)(lambda: block(masked=False))
+            return
+        pl.when(kind == FULL)(lambda: block(masked=False))
+        pl.when(kind == PARTIAL)(lambda: block(masked=True))
+
+    def _at(self, b, k, step):
+        B, K, steps = self.steps
+        return ((b if B > 1 else 0) * K + (k if K > 1 else 0)) * steps + step
+
+    def spec(self, shape, at):
+        """Blocks of a shape at `at(b, k, query block, key block)`."""
+
+        def index(b, k, step, words, *_):
+            outer, inner = blocks(words[self._at(b, k, step)])
+            return at(b, k, *((outer, inner) if self.by_query else (inner, outer)))
+
+        return pl.BlockSpec(shape, index)
+
+    def query_spec(self, size: int):
+        """Of B × heads × size × columns."""
+        shape = (1, 1, size, self.plan.columns)
+        return self.spec(shape, lambda b, k, i, j: (b, k, 0, i))
+
+    def key_spec(self, size: int, transposed=False):
+        """Of B × K × S × size, or of B × K × size × S."""
+        shared = self.plan.heads // self.problem.sizes.K
+        kv = self.plan.block_kv
+        if transposed:
+            return self.spec(
+                (1, 1, size, kv), lambda b, k, i, j: (b, lax.div(k, np.int32(shared)), 0, j)
+            )
+        return self.spec(
+            (1, 1, kv, size), lambda b, k, i, j: (b, lax.div(k, np.int32(shared)), j, 0)
+        )
+
+    def extra_specs(self, arranged: Extras) -> Extras:
+        """Of each array that masks and the like read."""
+        return jax.tree.map(self._extra_spec, arranged, self.shapes)
+
+    def _extra_spec(self, array, like):
+        B, K = array.shape[:2]
+        columns, kv = self.plan.columns, self.plan.block_kv
+        head = lambda b, k: (b if B > 1 else 0, k if K > 1 else 0)
+        what = kind(like)
+        if what == "tile":
+            at = lambda b, k, i, j: (*head(b, k), j, i)
+            return self.spec((1, 1, kv, columns), at)
+        if what == "column":
+            return self.spec((1, 1, 1, kv), lambda b, k, i, j: (*head(b, k), 0, j))
+        many = like.shape[2] > 1
+        at = lambda b, k, i, j: (*head(b, k), 0, i if many else 0)
+        return self.spec((1, 1, 1, columns), at)
+
+    def run(self, kernel, steps: Schedule, numbers, inputs, specs, *, name, **options):
+        """Runs a kernel over the schedule."""
+        count = steps.count
+        interpret = options.pop("interpret")
+        return pl.pallas_call(
+            kernel,
+            name=name,
+            interpret=interpret,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(self.problem.sizes.B, self.plan.heads, count),
+                in_specs=jax.tree.leaves(specs, is_leaf=_is_spec),
+                out_specs=options.pop("out_specs"),
+                scratch_shapes=options.pop("scratch_shapes"),
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=options.pop("semantics"),
+                vmem_limit_bytes=options.pop("vmem"),
+            ),
+            **options,
+        )(steps.words, numbers, *jax.tree.leaves(inputs))
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, pl.BlockSpec)

@@ -1,0 +1,100 @@
+"""A part of a block inside a kernel: its logits, mask and dropout."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn.dropout import keep
+from jattn.tpu.layout import Extras, Pairs, kind
+from jattn.tpu.pairs import evaluate, spread
+
+
+class Part(NamedTuple):
+    """Some keys and some columns of a block."""
+
+    keys: slice
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Keys × columns."""
+        size = lambda part: part.stop - part.start
+        return size(self.keys), size(self.columns)
+
+
+def parts(keys: int, columns: int, chunk: int, width: int) -> list[Part]:
+    """A block, cut into parts of `chunk` keys and `width` columns."""
+    cut = lambda length, size: [
+        slice(at, min(at + size, length)) for at in range(0, length, size)
+    ]
+    return [Part(x, y) for x in cut(keys, chunk) for y in cut(columns, width)]
+
+
+class Tile:
+    """What one part of a block reads beside its products."""
+
+    def __init__(self, call, pairs: Pairs, refs: Extras, block, part: Part):
+        self.call, self.pairs, self.shape = call, pairs, part.shape
+        first = block * call.plan.block_kv + part.keys.start
+        self.key = first + lax.broadcasted_iota(jnp.int32, (self.shape[0], 1), 0)
+        self.read = jax.tree.map(
+            lambda ref, like: _read(ref, like, part), refs, call.shapes
+        )
+
+    @property
+    def active(self):
+        """What the logits are differentiated in, besides the products."""
+        return self.read.modifier, self.read.bias
+
+    def logits(self, products, active):
+        """Modifier and bias on scaled products."""
+        modifier, bias = active
+        logits = products
+        if self.pairs.modifier is not None:
+            inputs = [products, *self.index, *modifier]
+            logits = evaluate(self.pairs.modifier.jaxpr, inputs)
+            logits = spread(logits.astype(products.dtype), self.shape)
+        return logits if bias is None else logits + bias
+
+    def allowed(self, has_padding: bool):
+        """Which pairs count."""
+        allowed = None
+        if self.pairs.mask is not None:
+            allowed = evaluate(self.pairs.mask.jaxpr, [*self.index, *self.read.mask])
+            allowed = spread(allowed, self.shape)
+        if has_padding:
+            inside = spread(self.key < self.call.problem.sizes.S, self.shape)
+            allowed = inside if allowed is None else allowed & inside
+        return allowed
+
+    @property
+    def index(self):
+        """Example, head, query and key."""
+        at = self.read.index
+        return (*at[:3], self.key) if self.pairs.counts_keys else at
+
+    def kept(self):
+        """Which weights dropout leaves; None without."""
+        if self.read.words is None:
+            return None
+        queries, keys = self.read.words
+        return keep(
+            spread(queries, self.shape), spread(keys, self.shape), self.call.problem.rate
+        )
+
+
+def _read(ref, like, part: Part):
+    """The part of an array: 1 × columns, keys × 1 or keys × columns."""
+    what = kind(like)
+    if what == "row":
+        value = ref[0, 0, :, part.columns]
+    elif what == "column":
+        row = ref[0, 0, :, part.keys]
+        value = jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+    else:
+        value = ref[0, 0, part.keys, part.columns]
+    if like.dtype == jnp.bool_:
+        return value.astype(jnp.int32) != 0
+    return value.astype(like.dtype)
