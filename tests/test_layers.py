@@ -25,6 +25,7 @@ LAYERS = (
     {"tpu.layout"},
     {"tpu.call", "tpu.tiles"},
     {"tpu.forward", "tpu.backward"},
+    {"tpu.segments"},
     {"blockwise.layout", "tabulate"},
     {"blockwise.tiles"},
     {"blockwise.forward", "blockwise.backward"},

@@ -21,6 +21,7 @@ from jattn.tpu.schedule import MOST_INNER
 
 _BLOCKS = (512, 512)
 _TUNING = (256, 512)
+_RESIDENT = 16 * 2**20  # bytes of the cotangents of queries, of which VMEM holds two
 
 
 def refusal(problem: Problem, platform: str) -> str | None:
@@ -69,15 +70,18 @@ def attention_state(
     blocks: tuple[int, int] = _BLOCKS,
     tuning: tuple[int, int] = _TUNING,
     interpret: Any = False,
+    resident: int = _RESIDENT,
 ) -> State:
     """The output BTND in the dtype of the inputs, and the logsumexp BTN.
 
     `blocks` is how many columns and keys a block has, `tuning` how many keys and columns
-    a part of it. `interpret` emulates the kernels on any platform, for tests.
+    a part of it. `interpret` emulates the kernels on any platform, for tests. `resident`
+    is how many bytes of the cotangents of queries one kernel may hold.
     """
     problem, operands, size = anywhere.prepared(problem, operands)
     leaves, tree = jax.tree.flatten(operands)
-    operation = Attention(problem, tree, size, None, blocks, tuning, interpret)
+    static = size, None, blocks, tuning, interpret, resident
+    operation = Attention(problem, tree, *static)
     return State(*operation(*leaves))
 
 
@@ -85,13 +89,15 @@ def attention_state(
 class Attention(anywhere.Attention):
     """As blockwise, with the forward and backward pass by kernels.
 
-    On other platforms than TPU it is blockwise; tangents and derivatives of higher order
-    are so everywhere.
+    It is blockwise on other platforms than TPU, and where XLA is to divide the arrays of
+    one call among devices, which it cannot do to a kernel: inside `jax.shard_map` each
+    device runs the kernel. Tangents and derivatives of higher order are blockwise too.
     """
 
     blocks: tuple[int, int] = _BLOCKS
     tuning: tuple[int, int] = _TUNING
     interpret: Any = False
+    resident: int = _RESIDENT
 
     def on(self, platform: str) -> Operation:
         """Itself on TPU, and wherever it is emulated; else blockwise."""
@@ -101,8 +107,10 @@ class Attention(anywhere.Attention):
 
     def fast(self, *leaves, spread):
         """By a kernel."""
+        if spread:
+            return super().fast(*leaves, spread=spread)
         operands = self.tree.unflatten(leaves)
-        results = self._forward(operands)
+        results = self.by_kernel(operands)
         if self.problem.mask is None:
             return results
         # What is not finite in a key or value meets weights of 0 in products.
@@ -114,8 +122,10 @@ class Attention(anywhere.Attention):
     def pull(self, active, primals, outputs, cotangents, spread):
         """By a kernel."""
         otherwise = functools.partial(super().pull, active, spread=spread)
+        if spread:
+            return otherwise(primals, outputs, cotangents)
         operands, wanted = map(self.tree.unflatten, (primals, active))
-        results = self._backward(operands, wanted, outputs, cotangents)
+        results = self.pull_by_kernel(operands, wanted, outputs, cotangents)
         if results is None:
             return otherwise(primals, outputs, cotangents)
         results = self.tree.flatten_up_to(results)
@@ -133,31 +143,26 @@ class Attention(anywhere.Attention):
             (primals, outputs, cotangents),
         )
 
-    def _forward(self, operands: Operands):
+    def by_kernel(self, operands: Operands):
+        """Output and logsumexp, wrong where a hidden key or value is not finite."""
         from jattn.tpu.forward import forward
 
-        plan, call, steps, arranged = self._call(operands, by_query=True)
-        sizes = self.problem.sizes
-        query, key, value = self._inputs(operands, plan)
-        output, logsumexp = forward(
-            call,
-            steps,
-            (query, key, jnp.swapaxes(value, 2, 3)),
-            self._numbers(operands)[1],
-            arranged,
-            self.tuning,
-            self.interpret,
-        )
+        call, arguments = self._call(operands, by_query=True)
+        plan, sizes = call.plan, self.problem.sizes
+        query, key, value = arguments.inputs
+        arguments = arguments._replace(inputs=(query, key, jnp.swapaxes(value, 2, 3)))
+        output, logsumexp = forward(call, arguments)
         return (
             layout.unqueries(output, plan, sizes, (sizes.D,)),
             layout.unqueries(logsumexp, plan, sizes, ()),
         )
 
-    def _backward(self, operands: Operands, wanted: Operands, outputs, cotangents):
+    def pull_by_kernel(self, operands, wanted, outputs, cotangents):
         """The cotangents of the operands, or None where the kernel has no place for one."""
-        from jattn.tpu.backward import backward
+        from jattn.tpu.segments import in_segments
 
-        plan, call, steps, arranged = self._call(operands, by_query=False)
+        call, arguments = self._call(operands, by_query=False)
+        plan = call.plan
         flags = _wanted(call.shapes, wanted)
         if any(
             flag and layout.kind(x) == "tile"
@@ -169,19 +174,14 @@ class Attention(anywhere.Attention):
         d_output, d_logsumexp = cotangents
         delta = jnp.sum(d_output.astype(wide) * output.astype(wide), axis=-1) - d_logsumexp
         empty = logsumexp == -jnp.inf
-        rows = jnp.where(empty, jnp.inf, logsumexp * LOG2_E), jnp.where(empty, 0, delta)
-        query, key, value = self._inputs(operands, plan)
-        rows = tuple(layout.queries(x, plan) for x in rows)
-        (d_query, d_key, d_value), d_read = backward(
-            call,
-            steps,
-            (query, key, value, layout.queries(d_output, plan), *rows),
-            self._numbers(operands)[1],
-            arranged,
-            flags,
-            self.tuning,
-            self.interpret,
+        unseen = jnp.where(empty, jnp.inf, logsumexp * LOG2_E)  # so that exp2 gives 0
+        rows = (
+            layout.queries(d_output, plan),
+            layout.queries(unseen, plan, fill=jnp.inf),
+            layout.queries(jnp.where(empty, 0, delta), plan),
         )
+        arguments = arguments._replace(inputs=(*arguments.inputs, *rows))
+        d_query, d_key, d_value, *d_read = in_segments(call, flags, arguments)
         d_query = layout.unqueries(d_query, plan, sizes, (sizes.H,))
         finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
         d_modifier, d_bias = self._read_cotangents(operands, plan, flags, d_read)
@@ -218,41 +218,56 @@ class Attention(anywhere.Attention):
         )
 
     def _call(self, operands: Operands, by_query: bool):
-        """The blocks, the call of a kernel, its schedule, and the arrays it reads."""
-        from jattn.tpu.call import Call
+        """The call of a kernel, and its arguments: queries, keys and values."""
+        from jattn.tpu.call import Arguments, Call
         from jattn.tpu.schedule import schedule
 
         problem = self.problem
         pairs, read = layout.extras(problem, operands)
         plan = layout.plan(problem.sizes, layout.folds(read), self.blocks)
+        segments = 1 if by_query else self._segments(plan)
+        plan = plan._replace(queries=-(-plan.queries // segments) * segments)
         kinds = self._kinds(operands, plan)
-        kinds = kinds if by_query else kinds.swapaxes(2, 3)
-        steps = schedule(kinds, plan.heads)
+        if by_query:
+            words, count = schedule(kinds, plan.heads)
+        else:  # by key, for each segment of queries
+            B, N, i, j = kinds.shape
+            kinds = kinds.reshape(B, N, segments, i // segments, j)
+            kinds = kinds.transpose(2, 0, 1, 4, 3).reshape(-1, N, j, i // segments)
+            words, count = schedule(kinds, plan.heads)
+            words = words.reshape(segments, B, *words.shape[1:])
+        known = count if isinstance(count, int) else None
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), read)
-        call = Call(problem, plan, pairs, shapes, steps.shape, by_query)
-        return plan, call, steps, jax.tree.map(lambda x: layout.arrange(x, plan), read)
-
-    def _inputs(self, operands: Operands, plan):
-        """Queries with the sign of the scale, keys, and values."""
-        sign = self._numbers(operands)[0].astype(self.problem.dtype)
-        return (
-            layout.queries(operands.query * sign, plan),
+        static = plan, pairs, shapes, by_query, known, self.tuning, self.interpret
+        sign, numbers = self._numbers(operands)
+        inputs = (
+            layout.queries(operands.query * sign.astype(problem.dtype), plan),
             layout.keys(operands.key, plan),
             layout.keys(operands.value, plan),
         )
+        arranged = jax.tree.map(lambda x: layout.arrange(x, plan), read)
+        count = jnp.asarray(count, jnp.int32)
+        return Call(problem, *static), Arguments(words, count, numbers, inputs, arranged)
+
+    def _segments(self, plan) -> int:
+        """How many kernels it takes to hold the cotangents of a head's queries."""
+        block = 4 * self.problem.sizes.H * plan.columns
+        return -(-plan.queries // max(self.resident // block, 1))
 
     def _kinds(self, operands: Operands, plan):
         """The kind of each block; the last keys are partial where some are padding."""
         kinds = skipping.block_table(self.problem, operands, plan.block_q, plan.block_kv)
         xp = np if isinstance(kinds, np.ndarray) else jnp
-        kinds = xp.broadcast_to(kinds, (*kinds.shape[:2], plan.queries, plan.keys))
+        lengths = -(-self.problem.sizes.T // plan.block_q), plan.keys
+        kinds = xp.broadcast_to(kinds, (*kinds.shape[:2], *lengths))
         if plan.keys * plan.block_kv != self.problem.sizes.S:
-            last = xp.arange(plan.keys) == plan.keys - 1
+            last = xp.arange(plan.keys).reshape(1, 1, 1, -1) == plan.keys - 1
             kinds = xp.where(last, xp.minimum(kinds, skipping.PARTIAL), kinds)
-        return kinds
+        more = plan.queries - lengths[0]  # that fill up segments
+        return xp.pad(kinds, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else kinds
 
     def _numbers(self, operands: Operands):
-        """The sign of the scale; and what products, and exponents of 2, are scaled by.
+        """The sign of the scale; what products and exponents of 2 are scaled by; the unit.
 
         The sign goes to the queries, so that the largest product is the largest logit.
         """
@@ -260,7 +275,7 @@ class Attention(anywhere.Attention):
         sign, size = jnp.sign(scale), jnp.where(scale == 0, 1, jnp.abs(scale))
         plain = self.problem.modifier is None and operands.bias is None
         exponent = size if plain else jnp.ones_like(size)
-        return sign, jnp.stack([size, exponent * LOG2_E])
+        return sign, jnp.stack([size, exponent * LOG2_E, exponent])
 
 
 def _spoiled(arrays):

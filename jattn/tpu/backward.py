@@ -15,24 +15,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jattn.tpu import schedule as steps
-from jattn.tpu.call import Call
+from jattn.tpu.call import Arguments, Call
 from jattn.tpu.layout import LANES, kind
 from jattn.tpu.tiles import Tile, parts
 
-_VMEM = 100 * 2**20
+_VMEM = 60 * 2**20
 
 
-def backward(call: Call, schedule, inputs, numbers, extras, wanted, tuning, interpret):
+def backward(call: Call, wanted, arguments: Arguments):
     """Cotangents of queries, keys and values in float32, and of the wanted extras.
 
-    `inputs` are queries, keys, values, the output's cotangent, and as rows the logsumexp
+    The inputs are queries, keys, values, the output's cotangent, and as rows the logsumexp
     in units of log 2 and delta; all but keys and values transposed. Cotangents of rows and
     columns are for each example and head, of tiles for each that they have.
     """
+    call = call.of(arguments)
     sizes, plan = call.problem.sizes, call.plan
     length, keys = plan.columns * plan.queries, plan.block_kv * plan.keys
-    leading, wide = (sizes.B, plan.heads), jnp.float32
-    tree = jax.tree.structure(extras)
+    wide, tree = jnp.float32, jax.tree.structure(arguments.extras)
     shapes = [
         like
         for like, want in zip(
@@ -47,10 +47,10 @@ def backward(call: Call, schedule, inputs, numbers, extras, wanted, tuning, inte
         what = kind(like)
         if what == "row":
             many = length if like.shape[2] > 1 else plan.columns
-            extra_out.append((*leading, 1, many))
+            extra_out.append((1, many))
             extra_specs.append(call.spec((1, 1, 1, many), whole))
         elif what == "column":
-            extra_out.append((*leading, 1, keys))
+            extra_out.append((1, keys))
             at = lambda b, k, i, j: (b, k, 0, j)
             extra_specs.append(call.spec((1, 1, 1, plan.block_kv), at))
             scratch.append(pltpu.VMEM((plan.block_kv, LANES), wide))
@@ -87,9 +87,7 @@ def backward(call: Call, schedule, inputs, numbers, extras, wanted, tuning, inte
         def block(masked):
             j, i = steps.blocks(word)
             state = (d_query, key_sum, value_sum, key_transposed, into)
-            _backward_block(
-                call, tuning, (given, read, numbers), state, (i, j), (masked, wanted)
-            )
+            _backward_block(call, (given, read, numbers), state, (i, j), (masked, wanted))
 
         call.over_kinds(word, block)
 
@@ -104,11 +102,9 @@ def backward(call: Call, schedule, inputs, numbers, extras, wanted, tuning, inte
     heads = lambda size: call.spec(
         (1, 1, plan.block_kv, size), lambda b, k, i, j: (b, k, j, 0)
     )
-    results = call.run(
+    return call.run(
         kernel,
-        schedule,
-        numbers,
-        (*inputs, extras),
+        arguments,
         (
             call.query_spec(sizes.H),
             call.key_spec(sizes.H),
@@ -116,7 +112,7 @@ def backward(call: Call, schedule, inputs, numbers, extras, wanted, tuning, inte
             call.query_spec(sizes.D),
             call.query_spec(1),
             call.query_spec(1),
-            call.extra_specs(extras),
+            call.extra_specs(arguments.extras),
         ),
         name="jattn_backward",
         out_specs=(
@@ -126,13 +122,10 @@ def backward(call: Call, schedule, inputs, numbers, extras, wanted, tuning, inte
             *extra_specs,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(shape, wide)
-            for shape in (
-                (*leading, sizes.H, length),
-                (*leading, keys, sizes.H),
-                (*leading, keys, sizes.D),
-                *extra_out,
-            )
+            call.result((sizes.H, length)),
+            call.result((keys, sizes.H)),
+            call.result((keys, sizes.D)),
+            *map(call.result, extra_out),
         ],
         scratch_shapes=[
             pltpu.VMEM((plan.block_kv, sizes.H), wide),
@@ -142,12 +135,10 @@ def backward(call: Call, schedule, inputs, numbers, extras, wanted, tuning, inte
         ],
         semantics=("parallel", "parallel", "arbitrary"),
         vmem=_VMEM,
-        interpret=interpret,
     )
-    return results[:3], results[3:]
 
 
-def _backward_block(call: Call, tuning, inputs, state, at, options):
+def _backward_block(call: Call, inputs, state, at, options):
     """Adds what one block of queries and one of keys have to do with each other."""
     (query, key, value, d_output, logsumexp, delta), read, numbers = inputs
     d_query, key_sum, value_sum, key_transposed, into = state
@@ -171,7 +162,7 @@ def _backward_block(call: Call, tuning, inputs, state, at, options):
             dot(value[0, 0, part.keys, :], d_output[at]),
         )
 
-    todo = parts(call.plan.block_kv, call.plan.columns, *tuning)
+    todo = parts(call.plan.block_kv, call.plan.columns, *call.tuning)
     coming = products(todo[0])
     for part, following in zip(todo, [*todo[1:], None], strict=True):
         logits, d_weights = coming

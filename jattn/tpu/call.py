@@ -1,7 +1,7 @@
 """One call of a kernel: its static facts, and how its operands are cut into blocks."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,28 +14,76 @@ from jattn.problem import Problem
 from jattn.tables import EMPTY, FULL, PARTIAL
 from jattn.tpu import schedule
 from jattn.tpu.layout import Extras, Pairs, Plan, kind
-from jattn.tpu.schedule import Schedule, blocks
+from jattn.tpu.schedule import blocks
+
+
+class Arguments(NamedTuple):
+    """What a kernel takes; all but `count` and `numbers` begin with examples and heads.
+
+    Attributes:
+        words: The schedule: examples × heads × steps.
+        count: How many of the steps there are.
+        numbers: What products are scaled by, exponents of 2, and maxima.
+        inputs: Queries, keys, values and what is like them.
+        extras: What masks and the like read.
+    """
+
+    words: jax.Array
+    count: jax.Array
+    numbers: jax.Array
+    inputs: tuple[jax.Array, ...]
+    extras: Extras
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a kernel is written for.
+    """What a kernel is written for; examples and heads are those that its arrays have.
 
     Attributes:
         problem: The call.
         plan: Its blocks.
         pairs: What joins a query and a key.
         shapes: The `Extras` before they were arranged, as types.
-        steps: The shape of the schedule: examples, heads, steps.
         by_query: Whether the outer blocks of the schedule are of queries.
+        count: How many steps there are, where that is known.
+        tuning: How many keys and columns a part of a block has.
+        interpret: Whether and how it is emulated.
+        leading: Examples and heads.
+        shared: How many heads read one key/value head.
+        varying: Which axes of a `shard_map` the arrays differ over.
+        steps: The shape of the schedule: examples, heads, steps.
     """
 
     problem: Problem
     plan: Plan
     pairs: Pairs
     shapes: Extras
-    steps: tuple[int, int, int]
     by_query: bool
+    count: int | None
+    tuning: tuple[int, int]
+    interpret: Any
+    leading: tuple[int, ...] = ()
+    shared: int = 1
+    steps: tuple[int, ...] = ()
+    varying: Any = None
+
+    def of(self, arguments: "Arguments") -> "Call":
+        """The call for these arrays, which may be one device's part of them."""
+        query, key, *_ = arguments.inputs
+        leading = query.shape[:2]
+        return dataclasses.replace(
+            self,
+            leading=leading,
+            shared=leading[1] // key.shape[1],
+            steps=arguments.words.shape,
+            varying=jax.typeof(query).manual_axis_type,
+        )
+
+    def result(self, shape, dtype=jnp.float32):
+        """The type of a result: a shape for each example and head."""
+        return jax.ShapeDtypeStruct(
+            (*self.leading, *shape), dtype, manual_axis_type=self.varying
+        )
 
     @property
     def has_padding(self) -> bool:
@@ -110,27 +158,32 @@ class Call:
         at = lambda b, k, i, j: (*head(b, k), 0, i if many else 0)
         return self.spec((1, 1, 1, columns), at)
 
-    def run(self, kernel, steps: Schedule, numbers, inputs, specs, *, name, **options):
-        """Runs a kernel over the schedule."""
-        count = steps.count
-        interpret = options.pop("interpret")
+    def run(
+        self, kernel, arguments: "Arguments", specs, *, name, semantics, vmem, **options
+    ):
+        """Runs a kernel over the schedule; specs are of the inputs and extras."""
+        grid = {x: options.pop(x) for x in ("out_specs", "scratch_shapes")}
+        count = arguments.count if self.count is None else self.count
         return pl.pallas_call(
             kernel,
             name=name,
-            interpret=interpret,
+            interpret=self.interpret,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
-                grid=(self.problem.sizes.B, self.plan.heads, count),
+                grid=(*self.leading, count),
                 in_specs=jax.tree.leaves(specs, is_leaf=_is_spec),
-                out_specs=options.pop("out_specs"),
-                scratch_shapes=options.pop("scratch_shapes"),
+                **grid,
             ),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=options.pop("semantics"),
-                vmem_limit_bytes=options.pop("vmem"),
+                dimension_semantics=semantics, vmem_limit_bytes=vmem
             ),
             **options,
-        )(steps.words, numbers, *jax.tree.leaves(inputs))
+        )(
+            arguments.words.reshape(-1),
+            arguments.numbers,
+            *arguments.inputs,
+            *jax.tree.leaves(arguments.extras),
+        )
 
 
 def _is_spec(x: Any) -> bool:

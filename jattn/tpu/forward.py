@@ -13,23 +13,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jattn.tpu import schedule as steps
-from jattn.tpu.call import Call
-from jattn.tpu.layout import LOG2_E
+from jattn.tpu.call import Arguments, Call
 from jattn.tpu.tiles import Tile, parts
 
-_VMEM = 64 * 2**20
+_VMEM = 48 * 2**20
 
 
-def forward(call: Call, schedule, inputs, numbers, extras, tuning, interpret):
+def forward(call: Call, arguments: Arguments):
     """Output B × heads × D × columns, and logsumexp B × heads × 1 × columns.
 
     `inputs` are queries, transposed, keys, and values, transposed: B × K × D × S.
     """
-    sizes, columns = call.problem.sizes, call.plan.columns
+    call = call.of(arguments)
+    sizes, columns, wide = call.problem.sizes, call.plan.columns, jnp.float32
     length = columns * call.plan.queries
-    leading = (sizes.B, call.plan.heads)
-    wide = jnp.float32
-    tree = jax.tree.structure(extras)
+    tree = jax.tree.structure(arguments.extras)
 
     def kernel(words, numbers, query, key, value, *rest):
         refs = jax.tree.unflatten(tree, rest[: tree.num_leaves])
@@ -48,7 +46,7 @@ def forward(call: Call, schedule, inputs, numbers, extras, tuning, interpret):
         def block(masked):
             _, j = steps.blocks(word)
             inputs = (query, key, value, refs, size, exponent)
-            _forward_block(call, tuning, inputs, state, j, masked)
+            _forward_block(call, inputs, state, j, masked)
 
         call.over_kinds(word, block)
 
@@ -58,25 +56,23 @@ def forward(call: Call, schedule, inputs, numbers, extras, tuning, interpret):
             safe = jnp.where(empty, 1, total[...])
             share = 1 / (safe * (1 - call.problem.rate))
             output[0, 0] = (sums[...] * share).astype(output.dtype)
-            unit = exponent * (1 / LOG2_E)
+            unit = numbers[2]
             logsumexp[0, 0] = jnp.where(empty, -jnp.inf, top[...] * unit + jnp.log(safe))
 
     return call.run(
         kernel,
-        schedule,
-        numbers,
-        (*inputs, extras),
+        arguments,
         (
             call.query_spec(sizes.H),
             call.key_spec(sizes.H),
             call.key_spec(sizes.D, transposed=True),
-            call.extra_specs(extras),
+            call.extra_specs(arguments.extras),
         ),
         name="jattn_forward",
         out_specs=(call.query_spec(sizes.D), call.query_spec(1)),
         out_shape=(
-            jax.ShapeDtypeStruct((*leading, sizes.D, length), call.problem.dtype),
-            jax.ShapeDtypeStruct((*leading, 1, length), wide),
+            call.result((sizes.D, length), call.problem.dtype),
+            call.result((1, length)),
         ),
         scratch_shapes=[
             pltpu.VMEM((1, columns), wide),
@@ -85,11 +81,10 @@ def forward(call: Call, schedule, inputs, numbers, extras, tuning, interpret):
         ],
         semantics=("parallel", "parallel", "arbitrary"),
         vmem=_VMEM,
-        interpret=interpret,
     )
 
 
-def _forward_block(call: Call, tuning, inputs, state, j, masked: bool):
+def _forward_block(call: Call, inputs, state, j, masked: bool):
     """Adds one block of keys to the running maximum, sum and output."""
     query, key, value, refs, size, exponent = inputs
     top, total, sums = state
@@ -101,7 +96,7 @@ def _forward_block(call: Call, tuning, inputs, state, j, masked: bool):
         preferred_element_type=jnp.float32,
     )
     products = lambda part: dot(key[0, 0, part.keys, :], query[0, 0, :, part.columns])
-    todo = parts(call.plan.block_kv, call.plan.columns, *tuning)
+    todo = parts(call.plan.block_kv, call.plan.columns, *call.tuning)
     coming = products(todo[0])
     for part, following in zip(todo, [*todo[1:], None], strict=True):
         logits = coming

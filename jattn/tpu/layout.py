@@ -127,9 +127,9 @@ def arrange(array, plan: Plan):
     return jnp.swapaxes(_pad(array, 2, plan.queries * plan.block_q), 2, 3)
 
 
-def queries(array, plan: Plan):
-    """BTN… to B × heads × … × columns."""
-    array = _pad(array, 1, plan.queries * plan.block_q)
+def queries(array, plan: Plan, fill=0):
+    """BTN… to B × heads × … × columns, padded with `fill`."""
+    array = _pad(array, 1, plan.queries * plan.block_q, fill)
     B, T, _, *rest = array.shape
     array = array.reshape(B, plan.queries, plan.block_q, plan.heads, plan.fold, *rest)
     array = jnp.moveaxis(array, (3, 1, 4, 2), (1, -3, -2, -1))
@@ -166,7 +166,7 @@ def _columns(array, plan: Plan):
     return jnp.swapaxes(array, 2, 3).reshape(B, heads, 1, fold * T)
 
 
-def _pad(array, axis: int, length: int):
+def _pad(array, axis: int, length: int, fill=0):
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, length - array.shape[axis])
-    return jnp.pad(array, widths) if widths[axis][1] else array
+    return jnp.pad(array, widths, constant_values=fill) if widths[axis][1] else array

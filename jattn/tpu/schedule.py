@@ -8,7 +8,7 @@ its result must be written too.
     bits   0–1 kind   2 first of its outer block   3 last   4–16 inner   17–30 outer
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,22 +20,11 @@ _INNER, _OUTER = 4, 17
 MOST_INNER, MOST_OUTER = 2**13, 2**14  # blocks
 
 
-class Schedule(NamedTuple):
-    """The steps, for each example and head or for all of them.
+def schedule(kinds: Any, heads: int):
+    """The steps over kinds, B or 1 × N or 1 × outer × inner blocks; and how many there are.
 
-    Attributes:
-        words: Flat int32: examples × heads × steps, examples and heads perhaps 1.
-        shape: Those three.
-        count: How many steps any of them takes; NumPy's where nothing is traced.
-    """
-
-    words: Any
-    shape: tuple[int, int, int]
-    count: Any
-
-
-def schedule(kinds: Any, heads: int) -> Schedule:
-    """The steps over kinds, B or 1 × N or 1 × outer × inner blocks.
+    They are int32, examples × heads × steps, the first two perhaps 1. The count is a
+    number where nothing is traced.
 
     `heads` is how many the kernel has; where these are fewer than the table's, some share
     their steps.
@@ -44,27 +33,29 @@ def schedule(kinds: Any, heads: int) -> Schedule:
     kinds = _shared(xp, kinds, heads)
     B, N, outer, inner = kinds.shape
     live = kinds != EMPTY
-    idle = ~xp.any(live, axis=3, keepdims=True) & (xp.arange(inner) == 0)
+    inners = xp.arange(inner, dtype=np.int32).reshape(1, 1, 1, inner)
+    outers = xp.arange(outer, dtype=np.int32).reshape(1, 1, outer, 1)
+    idle = ~xp.any(live, axis=3, keepdims=True) & (inners == 0)
     visited = live | idle
     rank = xp.cumsum(visited.astype(np.int32), axis=3, dtype=np.int32)
     first, last = rank == 1, rank == rank[..., -1:]
     words = kinds.astype(np.int32)
     words = words + xp.where(first, FIRST, 0).astype(np.int32)
     words = words + xp.where(last, LAST, 0).astype(np.int32)
-    words = words + (xp.arange(inner, dtype=np.int32) << _INNER)
-    words = words + (xp.arange(outer, dtype=np.int32)[:, None] << _OUTER)
+    words = words + (inners << _INNER) + (outers << _OUTER)
     words, visited = (x.reshape(B, N, outer * inner) for x in (words, visited))
     order = xp.argsort(~visited, axis=-1, stable=True)
     words = xp.take_along_axis(words, order, axis=-1)
     counts = xp.sum(visited, axis=-1, keepdims=True, dtype=np.int32)
     # Where others take longer: stay at the last block, and do nothing.
     end = xp.take_along_axis(words, counts - 1, axis=-1) >> _INNER << _INNER
-    words = xp.where(xp.arange(outer * inner) < counts, words, end)
+    every = xp.arange(outer * inner, dtype=np.int32).reshape(1, 1, -1)
+    words = xp.where(every < counts, words, end)
     count = xp.max(counts)
     if xp is np:
         count = int(count)
         words = words[..., :count]
-    return Schedule(jnp.asarray(words).reshape(-1), words.shape, count)
+    return jnp.asarray(words), count
 
 
 def blocks(word):

@@ -1,0 +1,189 @@
+"""The kernels for TPU, emulated: equal to the definition, without races."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import jattn
+from jattn import definition
+from jattn.masks import Causal, Segments
+from jattn.problem import pose
+from jattn.shapes import Sizes
+from jattn.testing import CASES, assert_matches_definition, random_inputs
+from jattn.tpu import refusal
+from tests import emulated_tpu
+
+NAMED = {case.name: case for case in CASES}
+# Those that take paths of their own through the kernels.
+TELLING = ("value_size", "by_head_and_example", "lengths", "captured", "bias_per_key")
+SIZES = Sizes(batch=(1,), T=200, S=300, N=2, K=1, H=16, D=8)
+
+
+def refused(case) -> bool:
+    inputs = random_inputs(case)
+    options = case.options(inputs)
+    options.pop("sink", None)
+    arrays = (inputs[name] for name in ("query", "key", "value"))
+    return refusal(pose("test", *arrays, **options)[0], "tpu") is not None
+
+
+def derived(function, case, inputs, names):
+    """Output, logsumexp, and gradients of a sum of both."""
+
+    def loss(chosen):
+        output, logsumexp = case.call(function, inputs | chosen)
+        seen = jnp.where(logsumexp == -jnp.inf, 0, logsumexp)
+        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(seen)), (output, logsumexp)
+
+    chosen = {name: inputs[name] for name in names}
+    return jax.jit(jax.grad(loss, has_aux=True))(chosen)
+
+
+def assert_close(case, sizes, names=("query", "key", "value"), **how):
+    inputs = random_inputs(case, sizes=sizes)
+    got = derived(
+        functools.partial(emulated_tpu.attention_state, **how), case, inputs, names
+    )
+    want = derived(definition.attention_state, case, inputs, names)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = np.max(np.abs(y), initial=1e-30, where=np.isfinite(y))
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.xdist_group(x)) for x in TELLING]
+)
+def test_emulated_kernels_equal_definition_in_every_derivative(name):
+    assert_matches_definition(emulated_tpu.attention_state, NAMED[name])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_emulated_output_equals_definition(case):
+    if refused(case):
+        pytest.skip("refused")
+    inputs = random_inputs(case)
+    got = case.call(emulated_tpu.attention_state, inputs)
+    want = case.call(definition.attention_state, inputs)
+    large = np.max(np.abs(want.logsumexp), where=np.isfinite(want.logsumexp), initial=1)
+    np.testing.assert_allclose(got.output, want.output, atol=1e-6)
+    np.testing.assert_allclose(got.logsumexp, want.logsumexp, atol=1e-6 * large)
+
+
+def several(name, options, extra=()):
+    make = {x: NAMED[y].extra[x] for x, y in extra}
+    return jattn.testing.Case(name, options, make, SIZES)
+
+
+RACY = (
+    several("causal", lambda x: {"mask": Causal(40)}),
+    several("plain", lambda x: {}),
+    several(
+        "segments",
+        lambda x: {"mask": Segments(x["query_ids"], x["key_ids"], padding_id=0)},
+        (("query_ids", "segments_with_padding"), ("key_ids", "segments_with_padding")),
+    ),
+    several(
+        "slopes",
+        lambda x: {"modifier": jattn.modifiers.ALiBi(x["slopes"]), "mask": Causal(100)},
+        (("slopes", "alibi_with_slopes"),),
+    ),
+    several("bias", lambda x: {"bias": x["bias"]}, (("bias", "bias_per_key"),)),
+)
+
+
+@pytest.mark.parametrize("case", RACY, ids=lambda case: case.name)
+def test_several_blocks_have_no_races_and_no_uninitialized_memory(case, capfd):
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    kernels = functools.partial(emulated_tpu.kernels, interpret=params)
+    inputs = random_inputs(case)
+    got = jax.jit(functools.partial(case.call, kernels))(inputs)
+
+    @jax.jit
+    def expected(*arrays):
+        inner = dict(zip(("query", "key", "value"), arrays, strict=True))
+        run = lambda *xs: case.call(
+            definition.attention_state, inputs | dict(zip(inner, xs, strict=True))
+        )
+        state, pull = jax.vjp(run, *arrays)
+        return *state, *pull(jax.tree.map(emulated_tpu.finite, state))
+
+    want = expected(inputs["query"], inputs["key"], inputs["value"])
+    for x, y in zip(got, want, strict=True):
+        large = np.max(np.abs(y), where=np.isfinite(y), initial=0)
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * large)
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
+def test_segments_of_queries_give_the_same_cotangents():
+    block = 4 * SIZES.H * 128
+    assert_close(RACY[3], SIZES, ("query", "key", "value", "slopes"), resident=block)
+
+
+def test_bfloat16_equals_definition():
+    assert_matches_definition(emulated_tpu.attention_state, NAMED["everything"], "bfloat16")
+
+
+def test_what_is_not_finite_in_hidden_keys_touches_nothing():
+    inputs = random_inputs(NAMED["causal"])
+    spoil = lambda x: x.at[:, -1].set(jnp.nan).at[:, -2, :, 0].set(jnp.inf)
+    key, value = spoil(inputs["key"]), spoil(inputs["value"])
+
+    def seen(query, key, value):
+        options = {"mask": Causal(-2)}
+        state = emulated_tpu.attention_state(query, key, value, **options)
+        return jnp.sum(state.output**2)
+
+    gradient = jax.grad(seen, (0, 1, 2))
+    got = gradient(inputs["query"], key, value)
+    want = gradient(inputs["query"], inputs["key"], inputs["value"])
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_traced_tables_skip_the_same():
+    inputs = random_inputs(RACY[2])
+
+    @jax.jit
+    def traced(ids):
+        return RACY[2].call(emulated_tpu.attention_state, inputs | {"query_ids": ids})
+
+    got = traced(inputs["query_ids"])
+    want = RACY[2].call(definition.attention_state, inputs)
+    np.testing.assert_allclose(got.output, want.output, atol=1e-6)
+
+
+def test_named_elsewhere_it_raises_the_reason():
+    query = jnp.zeros((4, 1, 8))
+    with pytest.raises(ValueError, match=r'"tpu"\): runs on TPU only, and the platform'):
+        jattn.attention(query, query, query, implementation="tpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "message"),
+    [
+        ("float16", {}, "bfloat16 and float32"),
+        ("float32", {"mask": lambda b, n, t, s: jnp.arange(9)[t - s] > 3}, "joins queries"),
+        (
+            "float32",
+            {"modifier": lambda x, b, n, t, s: jnp.sort(x[None])[0]},
+            "cannot evaluate",
+        ),
+    ],
+)
+def test_what_kernels_cannot_do_is_refused_in_a_sentence(dtype, options, message):
+    query = jnp.zeros((4, 1, 8), dtype)
+    problem, _ = pose("test", query, query, query, **options)
+    assert message in (refusal(problem, "tpu") or "")
+
+
+@pytest.mark.parametrize("platforms", [("cpu", "tpu"), ("tpu",)])
+def test_one_program_is_exported_for_several_platforms(platforms):
+    function = jax.jit(lambda x: jattn.attention(x, x, x, mask=Causal()))
+    exported = jax.export.export(function, platforms=platforms)(
+        jax.ShapeDtypeStruct((256, 2, 64), "float32")
+    )
+    assert exported.mlir_module().count("@tpu_custom_call") == 1
