@@ -20,7 +20,6 @@ from jattn.tpu.pairs import objection
 from jattn.tpu.schedule import MOST_INNER
 
 _BLOCKS = (512, 512)
-_TUNING = (256, 512)
 _RESIDENT = 16 * 2**20  # bytes of the cotangents of queries, of which VMEM holds two
 
 
@@ -68,15 +67,16 @@ def attention_state(
     problem: Problem,
     operands: Operands,
     blocks: tuple[int, int] = _BLOCKS,
-    tuning: tuple[int, int] = _TUNING,
+    tuning: tuple[int, int] | None = None,
     interpret: Any = False,
     resident: int = _RESIDENT,
 ) -> State:
     """The output BTND in the dtype of the inputs, and the logsumexp BTN.
 
     `blocks` is how many columns and keys a block has, `tuning` how many keys and columns
-    a part of it. `interpret` emulates the kernels on any platform, for tests. `resident`
-    is how many bytes of the cotangents of queries one kernel may hold.
+    a part of it, where the counted table is not wanted. `interpret` emulates the kernels on
+    any platform, for tests. `resident` is how many bytes of the cotangents of queries one
+    kernel may hold.
     """
     problem, operands, size = anywhere.prepared(problem, operands)
     leaves, tree = jax.tree.flatten(operands)
@@ -95,7 +95,7 @@ class Attention(anywhere.Attention):
     """
 
     blocks: tuple[int, int] = _BLOCKS
-    tuning: tuple[int, int] = _TUNING
+    tuning: tuple[int, int] | None = None
     interpret: Any = False
     resident: int = _RESIDENT
 
@@ -219,7 +219,7 @@ class Attention(anywhere.Attention):
 
     def _call(self, operands: Operands, by_query: bool):
         """The call of a kernel, and its arguments: queries, keys and values."""
-        from jattn.tpu.call import Arguments, Call
+        from jattn.tpu.call import Arguments, Call, counted_tuning
         from jattn.tpu.schedule import schedule
 
         problem = self.problem
@@ -238,7 +238,8 @@ class Attention(anywhere.Attention):
             words = words.reshape(segments, B, *words.shape[1:])
         known = count if isinstance(count, int) else None
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), read)
-        static = plan, pairs, shapes, by_query, known, self.tuning, self.interpret
+        tuning = self.tuning or counted_tuning(problem, shapes, by_query)
+        static = plan, pairs, shapes, by_query, known, tuning, self.interpret
         sign, numbers = self._numbers(operands)
         inputs = (
             layout.queries(operands.query * sign.astype(problem.dtype), plan),

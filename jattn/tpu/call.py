@@ -16,6 +16,20 @@ from jattn.tpu import schedule
 from jattn.tpu.layout import Extras, Pairs, Plan, kind
 from jattn.tpu.schedule import blocks
 
+# Keys and columns of a part of a block: those with the fewest bundles (`bench/tpu.md`).
+_USUAL, _FIFTH_GENERATION = (256, 512), (128, 256)
+
+
+def counted_tuning(problem: Problem, shapes: Extras, forward: bool) -> tuple[int, int]:
+    """How many keys and columns a part of a block has, for the chip compiled for."""
+    try:
+        generation = pltpu.get_tpu_info().generation
+    except ValueError:  # no chip is known, as in an export or where it is emulated
+        return _USUAL
+    columns = any(kind(x) == "column" for x in jax.tree.leaves(shapes))
+    small = forward and problem.sizes.H > 64 and problem.modifier is None and not columns
+    return _FIFTH_GENERATION if small and generation == 5 else _USUAL
+
 
 class Arguments(NamedTuple):
     """What a kernel takes; all but `count` and `numbers` begin with examples and heads.

@@ -90,6 +90,11 @@ def _apply(equation, operands) -> list:
     if name in _SAME:
         return operands[:1]
     shape = jnp.broadcast_shapes(*(x.shape for x in operands))
+    is_real = jnp.issubdtype(operands[0].dtype, jnp.floating)
+    if name == "div" and is_real and operands[1].shape != shape:
+        # A division is many operations: one of each row, not of each pair.
+        inverse = spread(1 / operands[1], shape)
+        return [spread(operands[0], shape) * inverse]
     operands = [spread(x, shape) for x in operands]
     bind = lambda *xs: primitive.bind(*xs, **primitive.get_bind_params(equation.params))
     if name in _RULES:  # mapped, so that its own derivative is kept

@@ -1,0 +1,200 @@
+"""Counts the instructions of the kernels for TPU, compiled for chips that are not there.
+
+    pip install 'jax[tpu]' && python -m bench.tpu [v5e v6e v5p]
+
+Each row is compiled ahead of time, in a process of its own, and beside it splash attention
+by the same compiler. The figures are VLIW bundles per executed block of 512 × 512, of full
+and of partial blocks; `causal` weighs them as a causal mask over 4096 queries does. They
+leave out stalls and copies: nothing here is a time.
+"""
+
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
+LENGTH, BLOCK = 4096, 512
+# name, what runs, head size, which of the kernels, against which row of splash
+ROWS = (
+    ("splash forward, D=128", "splash", 128, "fwd", None),
+    ("splash forward, D=64", "splash", 64, "fwd", None),
+    ("splash fused backward, D=128", "splash_backward", 128, "dkv", None),
+    ("causal forward, D=128", "causal", 128, "forward", 0),
+    ("causal forward, D=64", "causal", 64, "forward", 1),
+    ("softcap and ALiBi by a lambda, D=128", "modified", 128, "forward", 0),
+    ("documents and causal, D=128", "documents", 128, "forward", 0),
+    ("causal backward, D=128", "causal_backward", 128, "backward", 2),
+)
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+}
+
+
+def compile_row(topology: str, what: str, D: int) -> None:
+    """In a process of its own: compiles, and prints the temporaries' bytes."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    chip = described.devices[0]
+    place = jax.sharding.SingleDeviceSharding(chip)
+    array = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(
+        shape, dtype, sharding=place
+    )
+    if what.startswith("splash"):
+        function, shapes = splash(backward="backward" in what), [array(4, LENGTH, D)] * 3
+    else:
+        function = own(what)
+        shapes = [array(1, LENGTH, 4, D)] * 3 + [array(LENGTH, dtype="int32")]
+    with jax.set_mesh(jax.sharding.Mesh(np.array([chip]), ("chip",))):
+        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",))
+    memory = lowered.compile().memory_analysis()
+    print(json.dumps({"temporaries": memory.temp_size_in_bytes}))
+
+
+def own(what: str):
+    """Attention as users write it."""
+    import jax
+    import jax.numpy as jnp
+
+    import jattn
+    from jattn.masks import Causal
+
+    def forward(query, key, value, document):
+        options = {"mask": Causal()}
+        slopes = jnp.array([0.5, 0.25, 0.125, 0.0625])
+        if what == "modified":
+            options["modifier"] = lambda logit, b, n, t, s: (
+                50.0 * jnp.tanh(logit / 50.0)
+                - slopes[n] * jnp.abs(t - s).astype(logit.dtype)
+            )
+        if what == "documents":
+            options["mask"] = lambda b, n, t, s: (t >= s) & (document[t] == document[s])
+        return jattn.attention(query, key, value, **options)
+
+    def backward(query, key, value, document):
+        run = lambda *xs: forward(*xs, document)
+        return jax.vjp(run, query, key, value)[1](query)
+
+    return backward if what.endswith("backward") else forward
+
+
+def splash(backward: bool):
+    """Splash attention in the same blocks."""
+    import jax
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    names = ("block_q", "block_kv", "block_kv_compute")
+    names += ("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    kernel = library.make_splash_mha_single_device(
+        mask=library.MultiHeadMask([library.CausalMask((LENGTH, LENGTH))] * 4),
+        block_sizes=library.BlockSizes(
+            **dict.fromkeys(names, BLOCK), use_fused_bwd_kernel=True
+        ),
+    )
+    if not backward:
+        return kernel
+    return lambda query, key, value: jax.vjp(kernel, query, key, value)[1](query)
+
+
+def bundles(listing: str, utilization: str) -> list[dict]:
+    """The innermost regions of a kernel that hold much of its matrix products."""
+    with open(utilization) as file:
+        lines = file.read().splitlines()
+    at = next(i for i, line in enumerate(lines) if "CAPAC" in line)
+    names = [name.strip() for name in lines[at + 1].split(",")]
+    numbers = [x.split() for x in lines if re.fullmatch(r"[\d ]+", x) and x.strip()]
+    rows = [list(map(int, x)) for x in numbers][1:]
+    opened, regions = {}, set()
+    with open(listing) as file:
+        for line in file:
+            found = re.match(r"\s*(0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:", line)
+            if not found:
+                continue
+            here = int(found[1], 16)
+            for word, name in re.findall(r"(?<!/)(Start|End) region ?(\d+)", line):
+                if word == "Start":
+                    opened[name] = here
+                elif name in opened:
+                    regions.add((opened.pop(name), here))
+    matrix = names.index("MXU" if "MXU" in names else "MATMUL")
+    work = lambda a, b, column: sum(row[column] for row in rows[a : b + 1])
+    total = work(0, len(rows), matrix)
+    large = [x for x in regions if total and work(*x, matrix) >= 0.2 * total]
+    inner = [
+        (a, b)
+        for a, b in large
+        if not any((a, b) != (c, d) and a <= c and d <= b for c, d in large)
+    ]
+    spill = names.index("VSTORE:SPILL")
+    found = [{"bundles": b - a + 1, "spills": work(a, b, spill)} for a, b in inner]
+    return sorted(found, key=lambda x: x["bundles"])
+
+
+def count(topology: str, what: str, D: int, kernel: str):
+    """The regions of the kernel of that name, and the temporaries of the program."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        run = subprocess.run(
+            [sys.executable, "-m", "bench.tpu", "compile", topology, what, str(D)],
+            env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags},
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode:
+            raise SystemExit(f"bench.tpu: {what} does not compile\n{run.stderr[-2000:]}")
+        for listing in sorted(glob.glob(f"{folder}/*final_bundles.txt")):
+            name = re.match(r"\d+-(.*)-\d+-final_bundles", os.path.basename(listing))
+            skipped = ("analysis", "<late", "-TLP-")
+            if not name or kernel not in name[1] or any(x in listing for x in skipped):
+                continue
+            pattern = f"{folder}/*-{glob.escape(name[1])}-*final_hlo-static-per-bundle*.txt"
+            regions = bundles(listing, glob.glob(pattern)[0])
+            if regions:
+                memory = json.loads(run.stdout.splitlines()[-1])["temporaries"]
+                return regions, memory
+    raise SystemExit(f"bench.tpu: no kernel named {kernel} in {what}")
+
+
+def causal(regions: list[dict]) -> float:
+    """Bundles per block, as a causal mask weighs full and partial ones."""
+    blocks = LENGTH // BLOCK
+    partial, full = blocks, blocks * (blocks - 1) // 2
+    first, last = regions[0]["bundles"], regions[-1]["bundles"]
+    return (full * first + partial * last) / (full + partial)
+
+
+def main(names: list[str]) -> None:
+    import importlib.metadata as metadata
+
+    versions = [f"{name} {metadata.version(name)}" for name in ("jax", "libtpu")]
+    print(f"{', '.join(versions)}; compiled ahead of time, not run\n")
+    print("| chip | kernel | full | partial | causal | spills | temporaries | splash |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in names or TOPOLOGIES:
+        means = []
+        for row, what, D, kernel, against in ROWS:
+            regions, memory = count(TOPOLOGIES[name], what, D, kernel)
+            means.append(causal(regions))
+            ratio = "" if against is None else f"{means[-1] / means[against]:.2f} ×"
+            cells = [regions[0]["bundles"], regions[-1]["bundles"], f"{means[-1]:.0f}"]
+            spills = " / ".join(str(x["spills"]) for x in regions)
+            cells += [spills, f"{memory / 2**20:.1f} MiB", ratio]
+            print(f"| {name} | {row} | " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["compile"]:
+        compile_row(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        main(sys.argv[1:])
