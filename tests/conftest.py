@@ -6,6 +6,21 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+# Most tests ask what is computed, and spend their time on compiling it: XLA leaves out
+# most of its optimizations for them. These measure errors, memory or compiling itself.
+OPTIMIZED = {"test_blockwise", "test_implementations", "test_gradients", "test_bench"}
+
+
+@pytest.fixture(autouse=True)
+def quick_to_compile(request):
+    name = "jax_disable_most_optimizations"
+    asked = jax.config.read(name)
+    module = request.module.__name__.rpartition(".")[2] if request.module else ""
+    jax.config.update(name, asked or module not in OPTIMIZED)
+    yield
+    jax.config.update(name, asked)
+
+
 @pytest.fixture(autouse=True)
 def strict():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

@@ -43,7 +43,7 @@ def kernels(query, key, value, *, interpret, **options):
     """Output, logsumexp and the cotangents of all inputs, by the kernels alone."""
     problem, operands = pose("emulated_tpu", query, key, value, **options)
     leaves, tree = jax.tree.flatten(operands)
-    operation = Attention(problem, tree, None, BLOCKS, TUNING, interpret)
+    operation = Attention(problem, tree, 512, None, BLOCKS, TUNING, interpret)
     state = operation.by_kernel(operands)
     wanted = tree.unflatten([jnp.issubdtype(x.dtype, jnp.floating) for x in leaves])
     cotangents = jax.tree.map(finite, state)
