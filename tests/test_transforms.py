@@ -248,3 +248,19 @@ def test_products_have_the_precision_that_is_asked_for(implementation):
     program = jax.jit(jax.grad(loss)).lower(QUERY).as_text()
     asked = program.count("precision = [HIGHEST, HIGHEST]")
     assert asked == program.count("stablehlo.dot_general") > 1
+
+
+def test_vmapped_gradient_of_bfloat16_with_shared_keys(implementation):
+    # XLA's CPU of jax 0.12 lacked a product that this took.
+    shapes = (2, 2, 64, 4, 8), (2, 64, 2, 8)
+    query, key = (
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, shape in enumerate(shapes)
+    )
+    total = lambda query: jnp.sum(
+        jattn.attention(query, key, key, mask=Causal(), implementation=implementation)
+    )
+    mapped = jax.jit(jax.vmap(jax.grad(total)))(query)
+    for got, want in zip(mapped, map(jax.jit(jax.grad(total)), query), strict=True):
+        got, want = (np.asarray(x, np.float32) for x in (got, want))
+        np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-2 * np.max(np.abs(want)))

@@ -113,12 +113,17 @@ def _precise(method):
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Operation):
-    """The leaves of `Operands`, its rng made into words, to output and logsumexp."""
+    """The leaves of `Operands`, its rng made into words, to output and logsumexp.
+
+    `widens` says that backward takes products of bfloat16 in float32: XLA's CPU does not
+    have all of them where `vmap` adds axes, and is no slower so.
+    """
 
     problem: Problem
     tree: Any
     size: int
     tile: tuple[int, int] | None = None
+    widens: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def outputs(self) -> int:
@@ -129,6 +134,10 @@ class Attention(Operation):
     def names(self) -> tuple[str, ...]:
         """For policies of `jax.checkpoint`."""
         return "jattn_output", "jattn_logsumexp"
+
+    def on(self, platform: str) -> Operation:
+        """Itself, as the platform can compute it."""
+        return dataclasses.replace(self, widens=platform == "cpu")
 
     def plan(self, spread: bool):
         """How much a tile holds."""
@@ -174,7 +183,7 @@ class Attention(Operation):
     def pull(self, active, primals, outputs, cotangents, spread):
         """Tile by tile."""
         layout = Layout(
-            self.problem, self.tree.unflatten(primals), self.plan(spread), False
+            self.problem, self.tree.unflatten(primals), self.plan(spread), self.widens
         )
         results = backward(layout, outputs, cotangents, self.tree.unflatten(active))
         results = self.tree.flatten_up_to(results)

@@ -103,7 +103,7 @@ class Attention(anywhere.Attention):
         """Itself on TPU, and wherever it is emulated; else blockwise."""
         if platform == "tpu" or self.interpret:
             return self
-        return anywhere.Attention(self.problem, self.tree, self.size)
+        return anywhere.Attention(self.problem, self.tree, self.size).on(platform)
 
     def fast(self, *leaves, spread):
         """By a kernel."""
