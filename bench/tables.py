@@ -23,14 +23,17 @@ H = 64
 
 
 def seconds(*functions, rounds: int) -> list[float]:
-    """The median time of each, all called in turn; once before, to compile."""
+    """The median time of each, all called in turn; each once before, untimed.
+
+    That compiles, and brings back the caches and pages that the call before had taken.
+    """
     times = [[] for _ in functions]
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for function, taken in zip(functions, times, strict=True):
+            jax.block_until_ready(function())
             start = time.perf_counter()
             jax.block_until_ready(function())
-            if turn:
-                taken.append(time.perf_counter() - start)
+            taken.append(time.perf_counter() - start)
     return [statistics.median(taken) for taken in times]
 
 
