@@ -55,7 +55,7 @@ def backward(call: Call, wanted, arguments: Arguments):
             extra_specs.append(call.spec((1, 1, 1, plan.block_kv), at))
             scratch.append(pltpu.VMEM((plan.block_kv, LANES), wide))
         else:
-            raise NotImplementedError
+            raise TypeError(f"backward: has no place for the cotangent of a {what}.")
 
     def kernel(words, numbers, *refs):
         given, refs = refs[:6], refs[6:]
