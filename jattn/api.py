@@ -8,7 +8,15 @@ import jax.numpy as jnp
 
 from jattn import dense, dispatch, explanation
 from jattn.explanation import Explanation
-from jattn.problem import Operands, Problem, check_sink, pose, pose_mask, select_rows
+from jattn.problem import (
+    Operands,
+    Problem,
+    asking_logsumexp,
+    check_sink,
+    pose,
+    pose_mask,
+    select_rows,
+)
 from jattn.shapes import Sizes, check_array
 from jattn.state import State, with_sink
 
@@ -281,6 +289,7 @@ def explain(
     key_position=None,
     dropout=None,
     implementation=None,
+    platform=None,
 ) -> Explanation:
     """Says what `attention` would do with these arguments, without doing it.
 
@@ -300,6 +309,8 @@ def explain(
         key_position: See `attention`.
         dropout: See `attention`.
         implementation: See `attention`.
+        platform: Where it would run: `"cpu"`, `"gpu"` or `"tpu"`; by default where JAX
+            runs here. That no such device is here does not matter.
 
     Returns:
         An `Explanation`, which prints as a short table.
@@ -316,7 +327,11 @@ def explain(
         "key_position": key_position,
         "dropout": dropout,
     }
-    where, platform = "explain", jax.default_backend()
+    where, platform = "explain", jax.default_backend() if platform is None else platform
+    if platform not in ("cpu", "gpu", "cuda", "rocm", "tpu"):
+        raise ValueError(
+            f'{where}: `platform` must be "cpu", "gpu" or "tpu", got {platform!r}.'
+        )
     leaves, tree = jax.tree.flatten((query, key, value, sink, options))
     is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
     problems = []
@@ -329,8 +344,8 @@ def explain(
         ]
         query, key, value, sink, options = tree.unflatten(filled)
         problem, _ = pose(where, query, key, value, **options)
-        check_sink(where, sink, problem.sizes)
-        problems.append(problem)
+        sink = check_sink(where, sink, problem.sizes)
+        problems.append(problem if sink is None else asking_logsumexp(problem))
 
     shapes = [leaf for leaf, shape in zip(leaves, is_shape, strict=True) if shape]
     jax.eval_shape(posed, shapes)
@@ -345,6 +360,8 @@ def explain(
 def _attend(where, query, key, value, sink, implementation, options) -> State:
     problem, operands = pose(where, query, key, value, **options)
     sink = check_sink(where, sink, problem.sizes)
+    if sink is not None or where == "attention_state":
+        problem = asking_logsumexp(problem)
     platform = jax.default_backend()
     name = dispatch.choose(where, problem, platform, implementation)
     if implementation is None:

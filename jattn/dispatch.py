@@ -7,17 +7,24 @@ named one runs or its sentence is raised. Nothing falls back in silence.
 
 import types
 
-from jattn import blockwise, dense, tpu
+from jattn import blockwise, cudnn, dense, tpu
 from jattn.problem import Operands, Problem
 
 IMPLEMENTATIONS: dict[str, types.ModuleType] = {
     "blockwise": blockwise,
     "dense": dense,
     "tpu": tpu,
+    "cudnn": cudnn,
 }
 
 # The first that does not refuse is taken; a platform not listed takes DEFAULT_ORDER.
-ORDER: dict[str, tuple[str, ...]] = {"tpu": ("tpu", "blockwise", "dense")}
+# A Mosaic GPU kernel would stand before or after cuDNN, by what is measured.
+_GPU = ("cudnn", "blockwise", "dense")
+ORDER: dict[str, tuple[str, ...]] = {
+    "tpu": ("tpu", "blockwise", "dense"),
+    "gpu": _GPU,
+    "cuda": _GPU,
+}
 DEFAULT_ORDER = ("blockwise", "dense")
 
 _BLOCKS = (512, 512)  # of an implementation that does not say
@@ -61,10 +68,15 @@ def choose(where: str, problem: Problem, platform: str, implementation=None) -> 
 def for_any_platform(problem: Problem, name: str) -> str:
     """The implementation to lower, where `name` was chosen for the default platform.
 
-    What is traced on one machine may be lowered for another, or for several. The kernels'
-    operation is blockwise wherever it is not lowered for TPU.
+    What is traced on one machine may be lowered for another, or for several. The operation
+    of cuDNN is that of the TPU's kernels wherever it is not lowered for CUDA, and that is
+    blockwise wherever it is not lowered for TPU.
     """
-    if name == "blockwise" and tpu.refusal(problem, "tpu") is None:
+    if name != "blockwise":
+        return name
+    if cudnn.refusal(problem, "cuda") is None and cudnn.is_installed():
+        return "cudnn"
+    if tpu.refusal(problem, "tpu") is None:
         return "tpu"
     return name
 

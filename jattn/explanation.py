@@ -113,9 +113,11 @@ def explain(
 
 def _blocks(problem: Problem, operands: Operands | None, name: str) -> Blocks | None:
     """What is skipped, if there is anything that could be."""
-    sizes = block_sizes(problem, operands, name)
     B, N, T, S = problem.sizes.BNTS
-    if sizes is None or problem.mask is problem.modifier is None or 0 in (B, N, T, S):
+    if problem.mask is problem.modifier is None or 0 in (B, N, T, S):
+        return None
+    sizes = block_sizes(problem, operands, name)
+    if sizes is None:
         return None
     counts = -(-T // sizes[0]), -(-S // sizes[1])
     kinds = None if operands is None else skipping.block_table(problem, operands, *sizes)

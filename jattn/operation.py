@@ -75,12 +75,12 @@ class Operation:
         """The tangents of the outputs, for tangents of the active arguments."""
         del outputs
         fast = functools.partial(self.fast, spread=spread)
-        return jax.jvp(*_restrict(fast, active, primals), tuple(tangents))[1]
+        return jax.jvp(*restrict(fast, active, primals), tuple(tangents))[1]
 
     def pull(self, active, primals, outputs, cotangents, spread: bool):
         """The cotangents of the active arguments, for cotangents of the outputs."""
         del outputs, spread
-        function, chosen = _restrict(self.reference, active, primals)
+        function, chosen = restrict(self.reference, active, primals)
         return jax.vjp(function, *chosen)[1](tuple(cotangents))
 
     def pushed(self, active) -> "Operation":
@@ -92,7 +92,11 @@ class Operation:
         raise TypeError(f"{type(self).__name__} is not linear")
 
     def on(self, platform: str) -> "Operation":
-        """The operation that computes it on a platform: itself, unless said otherwise."""
+        """The operation that computes it on a platform: itself, unless said otherwise.
+
+        The platform is "export" where it is CUDA and `jax.export` is to keep the program,
+        which it does for few of the calls that a GPU has.
+        """
         del platform
         return self
 
@@ -149,7 +153,7 @@ class Pushforward(_Derivative):
     def reference(self, *arrays):
         """By JAX's."""
         primals, _, tangents = self.split(arrays)
-        restricted = _restrict(self.operation.reference, self.active, primals)
+        restricted = restrict(self.operation.reference, self.active, primals)
         return jax.jvp(*restricted, tuple(tangents))[1]
 
     def transposed(self):
@@ -182,7 +186,7 @@ class Pullback(_Derivative):
     def reference(self, *arrays):
         """By JAX's."""
         primals, _, cotangents = self.split(arrays)
-        function, chosen = _restrict(self.operation.reference, self.active, primals)
+        function, chosen = restrict(self.operation.reference, self.active, primals)
         return jax.vjp(function, *chosen)[1](tuple(cotangents))
 
     def transposed(self):
@@ -334,7 +338,7 @@ def _choose(flags, items) -> list:
     return [item for item, flag in zip(items, flags, strict=True) if flag]
 
 
-def _restrict(function, active, primals):
+def restrict(function, active, primals):
     """The function of its active arguments alone, and those."""
 
     def restricted(*chosen):
@@ -429,17 +433,29 @@ def _lower(context, *arrays, operation, platform=None):
     module = context.module_context
     if platform is not None:  # of several that are lowered for, this rule is for one
         module = module.replace(platforms=(platform,))
-    operation = operation.on(platform or module.platforms[0])
-    fast = functools.partial(operation.fast, spread=_is_spread(context))
+    exported = platform == "cuda" and module.lowering_parameters.for_export
+    operation = operation.on("export" if exported else platform or module.platforms[0])
+    spread = _is_spread(module.axis_context)
+    if not spread:
+        module = module.replace(axis_context=_alone(module.axis_context))
+    fast = functools.partial(operation.fast, spread=spread)
     # Inside, shapes are all that matters: not how the arrays lie on a mesh.
     plain = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
     context = context.replace(avals_in=plain, module_context=module)
     return mlir.lower_fun(fast, multiple_results=True)(context, *arrays)
 
 
-def _is_spread(context) -> bool:
+def _alone(axes):
+    """The context, saying that one device runs the program, for rules that ask who does."""
+    if hasattr(axes, "manual_axes"):
+        return dataclasses.replace(axes, manual_axes=frozenset(axes.mesh.axis_names))
+    if hasattr(axes, "device_assignment"):
+        return dataclasses.replace(axes, device_assignment=tuple(jax.devices()[:1]))
+    return axes
+
+
+def _is_spread(axes) -> bool:
     """Whether the compiled program runs on several devices that share its arrays."""
-    axes = context.module_context.axis_context
     if hasattr(axes, "num_devices"):
         return (axes.num_devices or 1) > 1
     manual = getattr(axes, "manual_axes", frozenset())
@@ -451,6 +467,6 @@ ad.primitive_jvps[_primitive] = _jvp
 ad.primitive_transposes[_primitive] = _transpose
 batching.primitive_batchers[_primitive] = _batch
 mlir.register_lowering(_primitive, _lower)
-mlir.register_lowering(
-    _primitive, functools.partial(_lower, platform="tpu"), platform="tpu"
-)
+for _platform in ("tpu", "cuda"):
+    _rule = functools.partial(_lower, platform=_platform)
+    mlir.register_lowering(_primitive, _rule, platform=_platform)

@@ -39,6 +39,9 @@ class Problem:
     blocks: tuple[int, int] | None = None  # of a block table that came with the mask
     shared: bool = False  # whether one draw of dropout serves all examples and heads
     precision: str | None = None  # of products: what `jax.default_matmul_precision` says
+    # Which of bias, scale and positions are not the default, and whether the logsumexp is
+    # asked for; some implementations have none of them.
+    given: frozenset[str] = frozenset()
 
     @property
     def wide(self) -> jnp.dtype:
@@ -97,7 +100,14 @@ def pose(
     rate, shared, rng = _check_dropout(where, dropout)
     config: Any = jax.config  # whose attributes type checkers do not know
     precision = config.jax_default_matmul_precision
-    problem = dataclasses.replace(problem, rate=rate, shared=shared, precision=precision)
+    named = {"bias": bias, "scale": scale}
+    problem = dataclasses.replace(
+        problem,
+        rate=rate,
+        shared=shared,
+        precision=precision,
+        given=problem.given | {name for name, x in named.items() if x is not None},
+    )
     return problem, operands._replace(
         query=flatten_batch(query, sizes),
         key=flatten_batch(key, sizes),
@@ -131,6 +141,8 @@ def pose_mask(
     traced = _trace_modifier(where, modifier, sizes, wide_dtype(dtype))
     modifier_program, modifier_arrays = traced
     problem = Problem(sizes, jnp.dtype(dtype), mask_program, modifier_program, 0.0, blocks)
+    if given(query_position) or given(key_position):
+        problem = dataclasses.replace(problem, given=frozenset({"positions"}))
     inputs: dict[str, Any] = dict.fromkeys(
         ("query", "key", "value", "scale", "bias", "rng")
     )
@@ -143,6 +155,11 @@ def pose_mask(
         kinds=kinds,
     )
     return problem, operands
+
+
+def asking_logsumexp(problem: Problem) -> Problem:
+    """The problem of a caller who needs the logsumexp, and not only the output."""
+    return dataclasses.replace(problem, given=problem.given | {"logsumexp"})
 
 
 def given(position) -> bool:

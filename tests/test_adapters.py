@@ -319,7 +319,7 @@ def test_implementations_of_both_libraries_are_taken(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"implementation": "cudnn"}, "does not run cuDNN; leave `implementation` out"),
+        ({"implementation": "cudnn"}, "runs on NVIDIA GPUs only"),
         (
             {"implementation": "triton"},
             '`implementation` must be None or one of "blockwise"',

@@ -32,6 +32,7 @@ LAYERS = (
     {"blockwise.rows", "blockwise.tangent"},
     {"dense", "blockwise.attention", "blockwise.views"},
     {"blockwise.strongest", "tpu.attention"},
+    {"cudnn"},
     {"dispatch", "views"},
     {"explanation"},
     {"api"},

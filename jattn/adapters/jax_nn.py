@@ -1,13 +1,13 @@
 """`jax.nn.dot_product_attention`, argument for argument, with the meaning of `jattn`."""
 
+import functools
 import operator
-from functools import reduce
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.api import attention_state
+from jattn.api import attention, attention_state
 from jattn.masks import Causal, Lengths, Mask, Window, as_mask
 from jattn.shapes import check_array
 
@@ -65,8 +65,8 @@ def dot_product_attention(
         local_window_size: (left, right), or one number for both: query t sees the keys
             t − left ≤ s ≤ t + right.
         implementation: None lets jattn choose. `"xla"` is jattn's `"dense"`: all logits at
-            once and no kernel, as in `jax.nn`. jattn's own names are taken too. `"cudnn"`
-            is refused.
+            once and no kernel, as in `jax.nn`. jattn's own names are taken too, `"cudnn"`
+            among them, which refuses more than in `jax.nn`.
         return_residual: Whether to return the logsumexp of the logits too.
 
     Returns:
@@ -89,16 +89,18 @@ def dot_product_attention(
     masks = _masks(
         mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, key
     )
-    output, logsumexp = attention_state(
-        *map(_batched, (query, key, value)),
-        mask=reduce(operator.and_, masks) if masks else None,
-        bias=_bias(bias),
-        scale=scale,
-        implementation=_name(implementation),
-    )
-    rows = query.shape[:-1]
-    output = output.reshape(*rows, value.shape[-1])
-    return (output, logsumexp.reshape(rows)) if return_residual else output
+    arrays = map(_batched, (query, key, value))
+    options = {
+        "mask": functools.reduce(operator.and_, masks) if masks else None,
+        "bias": _bias(bias),
+        "scale": scale,
+        "implementation": _name(implementation),
+    }
+    rows, D = query.shape[:-1], value.shape[-1]
+    if not return_residual:
+        return attention(*arrays, **options).reshape(*rows, D)
+    output, logsumexp = attention_state(*arrays, **options)
+    return output.reshape(*rows, D), logsumexp.reshape(rows)
 
 
 def _masks(
@@ -149,9 +151,4 @@ def _batched(array: jax.Array) -> jax.Array:
 
 def _name(implementation: str | None) -> str | None:
     """The name here of what `jax.nn` calls an implementation."""
-    if implementation == "cudnn":
-        raise ValueError(
-            f'{WHERE}(implementation="cudnn"): jattn does not run cuDNN; leave '
-            f"`implementation` out, and jattn chooses."
-        )
     return "dense" if implementation == "xla" else implementation
