@@ -6,6 +6,7 @@ values matter a plain function stands in for the call of cuDNN.
 
 import functools
 import importlib
+import importlib.util
 import re
 
 import jax
@@ -353,3 +354,11 @@ def test_what_is_masked_out_touches_nothing_under_vmap(emulated):
     close((got, output), expected)
     for x in (output, got[0]):  # and in that of the queries which do not see the last key
         assert np.all(np.isfinite(x[:, :, :-1].astype(np.float32)))
+
+
+def test_bench_says_what_to_install(monkeypatch, capsys):
+    from bench import gpu
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert gpu.main([]) == 1
+    assert f"jax-cuda13-plugin=={jax.__version__}" in capsys.readouterr().err
