@@ -191,9 +191,7 @@ class Attention(anywhere.Attention):
         """The results; where a mask may hide what is not finite, only if they are."""
         if self.problem.mask is None:
             return tuple(results)
-        finite = functools.reduce(
-            jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in results]
-        )
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in results]))
         return jax.lax.cond(
             finite, lambda _: tuple(results), lambda xs: tuple(otherwise(*xs)), arrays
         )
@@ -221,13 +219,11 @@ def _call(query, key, value, **words):
 def _words(problem: Problem) -> dict | None:
     """The mask in the words of `jax.nn`, or None where it has none."""
     mask = _mask(problem)
-    if problem.mask is None:
-        return {}
+    if mask is None:
+        return {} if problem.mask is None else None
     if isinstance(mask, Causal):
         return {"is_causal": True}
-    if isinstance(mask, Window):
-        return {"is_causal": True, "local_window_size": (mask.left, mask.right)}
-    return None
+    return {"is_causal": True, "local_window_size": (mask.left, mask.right)}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -237,13 +233,11 @@ def _mask(problem: Problem) -> Causal | Window | None:
         return None
     if problem.mask == _program(problem, Causal()):
         return Causal()
-    for equation in problem.mask.jaxpr.eqns:
-        for x in equation.invars:
-            whole = isinstance(x, Literal) and jnp.result_type(x.val) == jnp.int32
-            if not (whole and x.val >= 0):
-                continue
-            left = int(x.val)
-            window = Window(left, 0)
+    atoms = [x for equation in problem.mask.jaxpr.eqns for x in equation.invars]
+    numbers = [x.val for x in atoms if isinstance(x, Literal)]
+    for left in numbers:
+        if jnp.result_type(left) == jnp.int32 and left >= 0:
+            window = Window(int(left), 0)
             same = window, Causal() & window, window & Causal()
             if problem.mask in [_program(problem, mask) for mask in same]:
                 return Causal() if left >= problem.sizes.S - 1 else window
