@@ -11,9 +11,10 @@ there the results are looked at, and blockwise takes over where one is not finit
 
 The gradient of the output is cuDNN's too. It starts from statistics that `jax.nn` gives
 only rounded, so it runs the forward pass again: XLA merges the two calls where both are in
-one program. Tangents and higher orders are blockwise, and so is all of it in what `jax.export` keeps, for JAX does not promise that a later cuDNN reads
-it, and where XLA is to divide the arrays among devices: inside `jax.shard_map` each device
-runs cuDNN.
+one program. Tangents and higher orders are blockwise, and so is all of it in what
+`jax.export` keeps, for JAX does not promise that a later cuDNN reads it, and where XLA is
+to divide the arrays among devices: inside `jax.shard_map` each device runs cuDNN. Other
+platforms run what they would have run without it.
 """
 
 import dataclasses
