@@ -15,6 +15,7 @@ from jattn.shapes import Sizes
 from jattn.testing import Case, random_inputs
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+SETTLE = 0.1  # seconds
 SAMPLED_ROWS = 64
 MARGIN = 30  # times jattn's error, and more is another function
 
@@ -63,12 +64,15 @@ def compiled(function: Callable, *arguments) -> Pass:
     )
 
 
-def interleave(runs: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
-    """Times each run once in every round, for about so many seconds in all.
+def interleave(
+    runs: dict[str, Callable], seconds: float, rounds: int = MIN_ROUNDS
+) -> dict[str, list[float]]:
+    """Times each run once in every round, for about so many seconds and so many rounds.
 
     What slows the machine for a while slows all of them, so the times of one round can be
-    compared. Each takes its turn at going first. Before a timed call comes an untimed
-    one: it brings back the caches and threads that the candidate before had taken.
+    compared. Each takes its turn at going first. Before a timed call come untimed ones,
+    until what the candidate before left behind is gone: threads that wait by spinning, a
+    large buffer that is still being given back, caches full of other things.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -79,11 +83,14 @@ def interleave(runs: dict[str, Callable], seconds: float) -> dict[str, list[floa
     try:
         end = time.perf_counter() + seconds
         for round_ in range(MAX_ROUNDS):
-            if round_ >= MIN_ROUNDS and time.perf_counter() > end:
+            if round_ >= rounds and time.perf_counter() > end:
                 break
             first = round_ % max(len(names), 1)
             for name in names[first:] + names[:first]:
+                settled = time.perf_counter() + SETTLE
                 runs[name]()
+                while time.perf_counter() < settled:
+                    runs[name]()
                 start = time.perf_counter()
                 runs[name]()
                 times[name].append(time.perf_counter() - start)

@@ -17,24 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import jattn
+from bench import measure
 from jattn.masks import Causal, Window
 
 H = 64
 
 
 def seconds(*functions, rounds: int) -> list[float]:
-    """The median time of each, all called in turn; each once before, untimed.
-
-    That compiles, and brings back the caches and pages that the call before had taken.
-    """
-    times = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, taken in zip(functions, times, strict=True):
-            jax.block_until_ready(function())
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+    """The median time of each, all called in turn."""
+    runs = {str(i): lambda f=f: jax.block_until_ready(f()) for i, f in enumerate(functions)}
+    times = measure.interleave(runs, 0.0, rounds)
+    return [statistics.median(times[name]) for name in runs]
 
 
 def inputs(length: int, heads: int = 1):
