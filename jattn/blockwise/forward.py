@@ -73,6 +73,8 @@ def _forward(layout: Layout):
 def _forward_tile(layout, head, query, i, masked):
     """The body of the loop over the tiles of one query block; carries None at first."""
     folded = layout.plan.folded
+    if masked:
+        layout = layout.ragged()
 
     def body(j, carry):
         view = Tile(layout, head.aligned, i, j)

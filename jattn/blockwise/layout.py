@@ -6,6 +6,7 @@ and columns in either order. Rows are the queries of all G heads that share a ke
 head; columns are keys.
 """
 
+import copy
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ def plan(
     if not sizes.are_known:
         return Plan(1, 1, sizes.G, 256, 512)
     T = _even(sizes.T, max(size // sizes.G, 1))
-    S = _even(sizes.S, size)
+    S = _even(sizes.S, size, 64)
     if spread:  # all examples and heads, for a loop over them would cut a divided axis
         return Plan(sizes.B, sizes.K, sizes.G, T, S)
     if sizes.G * sizes.T <= FEW_ROWS and sizes.K > 1:
@@ -102,11 +103,11 @@ def rows_plan(problem: Problem) -> Plan:
     return Plan(sizes.B, sizes.K, sizes.G, _even(sizes.T, max(1, 2**20 // row)), sizes.S)
 
 
-def _even(length: int, block: int) -> int:
+def _even(length: int, block: int, multiple: int = 16) -> int:
     """The size of blocks, at most `block` or so, that leaves the last nearly full."""
     count = -(-length // block)
     size = -(-length // count)
-    return size if count == 1 else -(-size // 16) * 16
+    return size if count == 1 else -(-size // multiple) * multiple
 
 
 def _divisor(number: int, most: int) -> int:
@@ -136,6 +137,7 @@ class Layout:
         count = lambda length, size: 1 if size is length else -(-length // size)
         self.counts = {x: count(getattr(sizes, x), getattr(plan, x)) for x in "BKTS"}
         self.padded = {x: self.counts[x] * getattr(plan, x) for x in "TS"}
+        self.extent = {x: getattr(plan, x) for x in "BKNTS"}  # of what is cut
         self.has_padding = not (
             plan.S is sizes.S or (isinstance(sizes.S, int) and sizes.S % plan.S == 0)
         )
@@ -145,6 +147,15 @@ class Layout:
         self.query = self.queries(operands.query)
         self.key, self.value = self.keys(operands.key), self.keys(operands.value)
         self.aligned = self._align()
+
+    def ragged(self) -> "Layout":
+        """The layout of the last block of keys, if it alone is partial, without padding."""
+        if self.problem.mask is not None or not self.problem.sizes.are_known:
+            return self
+        last = copy.copy(self)
+        left = self.problem.sizes.S - (self.counts["S"] - 1) * self.plan.S
+        last.extent, last.has_padding = self.extent | {"S": left}, False
+        return last
 
     def narrowed(self, array):
         """The array in the dtype that products are taken of."""
@@ -183,9 +194,10 @@ class Layout:
         at = self._with_heads(at)
         starts, sizes = [], []
         for letter, length in zip(axes, array.shape, strict=True):
-            size = getattr(self.plan, letter) if letter in at else length
+            size = self.extent[letter] if letter in at else length
             whole = isinstance(length, int) and (length == 1 or length == size)
-            starts.append(0 if letter not in at or whole else at[letter] * size)
+            stride = 0 if letter not in at or whole else getattr(self.plan, letter)
+            starts.append(stride and at[letter] * stride)
             sizes.append(length if whole else size)
         if tuple(sizes) == array.shape:
             return array
@@ -324,10 +336,12 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     table = xp.broadcast_to(
         table, (*table.shape[:2], layout.counts["T"], layout.counts["S"])
     )
+    table = _common(xp, _common(xp, table, 0, plan.B), 1, plan.K * plan.G)
+    if problem.mask is None:  # what a modifier empties for some heads needs no mask
+        table = xp.where(table == skipping.EMPTY, table, xp.full_like(table, skipping.FULL))
     if layout.has_padding:
         last = xp.arange(table.shape[-1]) == table.shape[-1] - 1
         table = xp.where(last, xp.minimum(table, skipping.PARTIAL), table)
-    table = _common(xp, _common(xp, table, 0, plan.B), 1, plan.K * plan.G)
     masked = problem.mask is not None or layout.has_padding
     return _schedule(xp, table, masked), _schedule(xp, xp.swapaxes(table, 2, 3), masked)
 
