@@ -114,7 +114,7 @@ def explain(
 def _blocks(problem: Problem, operands: Operands | None, name: str) -> Blocks | None:
     """What is skipped, if there is anything that could be."""
     B, N, T, S = problem.sizes.BNTS
-    if problem.mask is problem.modifier is None or 0 in (B, N, T, S):
+    if not skipping.skips(problem, operands) or 0 in (B, N, T, S):
         return None
     sizes = block_sizes(problem, operands, name)
     if sizes is None:

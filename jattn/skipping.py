@@ -4,7 +4,8 @@ One table serves every implementation: for each block of queries and block of ke
 the mask lets no pair, some pairs or all pairs of it attend. It comes from the mask's
 program by `jattn.blocks`, in work and memory that grow with the number of blocks and with
 T + S, never with T × S; or from a table that came with the call. Blocks on which the
-modifier answers −∞ to everything are empty.
+modifier answers −∞ to everything are empty, and those on which a bias is −∞, where it is
+the same for all queries or for all keys; any other would have to be read as a whole.
 """
 
 import jax
@@ -15,6 +16,13 @@ from jattn.blocks import table
 from jattn.problem import Operands, Problem
 from jattn.tables import EMPTY as EMPTY
 from jattn.tables import FULL, PARTIAL, resize
+
+
+def skips(problem: Problem, operands: Operands | None) -> bool:
+    """Whether there is anything that may leave a block out."""
+    bias = None if operands is None else operands.bias
+    programs = problem.mask, problem.modifier
+    return programs != (None, None) or _is_one_sided(bias)
 
 
 def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: int):
@@ -41,7 +49,28 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
         jaxpr = problem.modifier.jaxpr
         dead = table.dead_blocks(jaxpr, modifier.captured, points, modifier.aligned)
         kinds = kinds * (~dead).astype(np.int8)
+    if _is_one_sided(operands.bias):
+        dead = _is_lowest(_constant(operands.bias), (T, S), (block_q, block_kv))
+        kinds = kinds * (~dead).astype(jnp.int8)
     return kinds
+
+
+def _is_one_sided(bias) -> bool:
+    return bias is not None and 1 in bias.shape[2:]
+
+
+def _is_lowest(bias, lengths, blocks):
+    """Whether a bias BNTS is −∞ on each block; where it has a size of 1, on all."""
+    for axis, length, block in zip((2, 3), lengths, blocks, strict=True):
+        if bias.shape[axis] == 1:
+            continue
+        count = -(-length // block)
+        padding = [(0, 0)] * 4
+        padding[axis] = (0, count * block - length)
+        bias = jnp.pad(bias, padding, constant_values=-jnp.inf)
+        shape = (*bias.shape[:axis], count, block, *bias.shape[axis + 1 :])
+        bias = jnp.max(bias.reshape(shape), axis + 1)
+    return bias == -jnp.inf
 
 
 def _constant(array):

@@ -12,7 +12,7 @@ import pytest
 from jax import export
 
 import jattn
-from jattn import blockwise, definition, masks, modifiers
+from jattn import blockwise, definition, dense, masks, modifiers
 from jattn.blockwise import forward
 from jattn.problem import pose
 from tests import small_tiles
@@ -151,7 +151,18 @@ def test_not_finite_where_masked_touches_nothing(which, bad):
         np.testing.assert_allclose(got[:, :5], want[:, :5], atol=1e-12)
 
 
-def test_empty_tiles_are_skipped(monkeypatch):
+HIDDEN = np.where(np.arange(64) < 40, 0.0, -np.inf)
+SKIPPING = {  # and how many of the 4 × 4 tiles are visited
+    "causal": ({"mask": masks.Causal()}, 10),
+    "bias of keys": ({"bias": HIDDEN[None]}, 12),
+    "bias of queries": ({"bias": HIDDEN[:, None]}, 12),
+    "both": ({"mask": masks.Causal(), "bias": HIDDEN[None]}, 9),
+    "bias of both": ({"bias": HIDDEN[:, None] + HIDDEN}, 16),
+}
+
+
+@pytest.mark.parametrize(("options", "tiles"), SKIPPING.values(), ids=SKIPPING)
+def test_empty_tiles_are_skipped(monkeypatch, options, tiles):
     visits = []
 
     def visited(layout_, *args):
@@ -161,11 +172,14 @@ def test_empty_tiles_are_skipped(monkeypatch):
     original = forward.products_of
     monkeypatch.setattr(forward, "products_of", visited)
     x = inputs(B=1, T=64, S=64, N=1, K=1)
-    problem, operands = pose("test", *x, mask=masks.Causal())
+    problem, operands = pose("test", *x, **options)
     run = jax.jit(functools.partial(blockwise.attention_state, problem, tile=(16, 16)))
-    run(operands).output.block_until_ready()
+    output, _ = run(operands)
+    np.testing.assert_allclose(
+        output, dense.attention_state(problem, operands)[0], atol=1e-12
+    )
     jax.effects_barrier()
-    assert len(visits) == 10
+    assert len(visits) == tiles
 
 
 def test_two_runs_are_bitwise_equal():

@@ -55,9 +55,9 @@ def granularity(problem: Problem, operands: Operands | None) -> int:
     where = operands.query_position, operands.key_position
     if jax.tree.leaves((operands.mask, where, operands.kinds)):
         return FINE
-    alone = dataclasses.replace(problem, modifier=None)
+    alone = dataclasses.replace(problem, modifier=None), operands._replace(bias=None)
     coarse, fine = (
-        np.mean(skipping.block_table(alone, operands, *tile) != skipping.EMPTY)
+        np.mean(skipping.block_table(*alone, *tile) != skipping.EMPTY)
         for tile in (tile_sizes(problem, COARSE), tile_sizes(problem, FINE))
     )
     return COARSE if coarse <= fine * FINE_COST else FINE
@@ -329,7 +329,7 @@ class Schedule(NamedTuple):
 def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     """By query block over key blocks, and by key block over query blocks."""
     problem, plan = layout.problem, layout.plan
-    if problem.mask is problem.modifier is None and not layout.has_padding:
+    if not (skipping.skips(problem, layout.operands) or layout.has_padding):
         return None, None
     table = skipping.block_table(problem, layout.operands, plan.T, plan.S)
     xp = np if isinstance(table, np.ndarray) else jnp
