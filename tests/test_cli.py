@@ -80,7 +80,7 @@ def test_an_implementation_that_refuses_is_no_failure(monkeypatch, capsys):
     picky = types.SimpleNamespace(refusal=lambda problem, platform: "Not today.")
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "picky", picky)
     assert main([]) == 0
-    assert "does not take it: Not today." in capsys.readouterr().out
+    assert "  picky      not taken: Not today.\n" in capsys.readouterr().out
 
 
 def test_progress_is_shown_on_a_terminal_and_cleared(monkeypatch, capsys):
