@@ -107,23 +107,33 @@ class Attention(anywhere.Attention):
 
     def fast(self, *leaves, spread):
         """By a kernel."""
+        otherwise = functools.partial(self._blockwise(spread).fast, spread=spread)
         if spread:
-            return super().fast(*leaves, spread=spread)
+            return otherwise(*leaves)
         operands = self.tree.unflatten(leaves)
         results = self.by_kernel(operands)
         if self.problem.mask is None:
             return results
         # What is not finite in a key or value meets weights of 0 in products.
-        otherwise = functools.partial(super().fast, spread=spread)
         return jax.lax.cond(
             _spoiled(results), lambda xs: tuple(otherwise(*xs)), lambda _: results, leaves
         )
 
+    def push(self, active, primals, outputs, tangents, spread):
+        """Blockwise."""
+        return self._blockwise(spread).push(active, primals, outputs, tangents, spread)
+
     def pull(self, active, primals, outputs, cotangents, spread):
-        """By a kernel."""
-        otherwise = functools.partial(super().pull, active, spread=spread)
+        """By a kernel, whose own derivatives are blockwise."""
+        otherwise = functools.partial(self._blockwise(spread).pull, active, spread=spread)
         if spread:
             return otherwise(primals, outputs, cotangents)
+        pull = jax.custom_jvp(functools.partial(self._pull, active, otherwise))
+        pull.defjvp(functools.partial(jax.jvp, otherwise))
+        return pull(primals, outputs, cotangents)
+
+    def _pull(self, active, otherwise, primals, outputs, cotangents):
+        """The cotangents of the active arguments."""
         operands, wanted = map(self.tree.unflatten, (primals, active))
         results = self.pull_by_kernel(operands, wanted, outputs, cotangents)
         if results is None:
@@ -142,6 +152,16 @@ class Attention(anywhere.Attention):
             lambda _: results,
             (primals, outputs, cotangents),
         )
+
+    def _blockwise(self, spread: bool) -> anywhere.Attention:
+        """The same without kernels.
+
+        It may take the logsumexp of a kernel, whose products keep all bits of float32.
+        """
+        problem = self.problem
+        if not spread and problem.precision is None:
+            problem = dataclasses.replace(problem, precision="highest")
+        return anywhere.Attention(problem, self.tree, self.size)
 
     def by_kernel(self, operands: Operands):
         """Output and logsumexp, wrong where a hidden key or value is not finite."""
@@ -174,7 +194,8 @@ class Attention(anywhere.Attention):
         d_output, d_logsumexp = cotangents
         delta = jnp.sum(d_output.astype(wide) * output.astype(wide), axis=-1) - d_logsumexp
         empty = logsumexp == -jnp.inf
-        unseen = jnp.where(empty, jnp.inf, logsumexp * LOG2_E)  # so that exp2 gives 0
+        unit = arguments.numbers[2]
+        unseen = jnp.where(empty, jnp.inf, logsumexp / unit)  # so that exp2 gives 0
         rows = (
             layout.queries(d_output, plan),
             layout.queries(unseen, plan, fill=jnp.inf),
@@ -185,11 +206,10 @@ class Attention(anywhere.Attention):
         d_query = layout.unqueries(d_query, plan, sizes, (sizes.H,))
         finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
         d_modifier, d_bias = self._read_cotangents(operands, plan, flags, d_read)
-        scale = jnp.abs(jnp.where(operands.scale == 0, 1, operands.scale))
         nothing = jax.tree.map(lambda _: None, wanted)
         return nothing._replace(
             query=d_query * operands.scale,
-            key=layout.unkeys(d_key, sizes) * scale,
+            key=layout.unkeys(d_key, sizes) * arguments.numbers[0],
             value=layout.unkeys(d_value, sizes),
             scale=jnp.sum(d_query * finite.astype(wide)),
             bias=d_bias,
@@ -240,9 +260,9 @@ class Attention(anywhere.Attention):
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), read)
         tuning = self.tuning or counted_tuning(problem, shapes, by_query)
         static = plan, pairs, shapes, by_query, known, tuning, self.interpret
-        sign, numbers = self._numbers(operands)
+        factor, numbers = self._numbers(operands)
         inputs = (
-            layout.queries(operands.query * sign.astype(problem.dtype), plan),
+            layout.queries(operands.query * factor.astype(problem.dtype), plan),
             layout.keys(operands.key, plan),
             layout.keys(operands.value, plan),
         )
@@ -268,11 +288,15 @@ class Attention(anywhere.Attention):
         return xp.pad(kinds, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else kinds
 
     def _numbers(self, operands: Operands):
-        """The sign of the scale; what products and exponents of 2 are scaled by; the unit.
+        """What queries, products, exponents of 2 and maxima are multiplied by.
 
-        The sign goes to the queries, so that the largest product is the largest logit.
+        The sign of the scale goes to the queries, so that the largest product is the
+        largest logit; in float32 all of it, so that backward finds the very logits whose
+        logsumexp is at hand. A query of bfloat16 would be rounded by it.
         """
         scale = operands.scale
+        if self.problem.dtype == jnp.float32:
+            return scale, jnp.array([1, LOG2_E, 1], scale.dtype)
         sign, size = jnp.sign(scale), jnp.where(scale == 0, 1, jnp.abs(scale))
         plain = self.problem.modifier is None and operands.bias is None
         exponent = size if plain else jnp.ones_like(size)

@@ -26,8 +26,8 @@ def backward(call: Call, wanted, arguments: Arguments):
     """Cotangents of queries, keys and values in float32, and of the wanted extras.
 
     The inputs are queries, keys, values, the output's cotangent, and as rows the logsumexp
-    in units of log 2 and delta; all but keys and values transposed. Cotangents of rows and
-    columns are for each example and head, of tiles for each that they have.
+    in the unit of products and delta; all but keys and values transposed. Cotangents of
+    rows and columns are for each example and head, of tiles for each that they have.
     """
     call = call.of(arguments)
     sizes, plan = call.problem.sizes, call.plan
@@ -181,7 +181,7 @@ def _backward_block(call: Call, inputs, state, at, options):
         if allowed is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
         columns = (0, 0, slice(None), part.columns)
-        weights = jnp.exp2(logits * exponent - logsumexp[columns])
+        weights = jnp.exp2((logits - logsumexp[columns]) * exponent)
         kept, dropped = tile.kept(), weights
         if kept is not None:
             d_weights = jnp.where(kept, d_weights * (1 / (1 - rate)), 0)
