@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn import tpu
+from jattn.blockwise.attention import prepared
 from jattn.problem import check_sink, pose
 from jattn.state import State, with_sink
 from jattn.tpu.attention import Attention
@@ -39,18 +40,30 @@ def _state(problem, interpret, resident, operands, sink):
     return state._replace(output=with_sink(state, sink).astype(problem.dtype))
 
 
-def kernels(query, key, value, *, interpret, **options):
-    """Output, logsumexp and the cotangents of all inputs, by the kernels alone."""
+def kernels(query, key, value, *, interpret, sink=None, **options) -> State:
+    """By the kernels alone, forward and backward: nothing stands in for them."""
     problem, operands = pose("emulated_tpu", query, key, value, **options)
+    problem, operands, size = prepared(problem, operands)
     leaves, tree = jax.tree.flatten(operands)
-    operation = Attention(problem, tree, 512, None, BLOCKS, TUNING, interpret)
-    state = operation.by_kernel(operands)
+    operation = Attention(problem, tree, size, None, BLOCKS, TUNING, interpret)
     wanted = tree.unflatten([jnp.issubdtype(x.dtype, jnp.floating) for x in leaves])
-    cotangents = jax.tree.map(finite, state)
-    found = operation.pull_by_kernel(operands, wanted, state, cotangents)
-    return *state, found.query, found.key, found.value
 
+    @jax.custom_vjp
+    def run(leaves):
+        return operation.by_kernel(tree.unflatten(leaves))
 
-def finite(array):
-    """The array, 0 where it is not finite."""
-    return jnp.where(jnp.isfinite(array), array, 0)
+    def forward(leaves):
+        results = run(leaves)
+        return results, (leaves, results)
+
+    def backward(kept, cotangents):
+        leaves, results = kept
+        operands = tree.unflatten(leaves)
+        found = operation.pull_by_kernel(operands, wanted, results, cotangents)
+        pairs = zip(tree.flatten_up_to(found), leaves, strict=True)
+        return ([None if d is None else d.astype(x.dtype) for d, x in pairs],)
+
+    run.defvjp(forward, backward)
+    state = State(*run(leaves))
+    sink = check_sink("emulated_tpu", sink, problem.sizes)
+    return state._replace(output=with_sink(state, sink).astype(problem.dtype))

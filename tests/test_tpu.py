@@ -1,5 +1,6 @@
 """The kernels for TPU, emulated: equal to the definition, without races."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jattn
 from jattn import definition
-from jattn.masks import Causal, Segments
+from jattn.masks import Causal, Lengths, Segments, Window
 from jattn.problem import pose
 from jattn.shapes import Sizes
 from jattn.testing import CASES, assert_matches_definition, errors, random_inputs
@@ -93,54 +94,120 @@ def test_emulated_output_equals_definition(case):
     np.testing.assert_allclose(got.logsumexp, want.logsumexp, atol=1e-6 * large)
 
 
-def several(name, options, extra=()):
-    make = {x: NAMED[y].extra[x] for x, y in extra}
-    return jattn.testing.Case(name, options, make, SIZES)
+def several(name, options=lambda x: {}, extra=None, **different):
+    sizes = dataclasses.replace(SIZES, **different)
+    return jattn.testing.Case(name, options, extra or {}, sizes)
 
 
+def ids(letter):
+    return NAMED["segments_with_padding"].extra[{"T": "query_ids", "S": "key_ids"}[letter]]
+
+
+def normal(*letters):
+    size = lambda sizes, x: 1 if x == "1" else getattr(sizes, x)
+    return lambda sizes, rng: rng.standard_normal([size(sizes, x) for x in letters])
+
+
+def capped_alibi(x):
+    slopes, cap = x["slopes"], x["cap"]
+
+    def modifier(logit, b, n, t, s):
+        distance = jnp.abs(t - s).astype(logit.dtype)
+        return cap * jnp.tanh(logit / cap) - slopes[n] * distance / 100
+
+    return {"modifier": modifier, "mask": Causal(100)}
+
+
+# Two or three blocks of queries and of keys; the last are not full. Two heads share one of
+# keys and values, which have sizes of their own.
 RACY = (
+    several("plain"),
     several("causal", lambda x: {"mask": Causal(40)}),
-    several("plain", lambda x: {}),
+    several("bfloat16", lambda x: {"mask": Causal(40)}),
+    several("window with empty blocks", lambda x: {"mask": Window(20, 0)}),
     several(
         "segments",
         lambda x: {"mask": Segments(x["query_ids"], x["key_ids"], padding_id=0)},
-        (("query_ids", "segments_with_padding"), ("key_ids", "segments_with_padding")),
+        {"query_ids": ids("T"), "key_ids": ids("S")},
+    ),
+    several(
+        "documents",
+        lambda x: {"mask": lambda b, n, t, s: (t >= s) & (x["of"][b, t] == x["of"][b, s])},
+        {"of": ids("S")},
+    ),
+    several(
+        "lengths, and rows that see nothing",
+        lambda x: {"mask": Lengths(x["key_lengths"], x["query_lengths"])},
+        NAMED["lengths"].extra,
+        batch=(2,),
     ),
     several(
         "slopes",
         lambda x: {"modifier": jattn.modifiers.ALiBi(x["slopes"]), "mask": Causal(100)},
-        (("slopes", "alibi_with_slopes"),),
+        {"slopes": normal("N")},
     ),
-    several("bias", lambda x: {"bias": x["bias"]}, (("bias", "bias_per_key"),)),
+    several(
+        "capped alibi",
+        capped_alibi,
+        {"slopes": normal("N"), "cap": NAMED["soft_cap"].extra["cap"]},
+    ),
+    several("bias per key", lambda x: {"bias": x["bias"]}, {"bias": normal("N", "1", "S")}),
+    several(
+        "bias per query", lambda x: {"bias": x["bias"]}, {"bias": normal("1", "T", "1")}
+    ),
+    several(
+        "sink", lambda x: {"sink": x["sink"], "mask": Causal(-2)}, {"sink": normal("N")}
+    ),
+    several("dropout", NAMED["dropout"].options),
+    several("one query", N=4, K=2, T=1),
+    several("two key/value heads", lambda x: {"mask": Causal(40)}, N=2, K=2, T=150, S=150),
 )
+
+
+def finite(array):
+    return jnp.where(jnp.isfinite(array), array, 0)
+
+
+RACED = {case.name: case for case in RACY}
 
 
 @pytest.mark.parametrize("case", RACY, ids=lambda case: case.name)
 def test_several_blocks_have_no_races_and_no_uninitialized_memory(case, capfd):
-    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    kernels = functools.partial(emulated_tpu.kernels, interpret=params)
-    inputs = random_inputs(case)
-    got = jax.jit(functools.partial(case.call, kernels))(inputs)
+    cores = min(case.sizes.B * case.sizes.K, 2)  # to which the grid gives them
+    params = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", num_cores_or_threads=cores
+    )
+    dtype = "bfloat16" if case.name == "bfloat16" else "float32"
+    tolerance = 2.5 * float(jnp.finfo(dtype).eps) if dtype == "bfloat16" else 2e-5
+    inputs = random_inputs(case, dtype)
+    floating = {k: x for k, x in inputs.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
-    @jax.jit
-    def expected(*arrays):
-        inner = dict(zip(("query", "key", "value"), arrays, strict=True))
-        run = lambda *xs: case.call(
-            definition.attention_state, inputs | dict(zip(inner, xs, strict=True))
-        )
-        state, pull = jax.vjp(run, *arrays)
-        return *state, *pull(jax.tree.map(emulated_tpu.finite, state))
+    def derived(attend):
+        @jax.jit
+        def run(inputs, floating):
+            state, pull = jax.vjp(lambda xs: case.call(attend, inputs | xs), floating)
+            return state, pull(jax.tree.map(finite, state))
 
-    want = expected(inputs["query"], inputs["key"], inputs["value"])
-    for x, y in zip(got, want, strict=True):
+        return jax.tree_util.tree_leaves_with_path(run(inputs, floating))
+
+    got = derived(functools.partial(emulated_tpu.kernels, interpret=params))
+    want = derived(definition.attention_state)
+    for (where, x), (_, y) in zip(got, want, strict=True):
         large = np.max(np.abs(y), where=np.isfinite(y), initial=0)
-        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * large)
+        np.testing.assert_allclose(
+            *(np.asarray(z, np.float64) for z in (x, y)),
+            rtol=0,
+            atol=float(tolerance * large),
+            err_msg=jax.tree_util.keystr(where),
+        )
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
 def test_segments_of_queries_give_the_same_cotangents():
     block = 4 * SIZES.H * 128
-    assert_close(RACY[3], SIZES, ("query", "key", "value", "slopes"), resident=block)
+    assert_close(
+        RACED["slopes"], SIZES, ("query", "key", "value", "slopes"), resident=block
+    )
 
 
 def test_bfloat16_equals_definition():
@@ -165,14 +232,15 @@ def test_what_is_not_finite_in_hidden_keys_touches_nothing():
 
 
 def test_traced_tables_skip_the_same():
-    inputs = random_inputs(RACY[2])
+    case = RACED["segments"]
+    inputs = random_inputs(case)
 
     @jax.jit
     def traced(ids):
-        return RACY[2].call(emulated_tpu.attention_state, inputs | {"query_ids": ids})
+        return case.call(emulated_tpu.attention_state, inputs | {"query_ids": ids})
 
     got = traced(inputs["query_ids"])
-    want = RACY[2].call(definition.attention_state, inputs)
+    want = case.call(definition.attention_state, inputs)
     np.testing.assert_allclose(got.output, want.output, atol=1e-6)
 
 
