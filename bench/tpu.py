@@ -1,6 +1,6 @@
 """Counts the instructions of the kernels for TPU, compiled for chips that are not there.
 
-    pip install 'jax[tpu]' && python -m bench.tpu [v5e v6e v5p]
+    pip install 'jax[tpu]' && python -m bench.tpu [v5e v6e v5p tpu7x]
 
 Each row is compiled ahead of time, in a process of its own, and beside it splash attention
 by the same compiler. The figures are VLIW bundles per executed block of 512 × 512, of full
@@ -16,7 +16,12 @@ import subprocess
 import sys
 import tempfile
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
+TOPOLOGIES = {
+    "v5e": "v5e:2x2",
+    "v6e": "v6e:2x2",
+    "v5p": "v5p:2x2x1",
+    "tpu7x": "tpu7x:2x2x1",
+}
 LENGTH, BLOCK = 4096, 512
 # name, what runs, head size, which of the kernels, against which row of splash
 ROWS = (

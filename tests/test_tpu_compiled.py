@@ -24,7 +24,12 @@ pytestmark = [
     ),
     pytest.mark.xdist_group("libtpu"),
 ]
-TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
+TOPOLOGIES = {
+    "v5e": "v5e:2x2",
+    "v6e": "v6e:2x2",
+    "v5p": "v5p:2x2x1",
+    "tpu7x": "tpu7x:2x2x1",
+}
 KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
@@ -125,6 +130,14 @@ def test_gradients_compile_for_masks_and_modifiers(options):
     with chips("v6e", (1,), ("chip",)) as mesh:
         program = compiled(gradients(attend), mesh, PartitionSpec(), *shapes(512))
     assert kernels(program) == 2
+
+
+def test_second_derivatives_compile_beside_kernels():
+    attend = lambda *xs: jattn.attention(*xs, mask=masks.Causal())
+    hessian = lambda *xs: jax.jvp(gradients(attend), xs, xs)[1]
+    with chips("v6e", (1,), ("chip",)) as mesh:
+        program = compiled(hessian, mesh, PartitionSpec(), *shapes(512))
+    assert kernels(program) == 1  # forward
 
 
 def test_four_chips_run_a_kernel_each_on_their_batch_and_heads():
