@@ -249,7 +249,8 @@ class Attention(anywhere.Attention):
         plan = plan._replace(queries=-(-plan.queries // segments) * segments)
         kinds = self._kinds(operands, plan)
         if by_query:
-            words, count = schedule(kinds, plan.heads)
+            plan = plan.joined
+            words, count = schedule(kinds, plan.heads, plan.halves)
         else:  # by key, for each segment of queries
             B, N, i, j = kinds.shape
             kinds = kinds.reshape(B, N, segments, i // segments, j)

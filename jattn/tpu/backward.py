@@ -162,7 +162,7 @@ def _backward_block(call: Call, inputs, state, at, options):
             dot(value[0, 0, part.keys, :], d_output[at]),
         )
 
-    todo = parts(call.plan.block_kv, call.plan.columns, *call.tuning)
+    todo = parts(call.plan, *call.tuning)
     coming = products(todo[0])
     for part, following in zip(todo, [*todo[1:], None], strict=True):
         logits, d_weights = coming

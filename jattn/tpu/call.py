@@ -116,13 +116,16 @@ class Call:
         return words[self._at(b, k, step)]
 
     def over_kinds(self, word, block) -> None:
-        """Runs `block(masked)` unless the step's block is empty."""
+        """Runs `block(masked)`, or `block(masked, half)`, unless the step's is empty."""
         kind = schedule.kind(word)
         if self.problem.mask is None and not self.has_padding:
             pl.when(kind != EMPTY)(lambda: block(masked=False))
             return
         pl.when(kind == FULL)(lambda: block(masked=False))
         pl.when(kind == PARTIAL)(lambda: block(masked=True))
+        if self.plan.halves > 1:
+            half = kind - schedule.HALF
+            pl.when(half >= 0)(lambda: block(masked=True, half=half))
 
     def _at(self, b, k, step):
         B, K, steps = self.steps

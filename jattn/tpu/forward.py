@@ -43,10 +43,10 @@ def forward(call: Call, arguments: Arguments):
 
         state = (top, total, sums)
 
-        def block(masked):
+        def block(masked, half=None):
             _, j = steps.blocks(word)
             inputs = (query, key, value, refs, size, exponent)
-            _forward_block(call, inputs, state, j, masked)
+            _forward_block(call, inputs, state, (j, half), masked)
 
         call.over_kinds(word, block)
 
@@ -84,8 +84,9 @@ def forward(call: Call, arguments: Arguments):
     )
 
 
-def _forward_block(call: Call, inputs, state, j, masked: bool):
-    """Adds one block of keys to the running maximum, sum and output."""
+def _forward_block(call: Call, inputs, state, at, masked: bool):
+    """Adds one block of keys, or half of it, to the running maximum, sum and output."""
+    j, half = at
     query, key, value, refs, size, exponent = inputs
     top, total, sums = state
     dot = lambda x, y: lax.dot_general(
@@ -96,7 +97,7 @@ def _forward_block(call: Call, inputs, state, j, masked: bool):
         preferred_element_type=jnp.float32,
     )
     products = lambda part: dot(key[0, 0, part.keys, :], query[0, 0, :, part.columns])
-    todo = parts(call.plan.block_kv, call.plan.columns, *call.tuning)
+    todo = parts(call.plan, *call.tuning, half)
     coming = products(todo[0])
     for part, following in zip(todo, [*todo[1:], None], strict=True):
         logits = coming

@@ -35,11 +35,20 @@ class Plan(NamedTuple):
     block_kv: int
     queries: int  # blocks
     keys: int
+    halves: int = 1  # of a block of keys, that may be empty by themselves
 
     @property
     def columns(self) -> int:
         """Columns of a block."""
         return self.fold * self.block_q
+
+    @property
+    def joined(self) -> "Plan":
+        """With two blocks of keys as the halves of one, where there are two."""
+        if self.keys == 1:
+            return self
+        keys = -(-self.keys // 2)
+        return self._replace(block_kv=2 * self.block_kv, keys=keys, halves=2)
 
 
 def plan(sizes, fold: bool, blocks: tuple[int, int]) -> Plan:

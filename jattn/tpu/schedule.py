@@ -5,7 +5,10 @@ sums stay where they are; blocks that a mask leaves empty are not among the step
 and neither copied nor computed. An outer block that meets nothing has one idle step, for
 its result must be written too.
 
-    bits   0–1 kind   2 first of its outer block   3 last   4–16 inner   17–30 outer
+    bits   0–2 kind   3 first of its outer block   4 last   5–17 inner   18–30 outer
+
+Forward, an inner block is two of the table's, for larger ones are computed in fewer
+instructions. Where one of the two is empty, the step is of the other half alone.
 """
 
 from typing import Any
@@ -13,24 +16,26 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.tables import EMPTY, PARTIAL
+from jattn.tables import EMPTY, FULL, PARTIAL
 
-FIRST, LAST = 4, 8
-_INNER, _OUTER = 4, 17
-MOST_INNER, MOST_OUTER = 2**13, 2**14  # blocks
+HALF = 3  # a kind beside those of a table: the first half alone; the next, the second
+FIRST, LAST = 8, 16
+_INNER, _OUTER = 5, 18
+MOST_INNER = 2**13  # blocks; as many outer ones
 
 
-def schedule(kinds: Any, heads: int):
+def schedule(kinds: Any, heads: int, halves: int = 1):
     """The steps over kinds, B or 1 × N or 1 × outer × inner blocks; and how many there are.
 
     They are int32, examples × heads × steps, the first two perhaps 1. The count is a
     number where nothing is traced.
 
     `heads` is how many the kernel has; where these are fewer than the table's, some share
-    their steps.
+    their steps. `halves` is how many of the table's blocks an inner block is, 1 or 2.
     """
     xp: Any = np if isinstance(kinds, np.ndarray) else jnp
     kinds = _shared(xp, kinds, heads)
+    kinds = _joined(xp, kinds) if halves == 2 else kinds
     B, N, outer, inner = kinds.shape
     live = kinds != EMPTY
     inners = xp.arange(inner, dtype=np.int32).reshape(1, 1, 1, inner)
@@ -64,8 +69,8 @@ def blocks(word):
 
 
 def kind(word):
-    """Whether the block of a step is empty, partial or full."""
-    return word & 3
+    """Whether the block of a step is empty, partial, full, or which half of it counts."""
+    return word & 7
 
 
 def _shared(xp, kinds, heads: int):
@@ -76,3 +81,13 @@ def _shared(xp, kinds, heads: int):
     kinds = kinds.reshape(B, heads, N // heads, outer, inner)
     low, high = xp.min(kinds, axis=2), xp.max(kinds, axis=2)
     return xp.where(low == high, low, np.int8(PARTIAL))
+
+
+def _joined(xp, kinds):
+    """The kinds of twice as long inner blocks; one more that is empty where one is odd."""
+    kinds = xp.pad(kinds, [(0, 0)] * 3 + [(0, kinds.shape[3] % 2)])
+    first, second = kinds[..., 0::2], kinds[..., 1::2]
+    both = xp.where((first == FULL) & (second == FULL), np.int8(FULL), np.int8(PARTIAL))
+    alone = xp.where(second == EMPTY, np.int8(HALF), np.int8(HALF + 1))
+    either = xp.where((first == EMPTY) | (second == EMPTY), alone, both)
+    return xp.where((first == EMPTY) & (second == EMPTY), np.int8(EMPTY), either)

@@ -1,35 +1,41 @@
 """A part of a block inside a kernel: its logits, mask and dropout."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from jattn.dropout import keep
-from jattn.tpu.layout import Extras, Pairs, kind
+from jattn.tpu.layout import Extras, Pairs, Plan, kind
 from jattn.tpu.pairs import evaluate, spread
 
 
 class Part(NamedTuple):
     """Some keys and some columns of a block."""
 
-    keys: slice
+    keys: pl.Slice
     columns: slice
 
     @property
     def shape(self) -> tuple[int, int]:
         """Keys × columns."""
-        size = lambda part: part.stop - part.start
-        return size(self.keys), size(self.columns)
+        return self.keys.size, self.columns.stop - self.columns.start
 
 
-def parts(keys: int, columns: int, chunk: int, width: int) -> list[Part]:
-    """A block, cut into parts of `chunk` keys and `width` columns."""
-    cut = lambda length, size: [
-        slice(at, min(at + size, length)) for at in range(0, length, size)
-    ]
-    return [Part(x, y) for x in cut(keys, chunk) for y in cut(columns, width)]
+def parts(plan: Plan, chunk: int, width: int, half=None) -> list[Part]:
+    """A block, or a half, cut into parts of `chunk` keys and `width` columns."""
+    keys = plan.block_kv if half is None else plan.block_kv // plan.halves
+    first = 0 if half is None else half * keys
+    found = []
+    for at in range(0, keys, chunk):
+        start = at if half is None else pl.multiple_of(first + at, math.gcd(keys, chunk))
+        some = pl.ds(start, min(chunk, keys - at))
+        for left in range(0, plan.columns, width):
+            found.append(Part(some, slice(left, min(left + width, plan.columns))))
+    return found
 
 
 class Tile:
