@@ -1,7 +1,7 @@
 """A part of a block inside a kernel: its logits, mask and dropout."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jattn.tpu.pairs import evaluate, spread
 class Part(NamedTuple):
     """Some keys and some columns of a block."""
 
-    keys: pl.Slice
+    keys: Any  # a `pl.ds`, whose start may be traced
     columns: slice
 
     @property
@@ -28,7 +28,7 @@ class Part(NamedTuple):
 def parts(plan: Plan, chunk: int, width: int, half=None) -> list[Part]:
     """A block, or a half, cut into parts of `chunk` keys and `width` columns."""
     keys = plan.block_kv if half is None else plan.block_kv // plan.halves
-    first = 0 if half is None else half * keys
+    first: Any = 0 if half is None else half * keys
     found = []
     for at in range(0, keys, chunk):
         start = at if half is None else pl.multiple_of(first + at, math.gcd(keys, chunk))
