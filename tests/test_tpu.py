@@ -16,6 +16,7 @@ from jattn.problem import pose
 from jattn.shapes import Sizes
 from jattn.testing import CASES, assert_matches_definition, errors, random_inputs
 from jattn.tpu import refusal
+from jattn.tpu.pairs import evaluate
 from tests import emulated_tpu
 
 NAMED = {case.name: case for case in CASES}
@@ -309,6 +310,16 @@ def test_second_derivatives_equal_definition():
     got, want = map(derived, (emulated_tpu.attention_state, definition.attention_state))
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5 * np.max(np.abs(y)))
+
+
+def test_distances_are_exact_as_floats_up_to_the_longest_input():
+    far = np.int32(2**22)
+    program = jax.make_jaxpr(lambda t, s: -jnp.abs(t - s).astype(jnp.float32) / 3)
+    inputs = [np.array([[far - 1, far, 7]]), np.array([[0], [3], [far]])]
+    jaxpr = program(far, far).jaxpr
+    want = evaluate(jaxpr, [jnp.int32(x) for x in inputs])
+    got = evaluate(jaxpr, [jnp.int32(x) for x in inputs], small=(0, 1))
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("platforms", [("cpu", "tpu"), ("tpu",)])

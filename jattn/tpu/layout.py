@@ -74,11 +74,12 @@ class Extras(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """The programs of what joins a query and a key, and where keys are counted from 0."""
+    """The programs of what joins a query and a key, and what is counted from 0."""
 
     mask: Program | None
     modifier: Program | None
     counts_keys: bool
+    counts: bool  # both queries and keys
 
 
 def extras(problem: Problem, operands: Operands) -> tuple[Pairs, Extras]:
@@ -96,7 +97,8 @@ def extras(problem: Problem, operands: Operands) -> tuple[Pairs, Extras]:
     counts_keys = operands.key_position is None
     used = (*used[:3], used[3] and not counts_keys)
     at = tuple(x if flag else None for x, flag in zip(at, used, strict=True))
-    pairs = Pairs(mask, modifier, counts_keys)
+    counts = counts_keys and operands.query_position is None
+    pairs = Pairs(mask, modifier, counts_keys, counts)
     return pairs, Extras(at, mask_arrays, modifier_arrays, operands.bias, operands.rng)
 
 

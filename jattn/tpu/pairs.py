@@ -7,6 +7,7 @@ to one shape. What a kernel cannot evaluate, `objection` says before.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Literal
 
 from jattn.split import CALLS
@@ -46,12 +47,16 @@ def objection(equations) -> str | None:
     return None
 
 
-def evaluate(jaxpr, inputs) -> jax.Array:
+def evaluate(jaxpr, inputs, small=()) -> jax.Array:
     """The result of a jaxpr of scalars, for inputs of two axes that spread to a tile.
 
-    An input that the result does not depend on may be None.
+    An input that the result does not depend on may be None. The `small` inputs, by place,
+    are integers of so few bits that sums of two are exact in float32: where a distance is
+    wanted as a float, it is computed as one, which takes half the instructions.
     """
-    (result,) = _evaluate(jaxpr, inputs)
+    floats = {jaxpr.invars[i]: inputs[i] for i in small if inputs[i] is not None}
+    floats = {var: x.astype(jnp.float32) for var, x in floats.items()}
+    (result,) = _evaluate(jaxpr, inputs, floats)
     return result
 
 
@@ -64,7 +69,7 @@ def spread(array, shape):
     return jnp.broadcast_to(array, shape)
 
 
-def _evaluate(jaxpr, inputs) -> list:
+def _evaluate(jaxpr, inputs, floats=()) -> list:
     values = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def read(atom):
@@ -72,14 +77,36 @@ def _evaluate(jaxpr, inputs) -> list:
             return values[atom]
         return jnp.full((1, 1), atom.val, getattr(atom.aval, "dtype", None))
 
+    distances = _distances(jaxpr, dict(floats))
     for equation in jaxpr.eqns:
         operands = [read(x) for x in equation.invars]
-        if any(x is None for x in operands):  # of use to nothing
+        if equation.outvars[0] in distances:
+            results = [distances[equation.outvars[0]]]
+        elif any(x is None for x in operands):  # of use to nothing
             results = [None] * len(equation.outvars)
         else:
             results = _apply(equation, operands)
         values |= dict(zip(equation.outvars, results, strict=True))
     return [read(x) for x in jaxpr.outvars]
+
+
+def _distances(jaxpr, floats: dict) -> dict:
+    """The floats that are made of a sum or difference of two small integers."""
+    sums, found = {}, {}
+    for equation in jaxpr.eqns:
+        name, out = equation.primitive.name, equation.outvars[0]
+        operands = [x for x in equation.invars if not isinstance(x, Literal)]
+        if len(operands) < len(equation.invars):
+            continue
+        if name in ("add", "sub") and all(x in floats for x in operands):
+            x, y = (floats[x] for x in operands)
+            shape = jnp.broadcast_shapes(x.shape, y.shape)
+            sums[out] = getattr(lax, name)(spread(x, shape), spread(y, shape))
+        elif name in ("abs", "neg") and operands[0] in sums:
+            sums[out] = getattr(lax, name)(sums[operands[0]])
+        elif name == "convert_element_type" and out.aval.dtype == jnp.float32:
+            found |= {out: sums[x] for x in operands if x in sums}
+    return found
 
 
 def _apply(equation, operands) -> list:

@@ -60,7 +60,8 @@ class Tile:
         logits = products
         if self.pairs.modifier is not None:
             inputs = [products, *self.index, *modifier]
-            logits = evaluate(self.pairs.modifier.jaxpr, inputs)
+            small = (3, 4) if self.pairs.counts else ()  # t and s
+            logits = evaluate(self.pairs.modifier.jaxpr, inputs, small)
             logits = spread(logits.astype(products.dtype), self.shape)
         return logits if bias is None else logits + bias
 
