@@ -95,6 +95,7 @@ def _distances(jaxpr, floats: dict) -> dict:
     sums, found = {}, {}
     for equation in jaxpr.eqns:
         name, out = equation.primitive.name, equation.outvars[0]
+        is_float = out.aval.dtype == jnp.float32
         operands = [x for x in equation.invars if not isinstance(x, Literal)]
         if len(operands) < len(equation.invars):
             continue
@@ -104,8 +105,8 @@ def _distances(jaxpr, floats: dict) -> dict:
             sums[out] = getattr(lax, name)(spread(x, shape), spread(y, shape))
         elif name in ("abs", "neg") and operands[0] in sums:
             sums[out] = getattr(lax, name)(sums[operands[0]])
-        elif name == "convert_element_type" and out.aval.dtype == jnp.float32:
-            found |= {out: sums[x] for x in operands if x in sums}
+        elif name == "convert_element_type" and operands[0] in sums and is_float:
+            found[out] = sums[operands[0]]
     return found
 
 
