@@ -391,21 +391,15 @@ def _jvp(primals, tangents, *, operation):
     if operation.names:
         outputs = tuple(map(checkpoint_name, outputs, operation.names))
     active = tuple(type(tangent) is not ad.Zero for tangent in tangents)
-    fixed = len(primals) - operation.linear
-    terms = []
-    if any(active[:fixed]):
-        flags = (*active[:fixed], *(False,) * operation.linear)
-        kept = outputs if operation.names else ()
-        chosen = _choose(flags, tangents)
-        terms.append(operation.pushed(flags)(*primals, *kept, *chosen))
-    if any(active[fixed:]):
-        rest = map(ad.instantiate_zeros, tangents[fixed:])
-        terms.append(operation(*primals[:fixed], *rest))
-    if not terms:
+    if not any(active):
         return outputs, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in outputs]
-    return outputs, [
-        functools.reduce(ad.add_jaxvals, ts) for ts in zip(*terms, strict=True)
-    ]
+    fixed = len(primals) - operation.linear
+    if any(active[:fixed]):  # the linear arguments' too: all in one pass
+        kept = outputs if operation.names else ()
+        pushed = operation.pushed(active)
+        return outputs, list(pushed(*primals, *kept, *_choose(active, tangents)))
+    rest = map(ad.instantiate_zeros, tangents[fixed:])
+    return outputs, list(operation(*primals[:fixed], *rest))
 
 
 def _transpose(cotangents, *arrays, operation):
