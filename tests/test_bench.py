@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,19 @@ def test_every_row_of_the_tables_is_a_case_at_a_shape(quick):
 
 
 # Measures.
+
+
+@pytest.fixture(autouse=True)
+def unsettled(monkeypatch):
+    """Nothing is left behind here that a measurement should wait for."""
+    monkeypatch.setattr(measure, "SETTLE", 0)
+
+
+def test_what_is_timed_settles_first(monkeypatch):
+    monkeypatch.setattr(measure, "SETTLE", 0.01)
+    calls = []
+    measure.interleave({"a": lambda: (calls.append(1), time.sleep(0.003))}, 0, rounds=1)
+    assert len(calls) >= 1 + 3 + 1  # warming up, settling, timed
 
 
 def test_every_candidate_runs_in_every_round_and_goes_first_in_its_turn():
