@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.blocks import table
+from jattn.blocks.decide import per_block
+from jattn.blocks.graph import KEY, QUERY
 from jattn.problem import Operands, Problem
 from jattn.tables import EMPTY as EMPTY
 from jattn.tables import FULL, PARTIAL, resize
@@ -50,27 +52,15 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
         dead = table.dead_blocks(jaxpr, modifier.captured, points, modifier.aligned)
         kinds = kinds * (~dead).astype(np.int8)
     if _is_one_sided(operands.bias):
-        dead = _is_lowest(_constant(operands.bias), (T, S), (block_q, block_kv))
-        kinds = kinds * (~dead).astype(jnp.int8)
+        most = _constant(operands.bias)
+        for axis, size in ((QUERY, block_q), (KEY, block_kv)):
+            most = per_block(most, axis, size, "max")
+        kinds = kinds * (most != -np.inf).astype(np.int8)
     return kinds
 
 
 def _is_one_sided(bias) -> bool:
     return bias is not None and 1 in bias.shape[2:]
-
-
-def _is_lowest(bias, lengths, blocks):
-    """Whether a bias BNTS is −∞ on each block; where it has a size of 1, on all."""
-    for axis, length, block in zip((2, 3), lengths, blocks, strict=True):
-        if bias.shape[axis] == 1:
-            continue
-        count = -(-length // block)
-        padding = [(0, 0)] * 4
-        padding[axis] = (0, count * block - length)
-        bias = jnp.pad(bias, padding, constant_values=-jnp.inf)
-        shape = (*bias.shape[:axis], count, block, *bias.shape[axis + 1 :])
-        bias = jnp.max(bias.reshape(shape), axis + 1)
-    return bias == -jnp.inf
 
 
 def _constant(array):

@@ -82,7 +82,7 @@ class _Selection:
 
     def _reduced(self, array, extreme: str):
         for side, block in self.layout.sizes.items():
-            array = _per_block(array, side, block, extreme)
+            array = per_block(array, side, block, extreme)
         return array
 
     def _within(self, array, side: int, extreme: str):
@@ -132,7 +132,7 @@ def _possible(x: Interval, positive: bool):
     return x.hi if positive else ~x.lo
 
 
-def _per_block(array, axis: int, size: int, extreme: str):
+def per_block(array, axis: int, size: int, extreme: str):
     """Reduces an axis block by block; one that is broadcast stays so."""
     length = array.shape[axis]
     if length == 1:
