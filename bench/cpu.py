@@ -9,7 +9,6 @@ import argparse
 import functools
 import statistics
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ def rates() -> tuple[float, float]:
     product = functools.partial(jax.jit(jnp.dot), square, square)
     exponential = functools.partial(jax.jit(jnp.exp), square)
     calls = {"product": product, "exponential": exponential}
-    times = measure.interleave({n: _waits(f) for n, f in calls.items()}, 3.0)
+    times = measure.interleave({n: measure.waiting(f) for n, f in calls.items()}, 3.0)
     fastest = {name: min(taken) for name, taken in times.items()}
     return 2 * 2048**3 / fastest["product"], square.size / fastest["exponential"]
 
@@ -242,10 +241,6 @@ def _both(inputs, **given) -> measure.Pass:
         return output, pull(inputs[0])
 
     return measure.compiled(both, inputs)
-
-
-def _waits(function: Callable) -> Callable:
-    return lambda: jax.block_until_ready(function())
 
 
 SECTIONS = {

@@ -58,10 +58,15 @@ def compiled(function: Callable, *arguments) -> Pass:
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()  # not every platform tells
     return Pass(
-        run=lambda: jax.block_until_ready(program(*arguments)),
+        run=waiting(lambda: program(*arguments)),
         compile_seconds=seconds,
         temporaries=None if memory is None else memory.temp_size_in_bytes,
     )
+
+
+def waiting(function: Callable) -> Callable:
+    """The function, until what it gives is there."""
+    return lambda: jax.block_until_ready(function())
 
 
 def interleave(

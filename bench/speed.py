@@ -9,7 +9,7 @@ import sys
 from bench import candidates, measure, report, rows
 
 # What a peer may raise for a case that it was thought to take; the run goes on.
-REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError, ExceptionGroup)
+REFUSALS = (ValueError, TypeError, RuntimeError, ExceptionGroup)
 INTERRUPTED = 130  # as the shell counts Ctrl-C
 
 

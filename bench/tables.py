@@ -25,7 +25,7 @@ H = 64
 
 def seconds(*functions, rounds: int) -> list[float]:
     """The median time of each, all called in turn."""
-    runs = {str(i): lambda f=f: jax.block_until_ready(f()) for i, f in enumerate(functions)}
+    runs = {str(i): measure.waiting(f) for i, f in enumerate(functions)}
     times = measure.interleave(runs, 0.0, rounds)
     return [statistics.median(times[name]) for name in runs]
 
