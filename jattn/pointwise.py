@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 INDICES = ("b", "n", "t", "s")
@@ -164,21 +165,44 @@ def _used(jaxpr) -> tuple[bool, ...]:
     return tuple(id(var) in live for var in jaxpr.invars)
 
 
-def _structure(jaxpr) -> Hashable:
-    """What a jaxpr computes, as nested tuples that compare by value."""
+# How many derivatives of a function with its own rules a key tells apart. Some rules call
+# their function again, `exp` is one such, so there is no last one.
+_ORDERS = 4
+_RULES = ("custom_jvp_call", "custom_vjp_call")
+
+
+def _structure(jaxpr, orders: int = _ORDERS) -> Hashable:
+    """Makes a key of a jaxpr: equal ones compute the same from equal inputs.
+
+    Every key in this library is made of the following, so that two programs with one key
+    are one program. Nothing is known by its printed text, for two numbers may print alike.
+
+        type of a value     shape, dtype, weak type, sharding: the abstract value itself
+        literal             its type and its bits
+        array of an inner   its type and its bits; a traced one only equals itself
+          jaxpr
+        inner jaxpr         its own key
+        parameter           number: type and bits; container: its items; else by `==`
+        function with its   the keys of its jaxpr and of the jaxpr of its derivative, and
+          own derivative    so on for `orders` derivatives
+
+    Only a function without a jaxpr, such as a callback, is known by its identity.
+    """
     numbers: dict[Any, int] = {}
 
     def atom(x):
         if isinstance(x, Literal):
-            return "literal", str(x.aval), type(x.val), repr(x.val)
-        return numbers.setdefault(x, len(numbers)), str(x.aval)
+            return "literal", x.aval, _bits(x.val, x.aval.dtype)
+        return numbers.setdefault(x, len(numbers)), x.aval
 
     def equation(eqn):
-        params = tuple((name, _parameter(eqn.params[name])) for name in sorted(eqn.params))
+        params = eqn.params
+        if eqn.primitive.name in _RULES:
+            params = {"call": eqn.params["call_jaxpr"], "rule": _Rule(eqn)}
         return (
             eqn.primitive,
             tuple(map(atom, eqn.invars)),
-            params,
+            tuple((name, _parameter(params[name], orders)) for name in sorted(params)),
             tuple(map(atom, eqn.outvars)),
         )
 
@@ -186,19 +210,84 @@ def _structure(jaxpr) -> Hashable:
     return inputs, tuple(map(equation, jaxpr.eqns)), tuple(map(atom, jaxpr.outvars))
 
 
-def _parameter(value) -> Hashable:
-    """An equation's parameter by value where that can be had, else by identity."""
+def _parameter(value, orders: int) -> Hashable:
+    """Makes a key of an equation's parameter, as `_structure` says."""
+    if isinstance(value, _Rule):
+        return value.structure(orders - 1) if orders else None
     if hasattr(value, "jaxpr") and hasattr(value, "consts"):
-        return _structure(value.jaxpr), tuple(map(_Same, value.consts))
+        return _structure(value.jaxpr, orders), tuple(map(_constant, value.consts))
     if hasattr(value, "eqns"):
-        return _structure(value)
+        return _structure(value, orders)
     if isinstance(value, tuple | list):
-        return tuple(map(_parameter, value))
+        return type(value), tuple(_parameter(x, orders) for x in value)
+    if isinstance(value, dict):
+        items = tuple((key, _parameter(x, orders)) for key, x in value.items())
+        return type(value), items
+    if isinstance(value, float | complex | np.ndarray | np.generic | jax.Array):
+        return _constant(value)
     try:
         hash(value)
     except TypeError:
         return _Same(value)
     return type(value), value
+
+
+def _constant(array) -> Hashable:
+    """Makes a key of a number or an array; a traced one only equals itself."""
+    if isinstance(array, jax.core.Tracer) or jax.dtypes.issubdtype(
+        getattr(array, "dtype", float), jax.dtypes.extended
+    ):
+        return _Same(array)
+    return type(array), *_bits(array)
+
+
+def _bits(value, dtype=None) -> Hashable:
+    """Gives the shape, the type and the bits of a number or an array."""
+    array = np.asarray(value, dtype)
+    return array.shape, array.dtype, array.tobytes()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rule:
+    """The derivative that a function brings with it, as an equation calls it."""
+
+    equation: Any
+
+    def structure(self, orders: int) -> Hashable:
+        """Makes a key of the derivative's jaxpr."""
+        types = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in self.inputs]
+        try:
+            derivative = jax.make_jaxpr(self._derivative)(*types)
+        except Exception:  # noqa: BLE001  whatever the user's rule raises; it may be unused
+            return _Same(self.equation)
+        constants = tuple(map(_constant, derivative.consts))
+        return _structure(derivative.jaxpr, orders), constants
+
+    @property
+    def inputs(self):
+        """The inputs of the call, then what is to be pushed or pulled through it."""
+        real = lambda x: jnp.issubdtype(x.aval.dtype, jnp.inexact)
+        forward = self.equation.primitive.name == "custom_jvp_call"
+        ends = self.equation.invars if forward else self.equation.outvars
+        return [*self.equation.invars, *filter(real, ends)]
+
+    def _derivative(self, *arrays):
+        """Pushes tangents through the call, or pulls cotangents."""
+        primitive, count = self.equation.primitive, len(self.equation.invars)
+        params = primitive.get_bind_params(self.equation.params)
+        primals, rest = arrays[:count], arrays[count:]
+        real = [jnp.issubdtype(x.dtype, jnp.inexact) for x in primals]
+
+        def call(*chosen):
+            chosen = iter(chosen)
+            given = [next(chosen) if flag else x for x, flag in zip(primals, real, strict=True)]
+            outputs = primitive.bind(*given, **params)
+            return [x for x in outputs if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+        chosen = tuple(x for x, flag in zip(primals, real, strict=True) if flag)
+        if primitive.name == "custom_jvp_call":
+            return jax.jvp(call, chosen, rest)[1]
+        return jax.vjp(call, *chosen)[1](list(rest))
 
 
 class _Same:
