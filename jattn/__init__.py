@@ -1,16 +1,17 @@
 """Attention for JAX: one definition, and everything fast equal to it.
 
-Read in this order:
+Each module imports only from those above it:
 
-`definition`    what attention is: for one query in three steps, for many by vmap
+`shapes`        the letters B T S N K H D, and the checks at the door
+`pointwise`     masks and modifiers made into data that compare by structure
 `masks`         which keys a query may attend to: functions (b, n, t, s) → bool
 `modifiers`     what happens to a logit: functions (logit, b, n, t, s) → logit
 `dropout`       which weights drop: a pure function of the seed and (b, n, t, s)
 `state`         how partial answers combine: (output, logsumexp) under merge
-`shapes`        the letters B T S N K H D, and the checks at the door
-`pointwise`     masks and modifiers made into data that compare by structure
+`definition`    what attention is: for one query in three steps, for many by vmap
 `tables`        which blocks of a mask are empty, partial or full, to keep and reuse
 `problem`       one call, taken apart: static facts and operands
+`split`         what of a mask or modifier reads one side, evaluated once for each query or key
 `blocks`        a mask evaluated over intervals, a pair of blocks each
 `skipping`      which blocks of a call can be skipped, for every implementation
 `tabulate`      block tables made from a mask and shapes
@@ -18,8 +19,10 @@ Read in this order:
 `dense`         attention in one tile
 `operation`     a function with its own derivatives that JAX transforms in every way
 `blockwise`     attention in many tiles: forward, backward, tangent
-`views`         a look at the weights of any length
+`tpu`           attention on TPU, by Pallas kernels
+`cudnn`         attention on NVIDIA GPUs by cuDNN, where it is the same function
 `dispatch`      which implementation runs, and why
+`views`         a look at the weights of any length
 `explanation`   what a call would do
 `api`           the public functions
 `testing`       named cases and the checks that every implementation passes
@@ -32,6 +35,8 @@ Read in this order:
 `plot`          pictures of masks and weights, with matplotlib
 `command`       what `python -m jattn` does
 `adapters`      the same functions under other libraries' signatures
+
+To read, begin with `definition`: what it imports, it explains.
 """
 
 from jattn import definition, masks, modifiers

@@ -1,17 +1,19 @@
 """The public functions: check, choose, call. The mathematics is in the other modules."""
 
+import dataclasses
 import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from jattn import dense, dispatch, explanation
+from jattn import blockwise, dense, dispatch, explanation
 from jattn.explanation import Explanation
 from jattn.problem import (
     Operands,
     Problem,
     asking_logsumexp,
+    check_bias,
     check_sink,
     pose,
     pose_mask,
@@ -101,7 +103,8 @@ def attention(
         "key_position": key_position,
         "dropout": dropout,
     }
-    return _attend("attention", query, key, value, sink, implementation, options).output
+    problem, operands = pose("attention", query, key, value, **options)
+    return _attend("attention", problem, operands, sink, implementation, False).output
 
 
 def attention_state(
@@ -159,7 +162,8 @@ def attention_state(
         "dropout": dropout,
     }
     where = "attention_state"
-    return _attend(where, query, key, value, sink, implementation, options)
+    problem, operands = pose(where, query, key, value, **options)
+    return _attend(where, problem, operands, sink, implementation, True)
 
 
 def attention_logits(
@@ -209,6 +213,7 @@ def attention_logits(
         key_position=key_position,
     )
     rows = _check_rows(where, rows, problem.sizes)
+    problem = dataclasses.replace(problem, named=None)
     return _unflatten(_logits(problem, operands, rows), problem.sizes)
 
 
@@ -272,6 +277,7 @@ def attention_weights(
     )
     sink = check_sink(where, sink, problem.sizes)
     rows = _check_rows(where, rows, problem.sizes)
+    problem = dataclasses.replace(problem, named=None)
     return _unflatten(_weights(problem, operands, sink, rows), problem.sizes)
 
 
@@ -350,36 +356,44 @@ def explain(
     shapes = [leaf for leaf, shape in zip(leaves, is_shape, strict=True) if shape]
     jax.eval_shape(posed, shapes)
     (problem,), operands = problems, None
+    bias = options["bias"]
     names = ("mask", "modifier", "query_position", "key_position")
     decisive = {name: options[name] for name in names}
-    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(decisive)):
+    leaves = jax.tree.leaves((decisive, bias))
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         _, operands = pose_mask(where, problem.sizes, problem.dtype, **decisive)
+        if bias is not None:
+            operands = operands._replace(bias=check_bias(where, bias, problem.sizes))
     return explanation.explain(where, problem, operands, platform, implementation)
 
 
-def _attend(where, query, key, value, sink, implementation, options) -> State:
-    problem, operands = pose(where, query, key, value, **options)
+def _attend(where, problem, operands, sink, implementation, whole: bool) -> State:
+    """Chooses an implementation and runs it; a logsumexp is given where `whole`."""
     sink = check_sink(where, sink, problem.sizes)
-    if sink is not None or where == "attention_state":
-        problem = asking_logsumexp(problem)
-    platform = jax.default_backend()
-    name = dispatch.choose(where, problem, platform, implementation)
+    problem = asking_logsumexp(problem) if whole or sink is not None else problem
+    name = dispatch.choose(where, problem, jax.default_backend(), implementation)
     if implementation is None:
         name = dispatch.for_any_platform(problem, name)
-    output, logsumexp = _state(problem, name, operands, sink)
-    batch = problem.sizes.batch
-    return State(
-        output.reshape(*batch, *output.shape[1:]),
-        logsumexp.reshape(*batch, *logsumexp.shape[1:]),
-    )
+    problem = blockwise.decided(problem, operands)
+    # Only cuDNN's programs hold the mask's numbers; others are to share theirs.
+    problem = problem if name == "cudnn" else dataclasses.replace(problem, named=None)
+    state = _state(problem, name, operands, sink, whole)
+    unflatten = lambda x: x.reshape(*problem.sizes.batch, *x.shape[1:])
+    return jax.tree.map(unflatten, state)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _state(problem: Problem, name: str, operands: Operands, sink) -> State:
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
+def _state(problem: Problem, name: str, operands: Operands, sink, whole: bool) -> State:
+    """Runs an implementation.
+
+    Without `whole` the logsumexp is None: the −∞ of a query that sees nothing is no result
+    then, which `jax.debug_infs` would report.
+    """
     state = dispatch.IMPLEMENTATIONS[name].attention_state(problem, operands)
     chex.assert_equal_shape_prefix([operands.query, *state], 3)
     chex.assert_type(state.logsumexp, problem.wide)
-    return state._replace(output=with_sink(state, sink).astype(problem.dtype))
+    output = with_sink(state, sink).astype(problem.dtype)
+    return State(output, state.logsumexp if whole else None)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -14,16 +14,16 @@ word of the seed; likewise a key's. `mix` is the 32-bit finalizer of MurmurHash3
 the time. So a tile of T × S weights costs T + S words and a few integer operations.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.pointwise import pytree
+
 __all__ = ["Dropout", "keep", "words"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree("rng", static=("rate", "shared"))
 class Dropout:
     """Drops weights at `rate`, drawn from the JAX random key `rng`.
 
@@ -37,13 +37,11 @@ class Dropout:
 
     def __post_init__(self):
         rate = self.rate
-        if not isinstance(rate, int | float) or not 0 <= rate < 1:
+        if not isinstance(rate, int | float | np.number) or not 0 <= rate < 1:
             raise ValueError(
                 f"Dropout: `rate` must be a Python number in [0, 1), got {rate!r}."
             )
-
-
-jax.tree_util.register_dataclass(Dropout, ["rng"], ["rate", "shared"])
+        object.__setattr__(self, "rate", float(rate))
 
 
 def words(rng, b, n, position, side: int) -> jax.Array:
@@ -59,7 +57,8 @@ def words(rng, b, n, position, side: int) -> jax.Array:
 
 def keep(query_words, key_words, rate: float) -> jax.Array:
     """Which weights stay, for words that broadcast to BNTS."""
-    return _mix(query_words + key_words) >= jnp.uint32(round(rate * 2**32))
+    least = min(round(rate * 2**32), 2**32 - 1)  # a rate next to 1 rounds to 2³²
+    return _mix(query_words + key_words) >= jnp.uint32(least)
 
 
 _GOLDEN = np.uint32(0x9E3779B9)  # 2³² over the golden ratio: spreads neighbours

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.pointwise import pytree
-from jattn.shapes import Sizes, align, check_array
+from jattn.shapes import Sizes, align, check_array, check_integers, saturate
 
 __all__ = [
     "Causal",
@@ -113,9 +113,18 @@ class Causal(Mask):
     def __post_init__(self):
         _check_whole("masks.Causal", "offset", self.offset)
 
+    def aligned(self, sizes) -> Any:
+        """The offset, so that another one is no other program."""
+        return _number("masks.Causal", "offset", self.offset)
+
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """The query, moved by the offset, is not before the key."""
-        return s - t <= _int32(self.offset)  # a sum with a large offset could wrap
+        # The sum of a position and a large offset could wrap; no difference of two does.
+        return s - t <= elements
+
+    def __call__(self, b, n, t, s):
+        """The same, by the number itself."""
+        return s - t <= _int32(self.offset)
 
 
 @pytree("left", "right")
@@ -144,14 +153,28 @@ class Window(Mask):
                     f"{side}; a window always holds the query's own position."
                 )
 
+    def aligned(self, sizes) -> Any:
+        """How far it reaches, so that another width is no other program."""
+        sides = {"left": self.left, "right": self.right}
+        return [
+            None if side is None else _number("masks.Window", name, side)
+            for name, side in sides.items()
+        ]
+
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """The key is no further to the left or right."""
+        left, right = elements
         inside = jnp.bool_(True)
-        if self.left is not None:
-            inside = t - s <= _int32(self.left)
-        if self.right is not None:
-            inside = inside & (s - t <= _int32(self.right))
+        if left is not None:
+            inside = t - s <= left
+        if right is not None:
+            inside = inside & (s - t <= right)
         return inside
+
+    def __call__(self, b, n, t, s):
+        """The same, by the numbers themselves."""
+        sides = [None if x is None else _int32(x) for x in (self.left, self.right)]
+        return self.allows(b, n, t, s, sides)
 
 
 @pytree("length")
@@ -167,14 +190,17 @@ class Prefix(Mask):
         _check_whole("masks.Prefix", "length", self.length)
 
     def aligned(self, sizes) -> Any:
-        """The length of each example, where there is more than one."""
-        if jnp.ndim(self.length) == 0:
-            return ()
+        """The length, of each example where there is more than one."""
         return _per_example("masks.Prefix", "length", self.length, sizes)
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """The key is in the prefix."""
-        return s < (_int32(self.length) if jnp.ndim(self.length) == 0 else elements)
+        return s < elements
+
+    def __call__(self, b, n, t, s):
+        """The same, where one length serves all examples."""
+        length = self.length
+        return s < (length[b] if jnp.ndim(length) else _int32(length))
 
 
 class _ByRow(Mask):
@@ -206,26 +232,29 @@ class Segments(_ByRow):
 
     def __post_init__(self):
         if self.padding_id is not None:
-            _check_whole("masks.Segments", "padding_id", self.padding_id)
+            _check_whole("masks.Segments", "padding_id", self.padding_id, signed=False)
 
     def aligned(self, sizes) -> Any:
-        """The ids of rows and of columns."""
-        where, names = "masks.Segments", ("query_ids", "key_ids")
-        ids = self.query_ids, self.key_ids
+        """The ids of rows and of columns, and that of padding, all of one type."""
+        where = "masks.Segments"
+        ids = {"query_ids": self.query_ids, "key_ids": self.key_ids}
         if self.key_ids is None:
-            names, ids = ("query_ids", "query_ids (as key_ids)"), (ids[0], ids[0])
-        return tuple(
-            align(where, name, _whole(where, name, array), sizes, axis)
-            for name, array, axis in zip(names, ids, "TS", strict=True)
+            ids = {"query_ids": self.query_ids, "query_ids (as key_ids)": self.query_ids}
+        ids = {name: check_integers(where, name, array) for name, array in ids.items()}
+        dtype = _common_dtype(where, ids)
+        rows, columns = (
+            align(where, name, array.astype(dtype), sizes, axis)
+            for (name, array), axis in zip(ids.items(), "TS", strict=True)
         )
+        if self.padding_id is None:
+            return rows, columns, None
+        return rows, columns, _padding_id(where, self.padding_id, dtype)
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """Both are of one segment, and that is not the padding."""
-        query_id, key_id = elements
+        query_id, key_id, padding_id = elements
         same = query_id == key_id
-        if self.padding_id is None:
-            return same
-        return same & (query_id != _int32(self.padding_id))
+        return same if padding_id is None else same & (query_id != padding_id)
 
 
 @pytree("key_lengths", "query_lengths")
@@ -332,21 +361,81 @@ class Not(Mask):
         return jnp.logical_not(self.mask.allows(b, n, t, s, elements))
 
 
+def in_words(mask) -> Mask | None:
+    """The mask, if it is `Causal`, `Window` or both, with Python's or NumPy's numbers."""
+    if isinstance(mask, And):
+        sides = in_words(mask.left), in_words(mask.right)
+        return None if None in sides else mask
+    numbers = {Causal: ("offset",), Window: ("left", "right")}.get(type(mask))
+    if numbers is None:
+        return None
+    values = [getattr(mask, name) for name in numbers]
+    return mask if all(x is None or _is_number(x) for x in values) else None
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def _int32(x):
     """An integer that combines with positions under strict promotion."""
-    return x if isinstance(x, int) else jnp.asarray(x).astype(jnp.int32)
+    return int(x) if _is_number(x) else saturate(jnp.asarray(x))
 
 
-def _check_whole(where: str, name: str, value) -> None:
-    """Raises for what is no whole number of 32 bits, or array of them.
+def _number(where: str, name: str, value):
+    """One whole number as 1111, int32; one beyond its ends is as good as these.
+
+    It is NumPy's where it is known, so that what it hides is found before the call runs.
+    """
+    number = saturate(check_integers(where, name, value))
+    if number.size != 1:
+        raise ValueError(
+            f"{where}: `{name}` must be one whole number, got shape {number.shape}; for one "
+            f"of each example write a function, `lambda b, n, t, s: …{name}[b]…`."
+        )
+    return number.reshape(1, 1, 1, 1)
+
+
+def _common_dtype(where: str, ids: dict):
+    """A type that holds the ids of both sides, or a sentence saying that there is none."""
+    left, right = (array.dtype for array in ids.values())
+    if left == right:
+        return left
+    dtype = np.promote_types(left, right)
+    if dtype.kind == "f" or not jnp.zeros((), jax.dtypes.canonicalize_dtype(dtype)).dtype == dtype:
+        raise ValueError(
+            f"{where}: `query_ids` and `key_ids` must be of one type, or of two that a third "
+            f"holds, got {left} and {right}; convert one with `.astype`."
+        )
+    return dtype
+
+
+def _padding_id(where: str, value, dtype):
+    """The id of padding as 1111, in the type of the ids."""
+    number = check_array(where, "padding_id", value) if hasattr(value, "dtype") else value
+    ends = jnp.iinfo(dtype)
+    known = not isinstance(number, jax.core.Tracer)
+    if known and not ends.min <= int(number) <= ends.max:
+        raise ValueError(
+            f"{where}: `padding_id` must be one of the numbers that ids of {dtype} can have, "
+            f"got {number}."
+        )
+    if known:
+        return np.full((1, 1, 1, 1), int(number), dtype)
+    return _number(where, "padding_id", number).astype(dtype)
+
+
+def _check_whole(where: str, name: str, value, signed: bool = True) -> None:
+    """Raises for what is no whole number that JAX has a type for, or array of them.
 
     Leaves anything else that JAX may put into a pytree alone.
     """
     dtype = getattr(value, "dtype", None)
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        if abs(int(value)) < 2**31:
+    if _is_number(value):
+        bits = jnp.iinfo(jnp.asarray(0).dtype).bits
+        if -(2 ** (bits - 1)) <= int(value) < 2 ** (bits - signed):
             return
-        got = f"{value}, which does not fit 32 bits"
+        got = f"{value}, which does not fit {bits} bits"
     elif dtype is not None:
         if jnp.issubdtype(dtype, jnp.integer):
             return
@@ -356,17 +445,6 @@ def _check_whole(where: str, name: str, value) -> None:
     else:
         return
     raise ValueError(f"{where}: `{name}` must be a whole number, got {got}.")
-
-
-def _whole(where: str, name: str, array) -> jax.Array:
-    """An integer array, as int32."""
-    array = check_array(where, name, array)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(
-            f"{where}: `{name}` must hold integers, got {array.dtype}; convert it with "
-            f"`.astype(int)`."
-        )
-    return array.astype(jnp.int32)
 
 
 def _boolean(where: str, name: str, array) -> jax.Array:
@@ -384,11 +462,13 @@ def _boolean(where: str, name: str, array) -> jax.Array:
 
 
 def _per_example(where: str, name: str, array, sizes: Sizes) -> jax.Array:
-    """One integer for all or one per example, as B111."""
-    array = _whole(where, name, array)
+    """One integer for all or one per example, as B111; as int32, which rows count in."""
+    array = saturate(check_integers(where, name, array))
     if array.shape not in ((), sizes.batch, (1,) * len(sizes.batch)):
         raise ValueError(
             f"{where}: `{name}` must have shape () or B = {sizes.batch}, got "
             f"{array.shape}; give one length for all or one per example."
         )
+    if array.ndim == 0:
+        return array.reshape(1, 1, 1, 1)
     return align(where, name, array, sizes, "")

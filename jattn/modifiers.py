@@ -9,11 +9,13 @@ Modifiers are frozen dataclasses and JAX pytrees. As with masks, arrays that lie
 inputs come from `aligned`, and their elements at this pair go to `modify`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jattn.pointwise import pytree
 from jattn.shapes import Sizes, align, check_array
@@ -130,12 +132,24 @@ class SoftCap(Modifier):
     cap: float | jax.Array
 
     def __post_init__(self):
-        if isinstance(self.cap, int | float) and not self.cap > 0:
+        if isinstance(self.cap, int | float | np.number) and not self.cap > 0:
             raise ValueError(f"modifiers.SoftCap: `cap` must be > 0, got {self.cap}.")
+
+    def aligned(self, sizes) -> Any:
+        """The cap, so that another one is no other program."""
+        known = isinstance(self.cap, int | float | np.number)
+        cap = np.asarray(self.cap, float) if known else self.cap
+        cap = check_array("modifiers.SoftCap", "cap", cap)
+        if cap.shape:
+            raise ValueError(
+                f"modifiers.SoftCap: `cap` must be one number, got shape {cap.shape}; a cap "
+                f"per head belongs in a function of n."
+            )
+        return cap.reshape(1, 1, 1, 1)
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
         """The capped logit."""
-        cap = jnp.asarray(self.cap, logit.dtype)
+        cap = elements.astype(logit.dtype)
         return cap * jnp.tanh(logit / cap)
 
 
@@ -179,35 +193,68 @@ def alibi_slopes(num_heads: int) -> jax.Array:
     return jnp.asarray(slopes[:num_heads], jnp.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class LogBucket:
+    """T5's buckets of s − t; `log_bucket` makes one."""
+
+    num_buckets: int
+    max_distance: int
+    bidirectional: bool
+
+    def __post_init__(self):
+        if self.exact < 1 or self.max_distance <= self.exact:
+            least = 4 if self.bidirectional else 2
+            raise ValueError(
+                f"modifiers.log_bucket: needs num_buckets ≥ {least} and max_distance > "
+                f"{max(self.exact, 1)}, got {self.num_buckets} and {self.max_distance}."
+            )
+
+    @property
+    def count(self) -> int:
+        """How many buckets one side has."""
+        return self.num_buckets // (2 if self.bidirectional else 1)
+
+    @property
+    def exact(self) -> int:
+        """How many of these hold one distance each: the near ones."""
+        return self.count // 2
+
+    def __call__(self, offset):
+        """Gives the bucket of s − t, an integer."""
+        both, exact, count = self.bidirectional, self.exact, self.count
+        far = jnp.abs(offset) if both else jnp.maximum(-offset, 0)
+        ratio = jnp.maximum(far, 1).astype(jnp.float32) / exact
+        log = jnp.log(ratio) / jnp.log(jnp.float32(self.max_distance / exact))
+        log = exact + (log * (count - exact)).astype(jnp.int32)
+        index = jnp.where(far < exact, far, jnp.minimum(log, count - 1))
+        return index + jnp.where(offset > 0, count, 0) if both else index
+
+
 def log_bucket(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True):
     """T5's buckets: exact for near keys, logarithmic for far ones, as s − t → index.
+
+    Two of the same numbers are equal, and make one program.
 
     Reference:
         Raffel et al., 2020, arXiv:1910.10683, section 2.1.
     """
-    sides = 2 if bidirectional else 1
-    count = num_buckets // sides
-    exact = count // 2
-    if exact < 1 or max_distance <= exact:
-        raise ValueError(
-            f"modifiers.log_bucket: needs num_buckets ≥ {2 * sides} and max_distance > "
-            f"{max(exact, 1)}, got {num_buckets} and {max_distance}."
-        )
+    return LogBucket(num_buckets, max_distance, bidirectional)
 
-    def bucket(offset):
-        far = jnp.abs(offset) if bidirectional else jnp.maximum(-offset, 0)
-        ratio = jnp.maximum(far, 1).astype(jnp.float32) / exact
-        log = jnp.log(ratio) / jnp.log(jnp.float32(max_distance / exact))
-        log = exact + (log * (count - exact)).astype(jnp.int32)
-        index = jnp.where(far < exact, far, jnp.minimum(log, count - 1))
-        return index + jnp.where(offset > 0, count, 0) if bidirectional else index
 
-    return bucket
+@dataclasses.dataclass(frozen=True)
+class ClippedBucket:
+    """A bucket for each s − t up to ±radius; `distance` makes one."""
+
+    radius: int
+
+    def __call__(self, offset):
+        """Gives the bucket of s − t, an integer."""
+        return jnp.clip(offset, -self.radius, self.radius) + self.radius
 
 
 def distance(radius: int):
     """A bucket for each offset s − t up to ±radius, the farther ones joining the last."""
-    return lambda offset: jnp.clip(offset, -radius, radius) + radius
+    return ClippedBucket(radius)
 
 
 @pytree("table", static=("bucket",))

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -48,6 +49,11 @@ class Operation:
     def linear(self) -> int:
         """None, unless said otherwise."""
         return 0
+
+    @property
+    def linear_in(self) -> frozenset[int]:
+        """Which of its other arguments it is linear in while the rest stays; none here."""
+        return frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -217,6 +223,11 @@ class Mapped(Operation):
         return self.operation.linear
 
     @property
+    def linear_in(self):
+        """As the operation."""
+        return self.operation.linear_in
+
+    @property
     def names(self):
         """As the operation."""
         return self.operation.names
@@ -359,9 +370,17 @@ _primitive = Primitive("jattn")
 _primitive.multiple_results = True
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(operation, *arrays):
+    return operation(*arrays)
+
+
 @_primitive.def_impl
 def _run(*arrays, operation):
-    return jax.jit(operation.__call__)(*arrays)
+    # Without `jit`, and where JAX runs again what gave a NaN or Inf, this would call itself
+    # for ever. What takes the results looks at them.
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+        return _compiled(operation, *arrays)
 
 
 @_primitive.def_abstract_eval
@@ -405,10 +424,27 @@ def _jvp(primals, tangents, *, operation):
 def _transpose(cotangents, *arrays, operation):
     fixed = len(arrays) - operation.linear
     cotangents = map(ad.instantiate_zeros, cotangents)
+    unknown = tuple(map(ad.is_undefined_primal, arrays[:fixed]))
+    if any(unknown):
+        return _transpose_in(unknown, cotangents, arrays, operation)
     results = operation.transposed()(*arrays[:fixed], *cotangents)
     wanted = map(ad.is_undefined_primal, arrays[fixed:])
     results = [x if want else None for x, want in zip(results, wanted, strict=True)]
     return [None] * fixed + results
+
+
+def _transpose_in(unknown, cotangents, arrays, operation):
+    """Transposes an operation in arguments that it happens to be linear in."""
+    if not {i for i, flag in enumerate(unknown) if flag} <= operation.linear_in:
+        raise ValueError(
+            "jattn: `jax.linear_transpose` must be asked in the values alone, for attention "
+            "is linear in nothing else; use `jax.vjp`."
+        )
+    fill = lambda x: jnp.zeros(x.aval.shape, x.aval.dtype)
+    arrays = [fill(x) if ad.is_undefined_primal(x) else x for x in arrays]
+    kept = operation(*arrays) if operation.names else ()
+    results = iter(Pullback(operation, unknown)(*arrays, *kept, *cotangents))
+    return [next(results) if flag else None for flag in unknown]
 
 
 def _batch(arrays, axes, *, operation):
@@ -423,12 +459,44 @@ def _batch(arrays, axes, *, operation):
     return outputs, [0] * len(outputs)
 
 
+def _jet(primals, series, *, operation):
+    """Gives the terms of a Taylor series, as derivatives along a path through the inputs.
+
+        path(time) = f(x + time · x₁ + time² / 2! · x₂ + …)
+    """
+
+    def path(time):
+        return operation(*map(functools.partial(_moved, time), primals, series))
+
+    start = jnp.zeros(())
+    outputs, terms = path(start), []
+    for _ in series[0]:
+        path = functools.partial(_slope, path)
+        terms.append(path(start))
+    return outputs, list(zip(*terms, strict=True))
+
+
+def _moved(time, primal, series):
+    if not jnp.issubdtype(primal.dtype, jnp.floating):
+        return primal
+    total = jnp.zeros_like(primal)
+    for order, term in reversed(list(enumerate(series, 1))):
+        total = (time / order).astype(primal.dtype) * (term + total)
+    return primal + total
+
+
+def _slope(path, time):
+    return jax.jvp(path, (time,), (jnp.ones_like(time),))[1]
+
+
 def _lower(context, *arrays, operation, platform=None):
     module = context.module_context
     if platform is not None:  # of several that are lowered for, this rule is for one
         module = module.replace(platforms=(platform,))
     exported = platform == "cuda" and module.lowering_parameters.for_export
-    operation = operation.on("export" if exported else platform or module.platforms[0])
+    # Of a module for several platforms, the context says which of them this is for.
+    platform = platform or (context.platforms or module.platforms)[0]
+    operation = operation.on("export" if exported else platform)
     spread = _is_spread(module.axis_context)
     if not spread:
         module = module.replace(axis_context=_alone(module.axis_context))
@@ -460,6 +528,7 @@ def _is_spread(axes) -> bool:
 ad.primitive_jvps[_primitive] = _jvp
 ad.primitive_transposes[_primitive] = _transpose
 batching.primitive_batchers[_primitive] = _batch
+jet.jet_rules[_primitive] = _jet
 mlir.register_lowering(_primitive, _lower)
 for _platform in ("tpu", "cuda"):
     _rule = functools.partial(_lower, platform=_platform)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jax.extend.core import Literal
 
 INDICES = ("b", "n", "t", "s")
@@ -21,10 +22,15 @@ INDICES = ("b", "n", "t", "s")
 
 @dataclass_transform(frozen_default=True)
 def pytree(*leaves: str, static: tuple[str, ...] = ()):
-    """A frozen dataclass whose `leaves` JAX sees and whose `static` fields it hashes.
+    """Makes a frozen dataclass whose `leaves` JAX sees and whose `static` fields it hashes.
 
     One made from a tree is not checked again: transformations put into a tree what is no
     array, such as None, axes or shardings.
+
+    Instances are values. Two of one class are equal if all their fields are, and then have
+    one hash: arrays by shape, dtype and content, whether JAX's or NumPy's; traced arrays
+    and functions by identity; the rest by `==`. So they can be static arguments of `jit`
+    and keys of a dict; to hash one reads all its arrays.
     """
     names = [jax.tree_util.GetAttrKey(name) for name in leaves]
 
@@ -45,10 +51,42 @@ def pytree(*leaves: str, static: tuple[str, ...] = ()):
                 object.__setattr__(instance, name, value)
             return instance
 
+        for name, method in (("__eq__", _equal), ("__hash__", _hash)):
+            if name not in vars(cls):
+                setattr(cls, name, method)
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
         return cls
 
     return register
+
+
+def _equal(self, other):
+    """Compares two instances field by field."""
+    if type(self) is not type(other):
+        return NotImplemented
+    return self is other or _value(self) == _value(other)
+
+
+def _hash(self):
+    """Hashes what `_equal` compares."""
+    return hash((type(self), _value(self)))
+
+
+def _value(instance) -> Hashable:
+    """Gives the fields of a dataclass as something that compares and hashes by value."""
+    fields = [getattr(instance, field.name) for field in dataclasses.fields(instance)]
+    return tuple(map(_field, fields))
+
+
+def _field(value) -> Hashable:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray | jax.Array):
+        return _constant(value)
+    if isinstance(value, list | tuple | dict):
+        leaves, tree = jax.tree.flatten(value)
+        return tree, tuple(map(_field, leaves))
+    return value
 
 
 class Index(NamedTuple):
@@ -108,6 +146,13 @@ def trace(where: str, function: Callable, aligned, logit=None):
             f"{where}: a function of positions must index JAX arrays, got a NumPy array "
             f"indexed by a traced position; wrap the array in `jnp.asarray`."
         ) from None
+    effects = closed.jaxpr.effects
+    if effects and len(_without_checks(function, scalars).effects) < len(effects):
+        raise ValueError(
+            f"{where}: a function of positions must be pure, got one with a "
+            f"`checkify.check`, which blocks that are skipped would not run; check the "
+            f"arrays that it reads before the call."
+        )
     want = jnp.bool_ if logit is None else jnp.floating
     fits = isinstance(result, jax.ShapeDtypeStruct) and result.shape == ()
     if not (fits and jnp.issubdtype(result.dtype, want)):
@@ -121,6 +166,11 @@ def trace(where: str, function: Callable, aligned, logit=None):
     program = Program(jaxpr, _used(jaxpr), _structure(jaxpr))
     captured = tuple(jnp.asarray(const) for const in closed.consts)
     return program, Arrays(captured, tuple(aligned))
+
+
+def _without_checks(function, scalars):
+    """Gives the jaxpr of a function whose checks are made into results."""
+    return jax.make_jaxpr(checkify.checkify(function))(*scalars).jaxpr
 
 
 def over_axes(function, inputs, used):
@@ -224,7 +274,7 @@ def _parameter(value, orders: int) -> Hashable:
         items = tuple((key, _parameter(x, orders)) for key, x in value.items())
         return type(value), items
     if isinstance(value, float | complex | np.ndarray | np.generic | jax.Array):
-        return _constant(value)
+        return type(value), _constant(value)
     try:
         hash(value)
     except TypeError:
@@ -234,11 +284,11 @@ def _parameter(value, orders: int) -> Hashable:
 
 def _constant(array) -> Hashable:
     """Makes a key of a number or an array; a traced one only equals itself."""
-    if isinstance(array, jax.core.Tracer) or jax.dtypes.issubdtype(
-        getattr(array, "dtype", float), jax.dtypes.extended
-    ):
+    if isinstance(array, jax.core.Tracer):
         return _Same(array)
-    return type(array), *_bits(array)
+    if jax.dtypes.issubdtype(getattr(array, "dtype", float), jax.dtypes.extended):
+        return array.dtype, *_bits(jax.random.key_data(array))
+    return _bits(array)
 
 
 def _bits(value, dtype=None) -> Hashable:

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from jattn.dropout import Dropout, keep, words
-from jattn.masks import as_mask
+from jattn.masks import Explicit, Mask, as_mask, in_words
 from jattn.modifiers import as_modifier
 from jattn.pointwise import Arrays, Index, Program, trace
 from jattn.shapes import (
     Sizes,
     align,
     check_array,
+    check_range,
     flatten_batch,
     measure,
     positions,
@@ -42,6 +43,11 @@ class Problem:
     # Which of bias, scale and positions are not the default, and whether the logsumexp is
     # asked for; some implementations have none of them.
     given: frozenset[str] = frozenset()
+    # The mask, where it is made of `Causal` and `Window` with numbers that are known: for
+    # cuDNN, whose programs hold them. Others take the numbers as operands, and None here.
+    named: Mask | None = None
+    # How many queries and keys a tile has, where the mask's numbers decided it beforehand.
+    size: int | None = None
 
     @property
     def wide(self) -> jnp.dtype:
@@ -88,7 +94,7 @@ def pose(
     value = check_array(where, "value", value)
     sizes = measure(where, query, key, value)
     wide = wide_dtype(query.dtype)
-    problem, operands = pose_mask(
+    problem, operands, fits = _pose_mask(
         where,
         sizes,
         query.dtype,
@@ -98,9 +104,12 @@ def pose(
         key_position=key_position,
     )
     rate, shared, rng = _check_dropout(where, dropout)
+    named = {"bias": bias, "scale": scale}
     config: Any = jax.config  # whose attributes type checkers do not know
     precision = config.jax_default_matmul_precision
-    named = {"bias": bias, "scale": scale}
+    factor = _check_scale(where, scale, sizes).astype(wide)
+    if fits is not None:  # where positions wrapped, the mask would be wrong without a word
+        factor = jnp.where(fits, factor, jnp.nan)
     problem = dataclasses.replace(
         problem,
         rate=rate,
@@ -112,8 +121,8 @@ def pose(
         query=flatten_batch(query, sizes),
         key=flatten_batch(key, sizes),
         value=flatten_batch(value, sizes),
-        scale=_check_scale(where, scale, sizes).astype(wide),
-        bias=None if bias is None else _check_bias(where, bias, sizes).astype(wide),
+        scale=factor,
+        bias=None if bias is None else check_bias(where, bias, sizes).astype(wide),
         rng=rng,
     )
 
@@ -133,16 +142,42 @@ def pose_mask(
     Raises:
         ValueError: As `pose` does.
     """
+    return _pose_mask(
+        where,
+        sizes,
+        dtype,
+        mask=mask,
+        modifier=modifier,
+        query_position=query_position,
+        key_position=key_position,
+    )[:2]
+
+
+def _pose_mask(where, sizes, dtype, *, mask, modifier, query_position, key_position):
+    """Takes apart as `pose_mask` does; says also whether traced positions fit int32."""
     blocks = kinds = None
+    are_given = given(query_position), given(key_position)
     if isinstance(mask, BlockTable):
-        mask.check(where, sizes, (given(query_position), given(key_position)))
+        mask.check(where, sizes, are_given)
         blocks, kinds = mask.blocks, mask.kinds
+    query_position = positions(where, "query_position", query_position, sizes, "T")
+    key_position = positions(where, "key_position", key_position, sizes, "S")
+    query_position, key_position, fits = check_range(
+        where, sizes, query_position, key_position
+    )
     mask_program, mask_arrays = _trace_mask(where, mask, sizes)
     traced = _trace_modifier(where, modifier, sizes, wide_dtype(dtype))
     modifier_program, modifier_arrays = traced
-    problem = Problem(sizes, jnp.dtype(dtype), mask_program, modifier_program, 0.0, blocks)
-    if given(query_position) or given(key_position):
-        problem = dataclasses.replace(problem, given=frozenset({"positions"}))
+    problem = Problem(
+        sizes,
+        jnp.dtype(dtype),
+        mask_program,
+        modifier_program,
+        0.0,
+        blocks,
+        named=in_words(mask),
+        given=frozenset({"positions"} if any(are_given) else ()),
+    )
     inputs: dict[str, Any] = dict.fromkeys(
         ("query", "key", "value", "scale", "bias", "rng")
     )
@@ -150,11 +185,11 @@ def pose_mask(
         **inputs,
         mask=mask_arrays,
         modifier=modifier_arrays,
-        query_position=positions(where, "query_position", query_position, sizes, "T"),
-        key_position=positions(where, "key_position", key_position, sizes, "S"),
+        query_position=query_position,
+        key_position=key_position,
         kinds=kinds,
     )
-    return problem, operands
+    return problem, operands, None if mask is None and modifier is None else fits
 
 
 def asking_logsumexp(problem: Problem) -> Problem:
@@ -235,7 +270,10 @@ def check_sink(where: str, sink, sizes: Sizes) -> jax.Array | None:
 def _trace_mask(where, mask, sizes):
     if mask is None:
         return None, Arrays()
-    mask = as_mask(mask, where)
+    made = as_mask(mask, where)
+    if made is not mask and isinstance(made, Explicit):
+        align(where, "mask", made.array, sizes)  # whose message names what the user gave
+    mask = made
     elements, tree = jax.tree.flatten(mask.aligned(sizes))
 
     def allows(b, n, t, s, *elements):
@@ -264,7 +302,8 @@ def _check_floating(where, name, array):
     return array
 
 
-def _check_bias(where, bias, sizes):
+def check_bias(where: str, bias, sizes: Sizes) -> jax.Array:
+    """The bias as BNTS, any axis 1."""
     return align(where, "bias", _check_floating(where, "bias", bias), sizes)
 
 

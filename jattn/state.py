@@ -50,7 +50,8 @@ def merge(state: State, *states: State) -> State:
     result is EMPTY again.
 
     Args:
-        state: A state, output `…TND` and logsumexp `…TN`, or EMPTY.
+        state: A state, output `…TND` and logsumexp `…TN`; or EMPTY; or that of a sink,
+            `State(0, sink)`, with one number or one per head, `N`.
         *states: More of them, of the same shapes.
 
     Returns:
@@ -108,12 +109,18 @@ def with_sink(state: State, sink: jax.Array | None) -> jax.Array:
 
 
 def _check(parts) -> None:
-    shapes = [(jnp.shape(part.output), jnp.shape(part.logsumexp)) for part in parts]
-    shapes = [shape for shape in shapes if shape != ((), ())]
-    for output, logsumexp in shapes:
-        if output[:-1] != logsumexp or output != shapes[0][0]:
+    """Raises unless all outputs are …TND of one shape and all logsumexps go with them."""
+    outputs = {shape for part in parts if (shape := jnp.shape(part.output))}
+    whole = max(outputs, default=(), key=len)
+    for part in parts:
+        output, logsumexp = jnp.shape(part.output), jnp.shape(part.logsumexp)
+        # A state without a shape, EMPTY or that of a sink, stands for one of every query.
+        fits = output in ((), whole) and (
+            logsumexp == output[:-1] if output else logsumexp in ((), whole[-2:-1])
+        )
+        if not fits:
             raise ValueError(
                 f"merge: states must have outputs …TND and logsumexps …TN of one shape, "
-                f"got {output} and {logsumexp} beside {shapes[0][0]}; merge states of the "
+                f"got {output} and {logsumexp} beside {whole}; merge states of the "
                 f"same queries."
             )

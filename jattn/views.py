@@ -243,7 +243,9 @@ def _pose(where, query, key, sink, logsumexp, **options):
     problem, operands = pose(where, query, key, key, **options)
     sizes = problem.sizes
     # No value is needed: one of size 0 makes the logsumexp cheap.
-    problem = dataclasses.replace(problem, sizes=dataclasses.replace(sizes, D=0))
+    problem = blockwise.decided(problem, operands)
+    sizes_without = dataclasses.replace(sizes, D=0)
+    problem = dataclasses.replace(problem, sizes=sizes_without, named=None)
     operands = operands._replace(value=operands.value[..., :0])
     if logsumexp is not None:
         logsumexp = check_array(where, "logsumexp", logsumexp)

@@ -1,7 +1,8 @@
-"""Imports go one way: a module may import only modules of the layers before it."""
+"""Imports go one way: a module imports only what the contents pages list before it."""
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -9,45 +10,28 @@ import jattn
 
 ROOT = pathlib.Path(jattn.__file__).parent
 
-# In reading order; modules of one layer do not know one another.
-LAYERS = (
-    {"shapes", "pointwise"},
-    {"masks", "modifiers", "dropout", "state", "split"},
-    {"definition", "tables"},
-    {"problem"},
-    {"blocks.intervals"},
-    {"blocks.rules", "blocks.rearrange"},
-    {"blocks.graph"},
-    {"blocks.bounds"},
-    {"blocks.decide"},
-    {"blocks.table"},
-    {"tile", "skipping", "operation", "tpu.pairs", "tpu.schedule"},
-    {"tpu.layout"},
-    {"tpu.call", "tpu.tiles"},
-    {"tpu.forward", "tpu.backward"},
-    {"tpu.segments"},
-    {"blockwise.layout", "tabulate"},
-    {"blockwise.tiles"},
-    {"blockwise.forward", "blockwise.backward"},
-    {"blockwise.rows", "blockwise.tangent"},
-    {"dense", "blockwise.attention", "blockwise.views"},
-    {"blockwise.strongest", "tpu.attention"},
-    {"cudnn"},
-    {"dispatch", "views"},
-    {"explanation"},
-    {"api"},
-    {"testing", "expression", "picture", "command.refusal", "adapters.jax_nn"},
-    {"panels"},
-    {"paint"},
-    {"text_figure", "terminal"},
-    {"plot", "command.files", "command.check", "command.timing", "adapters.layer"},
-    {"command.attend", "command.mask", "command.welcome"},
-    {f"adapters.{name}" for name in ("nnx", "linen", "equinox", "haiku", "keras")},
-)
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-MODULES = sorted(LEVEL)
-for package in ("blockwise", "tpu"):  # which give the functions of their last module
-    LEVEL[package] = LEVEL[f"{package}.attention"]
+
+
+def listed(package: str) -> list[str]:
+    """The modules on the contents page of a package, in its order."""
+    path = ROOT / package.replace(".", "/") / "__init__.py"
+    page = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return re.findall(r"^`(\w+)` {2,}\S", page, re.MULTILINE)
+
+
+def order() -> list[str]:
+    """All modules in the order of the contents pages; a package comes after its modules."""
+    found = []
+    for name in listed(""):
+        is_package = (ROOT / name).is_dir()
+        inner = listed(name) if is_package else []
+        found += [f"{name}.{module}" for module in inner] + [name]
+    return found
+
+
+LEVEL = {module: level for level, module in enumerate(order())}
+PACKAGES = {name for name in LEVEL if (ROOT / name).is_dir()}
+MODULES = sorted(set(LEVEL) - PACKAGES)
 OUTSIDE = {"jax", "jaxlib", "chex", "numpy"}
 EXTRAS = {
     **{name: {"matplotlib"} for name in ("paint", "panels", "plot", "text_figure")},
@@ -62,7 +46,7 @@ def imports(module: str):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            if node.module in ("jattn", "jattn.adapters", "jattn.blocks", "jattn.tpu"):
+            if node.module == "jattn" or node.module.removeprefix("jattn.") in PACKAGES:
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module

@@ -1,5 +1,6 @@
 """The public functions under other libraries' signatures, and inside their layers.
 
+`layer`     what layers of other libraries have in common
 `jax_nn`    `jax.nn.dot_product_attention`
 `nnx`       what `flax.nnx.MultiHeadAttention` takes as `attention_fn`
 `linen`     what `flax.linen.MultiHeadDotProductAttention` takes as `attention_fn`

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jattn.api import attention, attention_weights
@@ -62,10 +63,24 @@ def causal(options: dict[str, Any]) -> Mask:
 
 
 def any_mask(where: str, mask) -> Mask | None:
-    """A mask, a function, or an array: Boolean, or of ones and zeros."""
+    """Gives a mask, of a function or of an array: Boolean, or of ones and zeros.
+
+    Raises:
+        ValueError: If it is a floating array, known now, with a negative or a NaN in it: such
+            masks are made to be added, and mean the opposite.
+    """
     if mask is None or isinstance(mask, Mask) or callable(mask):
         return None if mask is None else as_mask(mask, where)
-    return as_mask(check_array(where, "mask", mask).astype(bool), where)
+    array = check_array(where, "mask", mask)
+    if jnp.issubdtype(array.dtype, jnp.floating) and not isinstance(mask, jax.core.Tracer):
+        least = np.min(np.asarray(mask, np.float64), initial=0)
+        if not least >= 0:
+            raise ValueError(
+                f"{where}: `mask` must be Boolean, or of ones and zeros (not 0 = may "
+                f"attend), got {least} in it; a mask to be added to the logits belongs in "
+                f"`bias`, or give `mask >= 0`."
+            )
+    return as_mask(array.astype(bool), where)
 
 
 def both(*masks: Mask | None) -> Mask | None:

@@ -56,7 +56,9 @@ def attention(
         value: `…SKD`.
         bias: Added to the logits; broadcasts to `…NTS`.
         mask: True or not 0 = may attend; broadcasts to `…NTS`. Or one of `jattn.masks`, or
-            a function (b, n, t, s) → bool, as in `layer(x, mask=Causal())`.
+            a function (b, n, t, s) → bool, as in `layer(x, mask=Causal())`. A floating one
+            that is to be added (0 and −∞) means the opposite: it is refused where its
+            numbers are known, and inside `jit` they are not.
         broadcast_dropout: Whether one draw serves all examples and heads.
         dropout_rng: The random key of dropout.
         dropout_rate: The probability that a weight is dropped.

@@ -7,8 +7,11 @@
 `tangent`       tangents
 `rows`          the same function plainly, for derivatives of higher order
 `attention`     all of them as one operation
+`views`         entropy and what each key receives
+`strongest`     the strongest keys of each query
 """
 
 from jattn.blockwise.attention import attention_state as attention_state
 from jattn.blockwise.attention import block_sizes as block_sizes
 from jattn.blockwise.attention import refusal as refusal
+from jattn.blockwise.layout import decided as decided

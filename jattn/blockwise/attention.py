@@ -131,6 +131,11 @@ class Attention(Operation):
         return 2
 
     @property
+    def linear_in(self) -> frozenset[int]:
+        """The values."""
+        return frozenset({Operands._fields.index("value")})
+
+    @property
     def names(self) -> tuple[str, ...]:
         """For policies of `jax.checkpoint`."""
         return "jattn_output", "jattn_logsumexp"

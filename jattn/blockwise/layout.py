@@ -48,12 +48,13 @@ FINE_COST = 1.25
 
 def granularity(problem: Problem, operands: Operands | None) -> int:
     """COARSE or FINE, by what is left to visit under a mask that reads no arrays."""
+    if problem.size is not None:
+        return problem.size
     if problem.mask is None:
         return COARSE
     if operands is None or not problem.sizes.are_known:
         return FINE
-    where = operands.query_position, operands.key_position
-    if jax.tree.leaves((operands.mask, where, operands.kinds)):
+    if not _has_known_numbers(operands):
         return FINE
     alone = dataclasses.replace(problem, modifier=None), operands._replace(bias=None)
     coarse, fine = (
@@ -61,6 +62,25 @@ def granularity(problem: Problem, operands: Operands | None) -> int:
         for tile in (tile_sizes(problem, COARSE), tile_sizes(problem, FINE))
     )
     return COARSE if coarse <= fine * FINE_COST else FINE
+
+
+def decided(problem: Problem, operands: Operands) -> Problem:
+    """The problem with the size of its tiles, where the mask's numbers are known.
+
+    Inside `jit` they are not, for they are operands.
+    """
+    if problem.mask is None or not problem.sizes.are_known:
+        return problem
+    if 0 in (*problem.sizes.BNTS, problem.sizes.K) or not _has_known_numbers(operands):
+        return problem
+    return dataclasses.replace(problem, size=granularity(problem, operands))
+
+
+def _has_known_numbers(operands: Operands) -> bool:
+    """Whether all that decides what is skipped are numbers of Python or NumPy."""
+    where = operands.query_position, operands.key_position
+    arrays = jax.tree.leaves((operands.mask, where, operands.kinds))
+    return all(isinstance(x, np.ndarray | np.generic) and x.size == 1 for x in arrays)
 
 
 def tile_sizes(problem: Problem, size: int) -> tuple[int, int]:

@@ -1,11 +1,13 @@
 """Attention on TPU, by Pallas kernels; nothing here needs a TPU to be read or tested.
 
-`pairs`         masks and modifiers evaluated on a tile inside a kernel
 `schedule`      which blocks meet, in which order, as one integer a step
+`pairs`         masks and modifiers evaluated on a tile inside a kernel
 `layout`        arrays as the kernels read them
-`call`, `tiles` how blocks and parts of them are cut
+`call`          how blocks are cut from them, and a kernel is called
+`tiles`         a part of a block inside a kernel
 `forward`       output and logsumexp
 `backward`      cotangents
+`segments`      cotangents in several kernels, where one cannot hold those of all queries
 `attention`     all of them as one operation, and what it refuses
 """
 

@@ -1,0 +1,174 @@
+"""JAX's debugging modes, and transformations that are rarely asked for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify, jet
+
+import jattn
+from jattn.masks import Causal, Lengths
+from jattn.modifiers import ALiBi, SoftCap
+
+Q, K, V = (jax.random.normal(jax.random.key(i), (2, 6, 2, 8)) for i in range(3))
+
+MODES = {
+    "disable_jit": jax.disable_jit,
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "checking_leaks": jax.checking_leaks,
+    "enable_checks": lambda: jax.enable_checks(True),
+}
+CALLS = {
+    "plain": lambda **o: jattn.attention(Q, K, V, **o),
+    "empty_rows": lambda **o: jattn.attention(Q, K, V, mask=Causal(-3), **o),
+    "lambda": lambda **o: jattn.attention(
+        Q,
+        K,
+        V,
+        mask=lambda b, n, t, s: (t >= s) & (s != 2),
+        modifier=SoftCap(3.0) >> ALiBi(),
+        **o,
+    ),
+    "gradient": lambda **o: jax.grad(
+        lambda v: jnp.sum(jattn.attention(Q, K, v, mask=Causal(), sink=jnp.zeros(2), **o) ** 2)
+    )(V),
+    "hvp": lambda **o: jax.jvp(
+        jax.grad(lambda q: jnp.sum(jattn.attention(q, K, V, mask=Causal(), **o) ** 2)),
+        (Q,),
+        (Q,),
+    )[1],
+    "dropout": lambda **o: jattn.attention(
+        Q, K, V, dropout=jattn.Dropout(0.3, jax.random.key(0)), **o
+    ),
+    "vmap": lambda **o: jax.vmap(
+        lambda q, k, v: jattn.attention(q, k, v, mask=Causal(), **o)
+    )(Q, K, V),
+}
+VIEWS = {
+    "weights": lambda: jattn.attention_weights(Q, K, mask=Causal(-3)),
+    "entropy": lambda: jattn.attention_entropy(Q, K, mask=Causal()),
+    "received": lambda: jattn.attention_received(Q, K, mask=Causal()),
+    "strongest": lambda: jattn.strongest_keys(Q, K, 2, mask=Causal()).weights,
+    "table": lambda: jattn.block_table(Causal(), Q, K).kinds,
+    "merge": lambda: jattn.merge(jattn.EMPTY, jattn.attention_state(Q, K, V)).output,
+    "definition": lambda: jattn.definition.attention(Q, K, V),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("implementation", [None, "dense"])
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_run_in_every_mode(name, mode, implementation):
+    with MODES[mode]():
+        got = CALLS[name](implementation=implementation)
+    np.testing.assert_allclose(got, CALLS[name](), atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_run_in_every_mode(name, mode):
+    with MODES[mode]():
+        got = VIEWS[name]()
+    np.testing.assert_allclose(got, VIEWS[name](), atol=2e-5)
+
+
+def test_debug_nans_finds_a_nan():
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        jattn.attention(Q, K, V.at[0, 0, 0, 0].set(jnp.nan))
+
+
+@pytest.mark.parametrize("name", ["lambda", "gradient", "vmap"])
+def test_checkify_around_a_call(name):
+    for errors in (checkify.user_checks, checkify.all_checks):
+        error, got = checkify.checkify(CALLS[name], errors=errors)()
+        error.throw()
+        np.testing.assert_allclose(got, CALLS[name](), atol=2e-5)
+
+
+def test_checkify_inside_a_mask_runs_and_a_check_is_refused():
+    whole = lambda b, n, t, s: checkify.checkify(lambda: t >= s)()[1]
+    got = jattn.attention(Q, K, V, mask=whole)
+    np.testing.assert_array_equal(got, jattn.attention(Q, K, V, mask=Causal()))
+
+    def checked(b, n, t, s):
+        checkify.check(t >= 0, "a negative position")
+        return t >= s
+
+    for call in (
+        lambda: jattn.attention(Q, K, V, mask=checked),
+        lambda: checkify.checkify(lambda: jattn.attention(Q, K, V, mask=checked))(),
+        lambda: jattn.attention(
+            Q, K, V, modifier=lambda x, *at: jnp.where(checked(*at), x, x)
+        ),
+    ):
+        with pytest.raises(ValueError, match=r"must be pure, got one with a `checkify.check`"):
+            call()
+
+
+@pytest.mark.parametrize("mask", [None, Causal(-2), Lengths(jnp.array([3, 0]))])
+def test_linear_transpose_in_the_values(mask):
+    attend = lambda v: jattn.attention(Q, K, v, mask=mask)
+    (got,) = jax.linear_transpose(attend, V)(V)
+    np.testing.assert_allclose(got, jax.vjp(attend, V)[1](V)[0], atol=1e-6)
+    mapped = jax.vmap(lambda q, k, v: jattn.attention(q, k, v), (None, None, 0))
+    (got,) = jax.linear_transpose(lambda v: mapped(Q, K, v), jnp.stack([V, V]))(
+        jnp.stack([V, 2 * V])
+    )
+    want = jax.vjp(lambda v: jattn.attention(Q, K, v), V)[1](V)[0]
+    np.testing.assert_allclose(got, jnp.stack([want, 2 * want]), atol=1e-5)
+
+
+def test_linear_transpose_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="must be asked in the values alone"):
+        jax.linear_transpose(lambda k: jattn.attention(Q, k, V), K)(V)
+
+
+@pytest.mark.parametrize("mask", [None, Causal()])
+def test_jet_gives_taylor_series(mask):
+    def series(function):
+        return jet.jet(function, (Q, V), ((K, K), (Q, V)))
+
+    got = series(lambda q, v: jattn.attention(q, K, v, mask=mask))
+    want = series(lambda q, v: jattn.attention(q, K, v, mask=mask, implementation="dense"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), got, want)
+
+
+@pytest.mark.parametrize("platforms", [("tpu", "cpu"), ("cpu", "tpu")])
+def test_export_for_several_platforms_in_either_order(platforms):
+    exported = jax.export.export(
+        jax.jit(lambda q: jattn.attention(q, K, V, mask=Causal())), platforms=platforms
+    )(Q)
+    np.testing.assert_allclose(
+        exported.call(Q), jattn.attention(Q, K, V, mask=Causal()), atol=1e-6
+    )
+
+
+def test_eager_operations_are_compiled_once():
+    from jattn import operation
+
+    jax.vmap(lambda q: jattn.attention(q, K[0], V[0]))(Q)
+    before = operation._compiled._cache_size()
+    jax.vmap(lambda q: jattn.attention(q, K[0], V[0]))(2 * Q)
+    assert operation._compiled._cache_size() == before
+
+
+def test_explain_knows_of_a_bias_that_hides_keys():
+    bias = jnp.zeros((1, 1, 1, 2048)).at[..., 1024:].set(-jnp.inf)
+    query = jax.ShapeDtypeStruct((1, 2048, 1, 8), "float32")
+    assert jattn.explain(query, query, query, bias=bias).blocks.empty == 0.5
+    shape = jax.ShapeDtypeStruct(bias.shape, bias.dtype)
+    assert jattn.explain(query, query, query, bias=shape).blocks.empty is None
+
+
+def test_merge_takes_the_state_of_a_sink():
+    state = jattn.attention_state(Q, K, V)
+    for sink in (0.5, jnp.array([0.5, -1.0])):
+        for merged in (
+            jattn.merge(state, jattn.State(0, sink)),
+            jattn.merge(jattn.State(0.0, sink), jattn.EMPTY, state),
+        ):
+            want = jattn.attention(Q, K, V, sink=jnp.asarray(sink))
+            np.testing.assert_allclose(merged.output, want, atol=1e-6)
+    with pytest.raises(ValueError, match="merge: states must have outputs"):
+        jattn.merge(state, jattn.State(0, jnp.zeros(3)))

@@ -1,0 +1,147 @@
+"""Integers are compared in full, or refused by name: nothing wraps, with x64 or without."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn.masks import Causal, Lengths, Prefix, Segments, Window
+
+KEY = jnp.zeros((1, 2, 1, 4))
+FAR = 2**32
+TOP = 2**31
+
+
+def weights(mask, **options):
+    return np.asarray(jattn.attention_weights(KEY, KEY, mask=mask, **options)[0, 0])
+
+
+APART, BOTH = np.eye(2), np.full((2, 2), 0.5)
+
+REFUSED = {  # what is refused, and the name that the message must have
+    "ids": (lambda: Segments(np.array([7, 7 + FAR])), "query_ids"),
+    "ids_in_a_list": (lambda: Segments([7, 7 + FAR]), "query_ids"),
+    "key_ids": (lambda: Segments(np.array([7, 7]), np.array([7, 7 + FAR])), "key_ids"),
+    "unsigned": (lambda: Segments(np.array([7, 2**63], np.uint64)), "query_ids"),
+    "negative": (lambda: Segments(np.array([-1, -1 - FAR])), "query_ids"),
+    "padding": (lambda: Segments(np.array([7, 7]), padding_id=FAR), "padding_id"),
+    "padding_of_int8": (
+        lambda: Segments(jnp.array([7, 7], jnp.uint32), padding_id=-1),
+        "padding_id",
+    ),
+    "lengths": (lambda: Lengths(np.array([FAR + 1])), "key_lengths"),
+    "query_lengths": (lambda: Lengths(2, np.array([FAR + 1])), "query_lengths"),
+    "prefix": (lambda: Prefix(FAR + 1), "length"),
+    "causal": (lambda: Causal(TOP), "offset"),
+    "window": (lambda: Window(TOP, 0), "left"),
+    "mixed": (
+        lambda: Segments(jnp.array([1, 2], jnp.uint32) + TOP, np.array([-1, -2])),
+        "query_ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_by_name(name):
+    make, argument = REFUSED[name]
+    with pytest.raises(ValueError, match=f"`{argument}`"):
+        weights(make())
+
+
+@pytest.mark.parametrize("name", ["query_position", "key_position"])
+@pytest.mark.parametrize(
+    "position", [TOP, TOP - 1, -TOP - 1, np.int64(FAR), np.array([0, FAR]), [0, FAR]]
+)
+@pytest.mark.parametrize("x64", [False, True])
+def test_positions_that_do_not_fit_are_refused_by_name(name, position, x64):
+    with jax.enable_x64(x64), pytest.raises(ValueError, match=f"`{name}`"):
+        weights(Causal(), **{name: position})
+
+
+def test_positions_too_far_apart_are_refused():
+    with pytest.raises(ValueError, match="`query_position` and `key_position` must differ"):
+        weights(Causal(), query_position=-5, key_position=TOP - 5)
+
+
+def test_positions_at_the_ends_are_exact():
+    for first in (TOP - 2, -TOP):
+        got = weights(Causal(), query_position=first, key_position=first)
+        np.testing.assert_array_equal(got, [[1, 0], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize("name", ["query_position", "key_position"])
+@pytest.mark.parametrize("dtype", ["int32", "uint32"])
+def test_traced_positions_that_wrap_give_nan(name, dtype):
+    call = jax.jit(
+        lambda p: jattn.attention(KEY, KEY, KEY, mask=Causal(), **{name: p}).ravel()
+    )
+    assert not np.isnan(call(jnp.asarray(5, dtype))).any()
+    assert np.isnan(call(jnp.asarray(TOP - 1, dtype))).all()
+    other = {"query_position": "key_position", "key_position": "query_position"}[name]
+    far = jax.jit(
+        lambda p: jattn.attention(KEY, KEY, KEY, mask=~Causal(), **{name: p, other: -9})
+    )
+    assert np.isnan(far(jnp.asarray(TOP - 5, "int32"))).all()
+
+
+COMPARED = {
+    "int8": (np.array([7, -1], np.int8), None, APART),
+    "int8_and_int16": (np.array([7, -1], np.int8), np.array([255, -1], np.int16), None),
+    "uint8_and_int8": (np.array([255, 1], np.uint8), np.array([-1, 1], np.int8), None),
+    "uint32": (np.array([5, 5 + TOP], np.uint32), None, APART),
+    "int64_that_fits": (np.array([5, 6]), None, APART),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("x64", [False, True])
+def test_ids_of_any_type_are_compared_in_full(name, x64):
+    query_ids, key_ids, want = COMPARED[name]
+    if want is None:
+        equal = query_ids.astype(int)[:, None] == key_ids.astype(int)
+        want = np.where(equal, 1 / np.maximum(equal.sum(1, keepdims=True), 1), 0)
+    with jax.enable_x64(x64):
+        np.testing.assert_array_equal(weights(Segments(query_ids, key_ids)), want)
+        if key_ids is None:
+            traced = jax.jit(lambda ids: jattn.attention_weights(KEY, KEY, mask=Segments(ids)))
+            np.testing.assert_array_equal(traced(query_ids)[0, 0], want)
+
+
+def test_ids_of_64_bits_with_x64():
+    ids = np.array([7, 7 + FAR])
+    with jax.enable_x64(True):
+        for kind in (ids, ids.astype(np.uint64)):
+            np.testing.assert_array_equal(weights(Segments(kind)), APART)
+            traced = jax.jit(lambda ids: jattn.attention_weights(KEY, KEY, mask=Segments(ids)))
+            np.testing.assert_array_equal(traced(kind)[0, 0], APART)
+        padded = weights(Segments(ids, padding_id=7 + FAR))
+        np.testing.assert_array_equal(padded, [[1, 0], [0, 0]])
+        with pytest.raises(ValueError, match="`query_ids` and `key_ids` must be of one type"):
+            weights(Segments(ids.astype(np.uint64), ids))
+
+
+def test_ids_of_64_bits_are_compared_in_every_tile():
+    ids = np.sort(np.random.default_rng(0).integers(0, 5, 2100)) * FAR
+    with jax.enable_x64(True):
+        key = jax.random.normal(jax.random.key(0), (2100, 1, 8), jnp.float32)
+        mask = Segments(ids) & Causal()
+        got = jattn.attention(key, key, key, mask=mask)
+        want = jattn.attention(key, key, key, mask=Segments(ids // FAR) & Causal())
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_large_numbers_mean_everything_or_nothing():
+    np.testing.assert_array_equal(weights(Causal(TOP - 1)), BOTH)
+    np.testing.assert_array_equal(weights(Causal(-TOP)), 0 * BOTH)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(weights(Causal(2**40)), BOTH)
+        np.testing.assert_array_equal(weights(Lengths(np.array([FAR + 1]))), BOTH)
+        np.testing.assert_array_equal(weights(Prefix(FAR)), BOTH)
+        traced = jax.jit(lambda n: jattn.attention_weights(KEY, KEY, mask=Lengths(n)))
+        np.testing.assert_array_equal(traced(np.array([FAR + 1]))[0, 0], BOTH)
+
+
+def test_rows_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="`rows` must hold integers of 32 bits"):
+        jattn.attention_weights(KEY, KEY, rows=np.array([FAR]))

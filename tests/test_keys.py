@@ -1,0 +1,183 @@
+"""Programs are keyed by what they compute: never by printed text, never by identity."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.special import xlogy
+
+import jattn
+from jattn.masks import Causal, Lengths, Prefix, Segments, Window
+from jattn.modifiers import RelativeBias, SoftCap, distance, log_bucket
+from jattn.problem import pose
+
+QUERY = jnp.ones((1, 6, 1, 4))
+KEY = jax.random.normal(jax.random.key(0), (1, 6, 1, 4))
+
+
+def problem(**options):
+    return pose("test", QUERY, KEY, KEY, **options)[0]
+
+
+def with_rule(slope):
+    """A modifier whose function brings its own derivative, made anew in each call."""
+
+    @jax.custom_jvp
+    def bend(x):
+        return jnp.sin(x)
+
+    bend.defjvp(lambda x, t: (bend(*x), slope * jnp.cos(*x) * t[0]))
+    return lambda logit, b, n, t, s: bend(logit)
+
+
+def with_pullback(slope, power=1):
+    @jax.custom_vjp
+    def bend(x):
+        return jnp.sin(x)
+
+    bend.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (slope * jnp.cos(x) ** power * g,))
+    return lambda logit, b, n, t, s: bend(logit)
+
+
+def calling_itself(_):
+    @jax.custom_jvp
+    def grow(x):
+        return jnp.exp(x)
+
+    grow.defjvp(lambda x, t: (grow(*x), grow(*x) * t[0]))
+    return lambda logit, b, n, t, s: grow(logit)
+
+
+# Two numbers that print alike, and their neighbours in other types.
+TWINS = (np.float32(0.000123469), np.float32(0.000123471))
+
+
+@pytest.mark.parametrize("where", ["plain", "jit", "cond", "branch", "constant"])
+def test_numbers_that_print_alike_are_two_programs(where):
+    x = jnp.array([0.0, 0.00012347, 0, 0, 0, 0])
+
+    def mask(limit):
+        below = lambda s: x[s] < limit
+        if where == "jit":
+            below = jax.jit(below)
+        if where == "cond":
+            below = lambda s: jax.lax.cond(s > 0, lambda: x[s] < limit, lambda: x[0] < 1)
+        if where == "branch":
+            below = lambda s: jax.lax.map(lambda y: y < limit, x)[s]
+        if where == "constant":
+            below = jax.jit(lambda s: x[s] < jnp.asarray(np.full(6, limit))[s])
+        return lambda b, n, t, s: below(s)
+
+    for limit in TWINS:
+        got = jattn.attention_weights(QUERY, KEY, mask=mask(limit))[0, 0, 0]
+        assert (got > 0).tolist() == (np.asarray(x) < limit).tolist()
+
+
+DIFFERENT = {
+    "type": (lambda: lambda logit, *_: logit * 2, lambda: lambda logit, *_: logit * 2.0**-1),
+    "zero": (
+        lambda: lambda logit, *_: jnp.float32(1) / (logit * np.float32(0.0) - np.float32(0.0)),
+        lambda: lambda logit, *_: jnp.float32(1) / (logit * np.float32(0.0) - np.float32(-0.0)),
+    ),
+    "jvp": (lambda: with_rule(1.0), lambda: with_rule(2.0)),
+    "vjp": (lambda: with_pullback(1.0), lambda: with_pullback(2.0)),
+    "vjp_power": (lambda: with_pullback(1.0, 1), lambda: with_pullback(1.0, 3)),
+    "primal": (lambda: with_rule(1.0), lambda: calling_itself(0)),
+    "static": (lambda: lambda x, *_: x**2, lambda: lambda x, *_: x**3),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_different_functions_are_two_programs(name):
+    first, second = DIFFERENT[name]
+    assert problem(modifier=first()) == problem(modifier=first())
+    assert problem(modifier=first()) != problem(modifier=second())
+
+
+ALIKE = {
+    "relu": lambda i: {"modifier": lambda logit, *_: jax.nn.relu(logit)},
+    "xlogy": lambda i: {"modifier": lambda logit, *_: xlogy(logit, logit)},
+    "sinc": lambda i: {"modifier": lambda logit, *_: jnp.sinc(logit)},
+    "relu_in_jit": lambda i: {"modifier": jax.jit(lambda x, b, n, t, s: jax.nn.relu6(x))},
+    "jvp": lambda i: {"modifier": with_rule(1.0)},
+    "vjp": lambda i: {"modifier": with_pullback(1.0)},
+    "calling_itself": lambda i: {"modifier": calling_itself(i)},
+    "rule_in_a_mask": lambda i: {"mask": lambda b, n, t, s: jax.nn.relu(1.0 * s) > 2},
+    "causal": lambda i: {"mask": Causal(i)},
+    "causal_numpy": lambda i: {"mask": Causal(np.int64(i))},
+    "prefix": lambda i: {"mask": Prefix(i)},
+    "window": lambda i: {"mask": Window(i, i + 1)},
+    "window_open": lambda i: {"mask": Window(None, np.int8(i))},
+    "algebra": lambda i: {"mask": ~Window(i, 0) & Causal(i) | Prefix(i)},
+    "lengths": lambda i: {"mask": Lengths(i, 6 - i)},
+    "padding": lambda i: {"mask": Segments(jnp.arange(6), padding_id=i)},
+    "cap": lambda i: {"modifier": SoftCap(1.0 + i)},
+    "cap_numpy": lambda i: {"modifier": SoftCap(np.float32(1 + i))},
+    "buckets": lambda i: {"modifier": RelativeBias(jnp.ones((1, 8)) * i, log_bucket(8, 16))},
+    "distance": lambda i: {"modifier": RelativeBias(jnp.ones((1, 5)) * i, distance(2))},
+    "position": lambda i: {"mask": Causal(), "query_position": i},
+    "scale": lambda i: {"scale": float(i)},
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_alike_calls_are_one_program(name):
+    calls = [ALIKE[name](i) for i in range(5)]
+    # One position, 0, is as good as none: of the others all are alike.
+    problems = {problem(**options) for options in calls[name == "position" :]}
+    assert len({_shared(x) for x in problems}) == 1
+
+
+def _shared(problem):
+    import dataclasses
+
+    return dataclasses.replace(problem, named=None)
+
+
+@pytest.mark.parametrize("name", ["relu", "vjp", "causal", "window", "prefix", "cap"])
+def test_alike_calls_compile_once(name):
+    before = jattn.api._state._cache_size()
+    results = [jattn.attention(QUERY, KEY, KEY, **ALIKE[name](i)) for i in range(1, 6)]
+    assert jattn.api._state._cache_size() - before <= 1
+    for i, result in enumerate(results, 1):
+        want = jattn.definition.attention(QUERY, KEY, KEY, **ALIKE[name](i))
+        np.testing.assert_allclose(result, want, atol=1e-6)
+
+
+def test_numbers_are_traced_once_inside_jit():
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def attend(offset, left):
+        mask = Causal(offset) & Window(left, None)
+        return jattn.attention(QUERY, KEY, KEY, mask=mask)
+
+    for offset, left in ((0, 1), (1, 5), (-3, 2)):
+        want = jattn.definition.attention(
+            QUERY, KEY, KEY, mask=Causal(offset) & Window(left, None)
+        )
+        np.testing.assert_allclose(attend(offset, left), want, atol=1e-6)
+
+
+def test_derivatives_are_each_rule_s_own():
+    for slope in (1.0, 2.0):
+        for make in (with_rule, with_pullback):
+            loss = lambda q, make=make, slope=slope: jattn.attention(
+                q, KEY, KEY, modifier=make(slope)
+            ).sum()
+            plain = lambda q, make=make, slope=slope: jattn.definition.attention(
+                q, KEY, KEY, modifier=make(slope)
+            ).sum()
+            got, want = jax.grad(loss)(QUERY), jax.grad(plain)(QUERY)
+            np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mask", [Causal(100), Causal() & Window(300, 0), Prefix(700), Window(128, 64)]
+)
+def test_skipping_is_as_exact_as_with_numbers_in_the_program(mask):
+    shape = jax.ShapeDtypeStruct((1024, 1, 8), "float32")
+    table = jattn.block_table(mask, shape, shape, block=128)
+    plain = jattn.block_table(lambda b, n, t, s: mask(b, n, t, s), shape, shape, block=128)
+    np.testing.assert_array_equal(table.kinds, plain.kinds)
+    assert isinstance(table.kinds, np.ndarray)
