@@ -11,7 +11,7 @@ Each module imports only from those above it:
 `definition`    what attention is: for one query in three steps, for many by vmap
 `tables`        which blocks of a mask are empty, partial or full, to keep and reuse
 `problem`       one call, taken apart: static facts and operands
-`split`         what of a mask or modifier reads one side, evaluated once for each query or key
+`split`         what of a mask or modifier reads one side, evaluated once for each row
 `blocks`        a mask evaluated over intervals, a pair of blocks each
 `skipping`      which blocks of a call can be skipped, for every implementation
 `tabulate`      block tables made from a mask and shapes

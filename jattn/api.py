@@ -18,6 +18,7 @@ from jattn.problem import (
     pose,
     pose_mask,
     select_rows,
+    spoiled,
 )
 from jattn.shapes import Sizes, check_array
 from jattn.state import State, with_sink
@@ -393,14 +394,15 @@ def _state(problem: Problem, name: str, operands: Operands, sink, whole: bool) -
     chex.assert_equal_shape_prefix([operands.query, *state], 3)
     chex.assert_type(state.logsumexp, problem.wide)
     output = with_sink(state, sink).astype(problem.dtype)
-    return State(output, state.logsumexp if whole else None)
+    state = State(output, state.logsumexp if whole else None)
+    return spoiled(problem, operands, state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(problem: Problem, operands: Operands, rows) -> jax.Array:
     if rows is not None:
         problem, operands = select_rows(problem, operands, rows)
-    return dense.attention_logits(problem, operands)
+    return spoiled(problem, operands, dense.attention_logits(problem, operands))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -411,7 +413,7 @@ def _weights(problem: Problem, operands: Operands, sink, rows) -> jax.Array:
     weights = dense.drop(problem, operands, weights)
     # Here heads come before queries.
     sink = None if sink is None else sink[:, None]
-    return with_sink(State(weights, logsumexp), sink)
+    return spoiled(problem, operands, with_sink(State(weights, logsumexp), sink))
 
 
 def _unflatten(array: jax.Array, sizes: Sizes) -> jax.Array:

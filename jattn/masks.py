@@ -390,8 +390,8 @@ def _number(where: str, name: str, value):
     number = saturate(check_integers(where, name, value))
     if number.size != 1:
         raise ValueError(
-            f"{where}: `{name}` must be one whole number, got shape {number.shape}; for one "
-            f"of each example write a function, `lambda b, n, t, s: …{name}[b]…`."
+            f"{where}: `{name}` must be one whole number, got shape {number.shape}; for "
+            f"one of each example write a function, `lambda b, n, t, s: …{name}[b]…`."
         )
     return number.reshape(1, 1, 1, 1)
 
@@ -402,10 +402,13 @@ def _common_dtype(where: str, ids: dict):
     if left == right:
         return left
     dtype = np.promote_types(left, right)
-    if dtype.kind == "f" or not jnp.zeros((), jax.dtypes.canonicalize_dtype(dtype)).dtype == dtype:
+    if (
+        dtype.kind == "f"
+        or not jnp.zeros((), jax.dtypes.canonicalize_dtype(dtype)).dtype == dtype
+    ):
         raise ValueError(
-            f"{where}: `query_ids` and `key_ids` must be of one type, or of two that a third "
-            f"holds, got {left} and {right}; convert one with `.astype`."
+            f"{where}: `query_ids` and `key_ids` must be of one type, or of two that a "
+            f"third holds, got {left} and {right}; convert one with `.astype`."
         )
     return dtype
 
@@ -417,8 +420,8 @@ def _padding_id(where: str, value, dtype):
     known = not isinstance(number, jax.core.Tracer)
     if known and not ends.min <= int(number) <= ends.max:
         raise ValueError(
-            f"{where}: `padding_id` must be one of the numbers that ids of {dtype} can have, "
-            f"got {number}."
+            f"{where}: `padding_id` must be one of the numbers that ids of {dtype} can "
+            f"have, got {number}."
         )
     if known:
         return np.full((1, 1, 1, 1), int(number), dtype)

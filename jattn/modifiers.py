@@ -142,8 +142,8 @@ class SoftCap(Modifier):
         cap = check_array("modifiers.SoftCap", "cap", cap)
         if cap.shape:
             raise ValueError(
-                f"modifiers.SoftCap: `cap` must be one number, got shape {cap.shape}; a cap "
-                f"per head belongs in a function of n."
+                f"modifiers.SoftCap: `cap` must be one number, got shape {cap.shape}; a "
+                f"cap per head belongs in a function of n."
             )
         return cap.reshape(1, 1, 1, 1)
 

@@ -437,8 +437,8 @@ def _transpose_in(unknown, cotangents, arrays, operation):
     """Transposes an operation in arguments that it happens to be linear in."""
     if not {i for i, flag in enumerate(unknown) if flag} <= operation.linear_in:
         raise ValueError(
-            "jattn: `jax.linear_transpose` must be asked in the values alone, for attention "
-            "is linear in nothing else; use `jax.vjp`."
+            "jattn: `jax.linear_transpose` must be asked in the values alone, for "
+            "attention is linear in nothing else; use `jax.vjp`."
         )
     fill = lambda x: jnp.zeros(x.aval.shape, x.aval.dtype)
     arrays = [fill(x) if ad.is_undefined_primal(x) else x for x in arrays]
@@ -462,7 +462,7 @@ def _batch(arrays, axes, *, operation):
 def _jet(primals, series, *, operation):
     """Gives the terms of a Taylor series, as derivatives along a path through the inputs.
 
-        path(time) = f(x + time · x₁ + time² / 2! · x₂ + …)
+    path(time) = f(x + time · x₁ + time² / 2! · x₂ + …)
     """
 
     def path(time):

@@ -330,7 +330,9 @@ class _Rule:
 
         def call(*chosen):
             chosen = iter(chosen)
-            given = [next(chosen) if flag else x for x, flag in zip(primals, real, strict=True)]
+            given = [
+                next(chosen) if flag else x for x, flag in zip(primals, real, strict=True)
+            ]
             outputs = primitive.bind(*given, **params)
             return [x for x in outputs if jnp.issubdtype(x.dtype, jnp.inexact)]
 

@@ -40,8 +40,8 @@ class Problem:
     blocks: tuple[int, int] | None = None  # of a block table that came with the mask
     shared: bool = False  # whether one draw of dropout serves all examples and heads
     precision: str | None = None  # of products: what `jax.default_matmul_precision` says
-    # Which of bias, scale and positions are not the default, and whether the logsumexp is
-    # asked for; some implementations have none of them.
+    # Which of bias, scale and positions are not the default, whether the logsumexp is asked
+    # for, and whether positions are traced and so may not fit ("unsure").
     given: frozenset[str] = frozenset()
     # The mask, where it is made of `Causal` and `Window` with numbers that are known: for
     # cuDNN, whose programs hold them. Others take the numbers as operands, and None here.
@@ -165,6 +165,8 @@ def _pose_mask(where, sizes, dtype, *, mask, modifier, query_position, key_posit
     query_position, key_position, fits = check_range(
         where, sizes, query_position, key_position
     )
+    if mask is None and modifier is None:  # nothing compares positions
+        fits = None
     mask_program, mask_arrays = _trace_mask(where, mask, sizes)
     traced = _trace_modifier(where, modifier, sizes, wide_dtype(dtype))
     modifier_program, modifier_arrays = traced
@@ -176,7 +178,7 @@ def _pose_mask(where, sizes, dtype, *, mask, modifier, query_position, key_posit
         0.0,
         blocks,
         named=in_words(mask),
-        given=frozenset({"positions"} if any(are_given) else ()),
+        given=frozenset({"positions"} if any(are_given) else ()) | _unsure(fits),
     )
     inputs: dict[str, Any] = dict.fromkeys(
         ("query", "key", "value", "scale", "bias", "rng")
@@ -189,7 +191,22 @@ def _pose_mask(where, sizes, dtype, *, mask, modifier, query_position, key_posit
         key_position=key_position,
         kinds=kinds,
     )
-    return problem, operands, None if mask is None and modifier is None else fits
+    return problem, operands, fits
+
+
+def _unsure(fits) -> frozenset[str]:
+    return frozenset() if fits is None else frozenset({"unsure"})
+
+
+def spoiled(problem: Problem, operands: Operands, arrays):
+    """The arrays, or NaN in their places where traced positions did not fit int32.
+
+    Of a query that sees nothing nobody would know otherwise that its mask was wrong.
+    """
+    if "unsure" not in problem.given:
+        return arrays
+    add = jnp.where(jnp.isnan(operands.scale), jnp.nan, 0)
+    return jax.tree.map(lambda x: x + add.astype(x.dtype), arrays)
 
 
 def asking_logsumexp(problem: Problem) -> Problem:

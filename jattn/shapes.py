@@ -106,9 +106,9 @@ def check_array(where: str, name: str, array) -> jax.Array:
     except OverflowError:
         raise ValueError(_too_wide(where, name, array)) from None
     given = getattr(array, "dtype", whole.dtype)
-    if given != whole.dtype and jnp.issubdtype(given, jnp.integer):
-        if not np.array_equal(np.asarray(whole), np.asarray(array)):
-            raise ValueError(_too_wide(where, name, array))
+    is_cut = given != whole.dtype and jnp.issubdtype(given, jnp.integer)
+    if is_cut and not fits(np.asarray(array), whole.dtype):
+        raise ValueError(_too_wide(where, name, array))
     return whole
 
 
@@ -138,7 +138,7 @@ def check_integers(where: str, name: str, array) -> jax.Array:
         # Inside `jit`, JAX would make a traced array of one that is known.
         array = checked if isinstance(array, jax.Array) else np.asarray(array)
     array = array if hasattr(array, "dtype") else checked
-    if np.can_cast(array.dtype, np.int32) or (is_known(array) and fits_int32(array)):
+    if np.can_cast(array.dtype, np.int32) or (is_known(array) and fits(array)):
         return array.astype(np.int32)
     return array
 
@@ -148,11 +148,11 @@ def is_known(array) -> bool:
     return not isinstance(array, jax.core.Tracer)
 
 
-def fits_int32(array):
-    """Says whether int32 holds every number of an integer array."""
-    if np.can_cast(array.dtype, np.int32):
+def fits(array, dtype=np.int32):
+    """Says whether an integer type, int32 by default, holds every number of an array."""
+    if np.can_cast(array.dtype, dtype):
         return True
-    ends = jnp.iinfo(jnp.int32)
+    ends = jnp.iinfo(dtype)
     low = True if jnp.issubdtype(array.dtype, jnp.unsignedinteger) else array >= ends.min
     return ((array <= ends.max) & low).all()
 
@@ -188,10 +188,11 @@ def align(where: str, name: str, array, sizes: Sizes, axes: str = "NTS") -> jax.
     )
     cure = _per_example(array, sizes) if axes == "NTS" else None
     if fits and cure and (array.ndim == 2 or array.dtype == jnp.bool_):
+        other = "query" if array.ndim == 2 else "head"
         raise ValueError(
-            f"{where}: `{name}` of shape {array.shape} may be meant for each example or for "
-            f"each {'query' if array.ndim == 2 else 'head'}, as there are as many of both; "
-            f"write `{name}{cure}` or `{name}[None]`."
+            f"{where}: `{name}` of shape {array.shape} may be meant for each example or "
+            f"for each {other}, as there are as many of both; write `{name}{cure}` or "
+            f"`{name}[None]`."
         )
     if not fits:
         letters = ("B" if sizes.batch else "") + axes
@@ -258,7 +259,7 @@ def check_range(where: str, sizes: Sizes, query_position, key_position):
         ValueError: If they are known and do not fit.
     """
     sides = {"query_position": ("T", query_position), "key_position": ("S", key_position)}
-    fits, ends, placed = [], [], []
+    known, ends, placed = [], [], []
     for name, (axis, position) in sides.items():
         length = getattr(sizes, axis)
         if not isinstance(length, int) or length == 0:
@@ -267,22 +268,22 @@ def check_range(where: str, sizes: Sizes, query_position, key_position):
         first, last, inside = _ends(position, length)
         if inside is False:
             raise ValueError(
-                f"{where}: `{name}` must put all {axis}={length} positions between −2³¹ and "
-                f"2³¹ − 1, got {first} to {last}; count from a nearer one."
+                f"{where}: `{name}` must put all {axis}={length} positions between −2³¹ "
+                f"and 2³¹ − 1, got {first} to {last}; count from a nearer one."
             )
-        fits.append(inside)
+        known.append(inside)
         ends.append((first, last))
         placed.append(position if position is None else position.astype(jnp.int32))
     if len(ends) == 2 and any(x is not None for x in placed):
         (t_first, t_last), (s_first, s_last) = ends
-        fits += [_differ(t_last, s_first), _differ(s_last, t_first)]
-        if any(x is False for x in fits):
+        known += [_differ(t_last, s_first), _differ(s_last, t_first)]
+        if any(x is False for x in known):
             raise ValueError(
                 f"{where}: `query_position` and `key_position` must differ by less than "
-                f"2³¹, got {t_first} to {t_last} and {s_first} to {s_last}; count both from "
-                f"nearer ones."
+                f"2³¹, got {t_first} to {t_last} and {s_first} to {s_last}; count both "
+                f"from nearer ones."
             )
-    traced = [x for x in fits if not isinstance(x, bool | np.bool_)]
+    traced = [x for x in known if not isinstance(x, bool | np.bool_)]
     return *placed, functools.reduce(jnp.logical_and, traced) if traced else None
 
 
@@ -294,8 +295,8 @@ def _ends(position, length: int):
         array = np.asarray(position)
         first, last = int(array.min()), int(array.max())
         last = last if array.ndim else last + length - 1
-        return first, last, -(2**31) <= first and last < 2**31
-    inside = fits_int32(position)
+        return first, last, first >= -(2**31) and last < 2**31
+    inside = fits(position)
     if position.ndim:
         narrow = position.astype(jnp.int32)
         return narrow.min(), narrow.max(), inside

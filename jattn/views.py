@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jattn import blockwise
 from jattn.blockwise import views
 from jattn.blockwise.strongest import strongest
-from jattn.problem import Operands, Problem, check_sink, pose
+from jattn.problem import Operands, Problem, check_sink, pose, spoiled
 from jattn.shapes import check_array, flatten_batch
 
 __all__ = ["StrongestKeys", "attention_entropy", "attention_received", "strongest_keys"]
@@ -279,6 +279,7 @@ def _entropy(problem: Problem, average: bool, arrays, tile=None):
     if sink is not None:
         sink = jnp.broadcast_to(sink.astype(problem.wide), normalizer.shape)
         entropy += views.surprise(sink - views.closed(normalizer))
+    entropy = spoiled(problem, operands, entropy)
     return jnp.mean(entropy, axis=2) if average else entropy
 
 
@@ -286,6 +287,7 @@ def _entropy(problem: Problem, average: bool, arrays, tile=None):
 def _received(problem: Problem, average: bool, arrays, tile=None):
     normalizer = views.closed(_normalizer(problem, *arrays))
     received = views.received(problem, arrays[0], normalizer, tile)
+    received = spoiled(problem, arrays[0], received)
     return jnp.mean(received, axis=2) if average else received
 
 
@@ -294,7 +296,7 @@ def _strongest(problem: Problem, k: int, average: bool, arrays, tile=None):
     arrays = _without_derivative(arrays)
     normalizer = views.closed(_normalizer(problem, *arrays))
     indices, weights = strongest(problem, arrays[0], normalizer, k, average, tile)
-    unknown = jnp.isnan(normalizer)
+    unknown = jnp.isnan(spoiled(problem, arrays[0], normalizer))
     unknown = (jnp.any(unknown, axis=2) if average else unknown)[..., None]
     return jnp.where(unknown, -1, indices), jnp.where(unknown, jnp.nan, weights)
 

@@ -31,7 +31,9 @@ CALLS = {
         **o,
     ),
     "gradient": lambda **o: jax.grad(
-        lambda v: jnp.sum(jattn.attention(Q, K, v, mask=Causal(), sink=jnp.zeros(2), **o) ** 2)
+        lambda v: jnp.sum(
+            jattn.attention(Q, K, v, mask=Causal(), sink=jnp.zeros(2), **o) ** 2
+        )
     )(V),
     "hvp": lambda **o: jax.jvp(
         jax.grad(lambda q: jnp.sum(jattn.attention(q, K, V, mask=Causal(), **o) ** 2)),
@@ -102,7 +104,9 @@ def test_checkify_inside_a_mask_runs_and_a_check_is_refused():
             Q, K, V, modifier=lambda x, *at: jnp.where(checked(*at), x, x)
         ),
     ):
-        with pytest.raises(ValueError, match=r"must be pure, got one with a `checkify.check`"):
+        with pytest.raises(
+            ValueError, match=r"must be pure, got one with a `checkify.check`"
+        ):
             call()
 
 

@@ -11,6 +11,7 @@ from jattn.masks import Causal, Explicit, Lengths, Prefix, Segments, Window
 
 f32 = jnp.float32
 QUERY, KEY = jnp.zeros((2, 5, 4, 8)), jnp.zeros((2, 6, 2, 8))
+SQUARE = jnp.zeros((3, 3, 3, 8))  # as many examples as queries, keys and heads
 IDS = jnp.zeros(5, jnp.int32)
 
 
@@ -67,7 +68,7 @@ MESSAGES = {
     ),
     "mask_does_not_broadcast": (
         lambda: attend(mask=jnp.ones((2, 3, 5, 6), bool)),
-        "`array` must broadcast to BNTS = (2, 4, 5, 6), got shape (2, 3, 5, 6)",
+        "attention: `mask` must broadcast to BNTS = (2, 4, 5, 6), got shape (2, 3, 5, 6)",
     ),
     "float_mask": (
         lambda: attend(mask=jnp.ones((5, 6))),
@@ -230,6 +231,65 @@ MESSAGES = {
         lambda: jattn.attention_weights(QUERY, KEY, rows=jnp.zeros(2)),
         "attention_weights: `rows` must be the indices of queries, integers in one axis",
     ),
+    "mask_per_example": (
+        lambda: attend(mask=jnp.ones((2, 6), bool)),
+        "attention: `mask` must broadcast to BNTS = (2, 4, 5, 6), got shape (2, 6); write "
+        "`mask[:, None, None]`.",
+    ),
+    "mask_per_example_and_query": (
+        lambda: attend(mask=jnp.ones((2, 5, 6), bool)),
+        "got shape (2, 5, 6); write `mask[:, None]`.",
+    ),
+    "mask_per_example_of_two_axes": (
+        lambda: attend(QUERY[:, None], KEY[:, None], mask=jnp.ones((2, 1, 6), bool)),
+        "got shape (2, 1, 6); write `mask[:, :, None, None]`.",
+    ),
+    "explicit_per_example": (
+        lambda: attend(mask=Causal() & jnp.ones((2, 6), bool)),
+        "masks.Explicit: `array` must broadcast to BNTS = (2, 4, 5, 6), got shape (2, 6); "
+        "write `array[:, None, None]`.",
+    ),
+    "bias_per_example": (
+        lambda: attend(bias=jnp.ones((2, 6))),
+        "got shape (2, 6); write `bias[:, None, None]`.",
+    ),
+    "mask_of_examples_or_queries": (
+        lambda: attend(SQUARE, SQUARE, mask=jnp.ones((3, 3), bool)),
+        "attention: `mask` of shape (3, 3) may be meant for each example or for each "
+        "query, as there are as many of both; write `mask[:, None, None]` or `mask[None]`.",
+    ),
+    "bias_of_examples_or_queries": (
+        lambda: attend(SQUARE, SQUARE, bias=jnp.ones((3, 3))),
+        "attention: `bias` of shape (3, 3) may be meant for each example or for each query",
+    ),
+    "mask_of_examples_or_heads": (
+        lambda: attend(SQUARE, SQUARE, mask=jnp.ones((3, 3, 3), bool)),
+        "attention: `mask` of shape (3, 3, 3) may be meant for each example or for "
+        "each head",
+    ),
+    "position_per_example": (
+        lambda: attend(query_position=jnp.arange(2)),
+        "attention: `query_position` must be an integer or have shape T = (5,) or BT = "
+        "(2, 5), got (2,); for a position of each example, write "
+        "`query_position[:, None] + jnp.arange(5)`.",
+    ),
+    "position_per_example_of_one_query": (
+        lambda: attend(QUERY[:, :1], query_position=jnp.arange(2)),
+        "for a position of each example, write `query_position[:, None]`.",
+    ),
+    "position_of_examples_or_queries": (
+        lambda: attend(SQUARE, SQUARE, key_position=jnp.arange(3)),
+        "for a position of each example, write `key_position[:, None] + jnp.arange(3)`, "
+        "and for one of each S, `key_position[None]`.",
+    ),
+    "position_beyond_32_bits": (
+        lambda: attend(query_position=2**31),
+        "attention: `query_position` must hold integers of 32 bits",
+    ),
+    "offset_of_each_example": (
+        lambda: attend(mask=Causal(jnp.arange(2))),
+        "masks.Causal: `offset` must be one whole number, got shape (2,)",
+    ),
     "other_function_s_name": (
         lambda: jattn.attention_state(QUERY, KEY[0], KEY[0]),
         "attention_state: `key` must have as many axes",
@@ -248,3 +308,20 @@ def test_message(name):
 def test_unknown_option_is_not_dropped():
     with pytest.raises(TypeError, match="causal"):
         attend(causal=True)
+
+
+def test_what_an_ambiguous_mask_may_be_written_as():
+    ones = jnp.ones((3, 3), bool)
+    for mask in (ones[None], ones[:, None, None], jnp.ones((3, 3, 3), bool)[:, None]):
+        assert attend(SQUARE, SQUARE, mask=mask).shape == SQUARE.shape
+    for position in (jnp.arange(3)[None], jnp.arange(3)[:, None] + jnp.arange(3)[None]):
+        assert attend(SQUARE, SQUARE, query_position=position).shape == SQUARE.shape
+
+
+def test_a_numpy_rate_is_a_rate():
+    rng = jax.random.key(0)
+    got = attend(dropout=Dropout(np.float32(0.25), rng))
+    np.testing.assert_array_equal(got, attend(dropout=Dropout(0.25, rng)))
+    for rate in (1 - 1e-12, np.float64(1 - 1e-16)):
+        ones = jnp.ones((1, 8, 1, 4))
+        assert not jattn.attention(ones, ones, ones, dropout=Dropout(rate, rng)).any()

@@ -27,7 +27,7 @@ REFUSED = {  # what is refused, and the name that the message must have
     "negative": (lambda: Segments(np.array([-1, -1 - FAR])), "query_ids"),
     "padding": (lambda: Segments(np.array([7, 7]), padding_id=FAR), "padding_id"),
     "padding_of_int8": (
-        lambda: Segments(jnp.array([7, 7], jnp.uint32), padding_id=-1),
+        lambda: Segments(np.array([7, TOP], np.uint32), padding_id=-1),
         "padding_id",
     ),
     "lengths": (lambda: Lengths(np.array([FAR + 1])), "key_lengths"),
@@ -36,7 +36,7 @@ REFUSED = {  # what is refused, and the name that the message must have
     "causal": (lambda: Causal(TOP), "offset"),
     "window": (lambda: Window(TOP, 0), "left"),
     "mixed": (
-        lambda: Segments(jnp.array([1, 2], jnp.uint32) + TOP, np.array([-1, -2])),
+        lambda: Segments(np.array([1, TOP], np.uint32), np.array([-1, -2])),
         "query_ids",
     ),
 }
@@ -104,7 +104,9 @@ def test_ids_of_any_type_are_compared_in_full(name, x64):
     with jax.enable_x64(x64):
         np.testing.assert_array_equal(weights(Segments(query_ids, key_ids)), want)
         if key_ids is None:
-            traced = jax.jit(lambda ids: jattn.attention_weights(KEY, KEY, mask=Segments(ids)))
+            traced = jax.jit(
+                lambda ids: jattn.attention_weights(KEY, KEY, mask=Segments(ids))
+            )
             np.testing.assert_array_equal(traced(query_ids)[0, 0], want)
 
 
@@ -113,11 +115,15 @@ def test_ids_of_64_bits_with_x64():
     with jax.enable_x64(True):
         for kind in (ids, ids.astype(np.uint64)):
             np.testing.assert_array_equal(weights(Segments(kind)), APART)
-            traced = jax.jit(lambda ids: jattn.attention_weights(KEY, KEY, mask=Segments(ids)))
+            traced = jax.jit(
+                lambda ids: jattn.attention_weights(KEY, KEY, mask=Segments(ids))
+            )
             np.testing.assert_array_equal(traced(kind)[0, 0], APART)
         padded = weights(Segments(ids, padding_id=7 + FAR))
         np.testing.assert_array_equal(padded, [[1, 0], [0, 0]])
-        with pytest.raises(ValueError, match="`query_ids` and `key_ids` must be of one type"):
+        with pytest.raises(
+            ValueError, match="`query_ids` and `key_ids` must be of one type"
+        ):
             weights(Segments(ids.astype(np.uint64), ids))
 
 

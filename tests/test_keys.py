@@ -75,10 +75,17 @@ def test_numbers_that_print_alike_are_two_programs(where):
 
 
 DIFFERENT = {
-    "type": (lambda: lambda logit, *_: logit * 2, lambda: lambda logit, *_: logit * 2.0**-1),
+    "type": (
+        lambda: lambda logit, *_: logit * 2,
+        lambda: lambda logit, *_: logit * 2.0**-1,
+    ),
     "zero": (
-        lambda: lambda logit, *_: jnp.float32(1) / (logit * np.float32(0.0) - np.float32(0.0)),
-        lambda: lambda logit, *_: jnp.float32(1) / (logit * np.float32(0.0) - np.float32(-0.0)),
+        lambda: (
+            lambda logit, *_: jnp.float32(1) / (logit * np.float32(0.0) - np.float32(0.0))
+        ),
+        lambda: (
+            lambda logit, *_: jnp.float32(1) / (logit * np.float32(0.0) - np.float32(-0.0))
+        ),
     ),
     "jvp": (lambda: with_rule(1.0), lambda: with_rule(2.0)),
     "vjp": (lambda: with_pullback(1.0), lambda: with_pullback(2.0)),
@@ -103,7 +110,9 @@ ALIKE = {
     "jvp": lambda i: {"modifier": with_rule(1.0)},
     "vjp": lambda i: {"modifier": with_pullback(1.0)},
     "calling_itself": lambda i: {"modifier": calling_itself(i)},
-    "rule_in_a_mask": lambda i: {"mask": lambda b, n, t, s: jax.nn.relu(1.0 * s) > 2},
+    "rule_in_a_mask": lambda i: {
+        "mask": lambda b, n, t, s: jax.nn.relu(s.astype(jnp.float32)) > 2
+    },
     "causal": lambda i: {"mask": Causal(i)},
     "causal_numpy": lambda i: {"mask": Causal(np.int64(i))},
     "prefix": lambda i: {"mask": Prefix(i)},
@@ -114,7 +123,9 @@ ALIKE = {
     "padding": lambda i: {"mask": Segments(jnp.arange(6), padding_id=i)},
     "cap": lambda i: {"modifier": SoftCap(1.0 + i)},
     "cap_numpy": lambda i: {"modifier": SoftCap(np.float32(1 + i))},
-    "buckets": lambda i: {"modifier": RelativeBias(jnp.ones((1, 8)) * i, log_bucket(8, 16))},
+    "buckets": lambda i: {
+        "modifier": RelativeBias(jnp.ones((1, 8)) * i, log_bucket(8, 16))
+    },
     "distance": lambda i: {"modifier": RelativeBias(jnp.ones((1, 5)) * i, distance(2))},
     "position": lambda i: {"mask": Causal(), "query_position": i},
     "scale": lambda i: {"scale": float(i)},

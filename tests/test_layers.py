@@ -11,7 +11,6 @@ import jattn
 ROOT = pathlib.Path(jattn.__file__).parent
 
 
-
 def listed(package: str) -> list[str]:
     """The modules on the contents page of a package, in its order."""
     path = ROOT / package.replace(".", "/") / "__init__.py"

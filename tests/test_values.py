@@ -50,7 +50,11 @@ def test_made_twice_it_is_one_value(name):
     assert first == second
     assert hash(first) == hash(second)
     assert {first: "found"}[second] == "found"
-    for other in (copy.copy(first), copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+    for other in (
+        copy.copy(first),
+        copy.deepcopy(first),
+        pickle.loads(pickle.dumps(first)),
+    ):
         assert other == first
         assert hash(other) == hash(first)
     others = [make() for label, make in VALUES.items() if label != name]

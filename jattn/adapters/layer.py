@@ -66,8 +66,8 @@ def any_mask(where: str, mask) -> Mask | None:
     """Gives a mask, of a function or of an array: Boolean, or of ones and zeros.
 
     Raises:
-        ValueError: If it is a floating array, known now, with a negative or a NaN in it: such
-            masks are made to be added, and mean the opposite.
+        ValueError: If it is a floating array, known now, with a negative in it: such masks
+            are made to be added, and mean the opposite.
     """
     if mask is None or isinstance(mask, Mask) or callable(mask):
         return None if mask is None else as_mask(mask, where)
