@@ -8,12 +8,14 @@ Read in this order:
 `dropout`       which weights drop: a pure function of the seed and (b, n, t, s)
 `state`         how partial answers combine: (output, logsumexp) under merge
 `shapes`        the letters B T S N K H D, and the checks at the door
+`meshes`        arrays on several devices: what their types say, kept out of the rest
 `pointwise`     masks and modifiers made into data that compare by structure
 `tables`        which blocks of a mask are empty, partial or full, to keep and reuse
 `problem`       one call, taken apart: static facts and operands
 `blocks`        a mask evaluated over intervals, a pair of blocks each
 `skipping`      which blocks of a call can be skipped, for every implementation
 `tabulate`      block tables made from a mask and shapes
+`varying`       functions of what differs from device to device, as operations
 `tile`          the logits of some queries by some keys
 `dense`         attention in one tile
 `operation`     a function with its own derivatives that JAX transforms in every way

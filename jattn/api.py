@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jattn import dense, dispatch, explanation
 from jattn.explanation import Explanation
+from jattn.meshes import across
 from jattn.problem import (
     Operands,
     Problem,
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 
+@across("BTN.")
 def attention(
     query,
     key,
@@ -104,6 +106,7 @@ def attention(
     return _attend("attention", query, key, value, sink, implementation, options).output
 
 
+@across("BTN. BTN")
 def attention_state(
     query,
     key,
@@ -162,6 +165,7 @@ def attention_state(
     return _attend(where, query, key, value, sink, implementation, options)
 
 
+@across("BNTS")
 def attention_logits(
     query,
     key,
@@ -212,6 +216,7 @@ def attention_logits(
     return _unflatten(_logits(problem, operands, rows), problem.sizes)
 
 
+@across("BNTS")
 def attention_weights(
     query,
     key,
@@ -275,6 +280,7 @@ def attention_weights(
     return _unflatten(_weights(problem, operands, sink, rows), problem.sizes)
 
 
+@across("")
 def explain(
     query,
     key,

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from jattn.meshes import jaxpr_of
+
 INDICES = ("b", "n", "t", "s")
 
 
@@ -101,7 +103,7 @@ def trace(where: str, function: Callable, aligned, logit=None):
     if logit is not None:
         scalars = [jax.ShapeDtypeStruct((), logit), *scalars]
     try:
-        closed, result = jax.make_jaxpr(function, return_shape=True)(*scalars)
+        jaxpr, captured, result = jaxpr_of(function, *scalars)
     except jax.errors.TracerArrayConversionError:
         raise ValueError(
             f"{where}: a function of positions must index JAX arrays, got a NumPy array "
@@ -116,9 +118,8 @@ def trace(where: str, function: Callable, aligned, logit=None):
             f"{where}: the function must return {kind} scalar for one query and one key, "
             f"got {got}; write it for scalars b, n, t, s."
         )
-    jaxpr = closed.jaxpr
     program = Program(jaxpr, _used(jaxpr), _structure(jaxpr))
-    captured = tuple(jnp.asarray(const) for const in closed.consts)
+    captured = tuple(map(jnp.asarray, captured))
     return program, Arrays(captured, tuple(aligned))
 
 

@@ -11,7 +11,8 @@ ROOT = pathlib.Path(jattn.__file__).parent
 
 # In reading order; modules of one layer do not know one another.
 LAYERS = (
-    {"shapes", "pointwise"},
+    {"shapes", "meshes"},
+    {"pointwise"},
     {"masks", "modifiers", "dropout", "state", "split"},
     {"definition", "tables"},
     {"problem"},
@@ -21,7 +22,9 @@ LAYERS = (
     {"blocks.bounds"},
     {"blocks.decide"},
     {"blocks.table"},
-    {"tile", "skipping", "operation", "tpu.pairs", "tpu.schedule"},
+    {"operation"},
+    {"tile", "varying", "tpu.pairs", "tpu.schedule"},
+    {"skipping"},
     {"tpu.layout"},
     {"tpu.call", "tpu.tiles"},
     {"tpu.forward", "tpu.backward"},
