@@ -124,9 +124,14 @@ def _plain(jaxpr):
         params = {name: _plain_param(x) for name, x in equation.params.items()}
         outputs = [*map(atom, equation.outvars)]
         equations.append(equation.replace(invars=inputs, outvars=outputs, params=params))
-    outvars = [*map(atom, jaxpr.outvars)]
+    # From jax 0.11 on, a jaxpr is closed or not by its constants.
+    consts = {"consts": jaxpr.consts} if isinstance(jaxpr, ClosedJaxpr) else {}
     return jaxpr.replace(
-        constvars=constvars, invars=invars, eqns=equations, outvars=outvars
+        constvars=constvars,
+        invars=invars,
+        eqns=equations,
+        outvars=[*map(atom, jaxpr.outvars)],
+        **consts,
     )
 
 
