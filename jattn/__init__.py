@@ -11,6 +11,7 @@ Read in this order:
 `meshes`        arrays on several devices: what their types say, kept out of the rest
 `pointwise`     masks and modifiers made into data that compare by structure
 `tables`        which blocks of a mask are empty, partial or full, to keep and reuse
+`counted`       masks, modifiers and dropout of a whole, seen from one device's part
 `problem`       one call, taken apart: static facts and operands
 `blocks`        a mask evaluated over intervals, a pair of blocks each
 `skipping`      which blocks of a call can be skipped, for every implementation
@@ -36,6 +37,7 @@ Read in this order:
 `adapters`      the same functions under other libraries' signatures
 """
 
+from jattn import counted as counted
 from jattn import definition, masks, modifiers
 from jattn.api import (
     attention,

@@ -15,12 +15,13 @@ the time. So a tile of T × S weights costs T + S words and a few integer operat
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Dropout", "keep", "words"]
+__all__ = ["Dropout", "Numbered", "keep", "words"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +44,14 @@ class Dropout:
             )
 
 
+class Numbered(NamedTuple):
+    """A random key, and the numbers of the first example and the first head."""
+
+    rng: jax.Array
+    b: int | jax.Array
+    n: int | jax.Array
+
+
 jax.tree_util.register_dataclass(Dropout, ["rng"], ["rate", "shared"])
 
 
@@ -51,6 +60,8 @@ def words(rng, b, n, position, side: int) -> jax.Array:
 
     `side` is 0 for queries and 1 for keys.
     """
+    if isinstance(rng, Numbered):
+        rng, b, n = rng.rng, b + rng.b, n + rng.n
     word = jax.random.bits(rng, (2,), jnp.uint32)[side]
     for index in (b, n, position):
         word = _mix(word ^ (index.astype(jnp.uint32) * _GOLDEN + jnp.uint32(1)))

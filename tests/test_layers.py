@@ -15,7 +15,7 @@ LAYERS = (
     {"pointwise"},
     {"masks", "modifiers", "dropout", "state", "split"},
     {"definition", "tables"},
-    {"problem"},
+    {"problem", "counted"},
     {"blocks.intervals"},
     {"blocks.rules", "blocks.rearrange"},
     {"blocks.graph"},
