@@ -68,6 +68,8 @@ def attention(
         value: `BSKD`, of the same dtype.
         mask: True = may attend: one of `jattn.masks`, a function (b, n, t, s) → bool of
             scalars, or a Boolean array that broadcasts to BNTS; or a `block_table` of one.
+            Inside `jax.shard_map` b and n count the examples and heads of one device;
+            `jattn.counted.counted_from` gives them their numbers in the whole.
         bias: Added to the logits after the modifier; floating, broadcasts to BNTS.
         modifier: One of `jattn.modifiers` or a function (logit, b, n, t, s) → logit.
         sink: A logit that only takes weight away, one per query head or one for all.

@@ -89,11 +89,10 @@ def jaxpr_of(function, *scalars):
     """
     try:
         closed, result = jax.make_jaxpr(function, return_shape=True)(*scalars)
-    except (TypeError, ValueError):
-        found = _traced_with_captured_left_to_xla(function, scalars)
-        if found is None:
+    except Exception as error:
+        if not _is_of_meshes(error):
             raise
-        closed, result = found
+        closed, result = _traced_reading(function, scalars)
     captured = [without_axes(x) for x in closed.consts]
     meshes = [jax.typeof(x).sharding.mesh for x in captured if isinstance(x, jax.Array)]
     if all(mesh.empty for mesh in (*meshes, jax.sharding.get_abstract_mesh())):
@@ -153,12 +152,24 @@ def _plain_param(value):
     return value
 
 
-def _traced_with_captured_left_to_xla(function, scalars):
+def _is_of_meshes(error) -> bool:
+    """Whether JAX may have refused explicit axes, and not what the function does.
+
+    It has a class of errors for that, which it does not export. But inside a public
+    function these axes are left to XLA, and an array that was captured is of another mesh
+    than all others: a plain ValueError.
+    """
+    if type(error).__name__ == "ShardingTypeError":
+        return True
+    is_plain = isinstance(error, TypeError | ValueError)
+    return is_plain and not jax.sharding.get_abstract_mesh().empty
+
+
+def _traced_reading(function, scalars):
     """The jaxpr of a function that explicit axes do not let trace as it stands.
 
     Each array with explicit axes is replaced as a primitive reads it. A `jit` inside the
     function looks at types before any primitive does; so if need be, it is left out.
-    None where that does not help.
     """
     with take_current_trace() as outer:
         pass
@@ -169,10 +180,11 @@ def _traced_with_captured_left_to_xla(function, scalars):
         with set_current_trace(_Reading(inner, outer)):
             return function(*scalars)
 
-    for disabled in (False, True):
-        with jax.disable_jit(disabled), contextlib.suppress(TypeError, ValueError):
-            return jax.make_jaxpr(reading, return_shape=True)(*scalars)
-    return None
+    trace = jax.make_jaxpr(reading, return_shape=True)
+    with contextlib.suppress(Exception):
+        return trace(*scalars)
+    with jax.disable_jit():
+        return trace(*scalars)
 
 
 class _Reading(jax.core.Trace):

@@ -1,4 +1,4 @@
-"""Arrays on several devices: every call equals that of one device, in every kind of mesh."""
+"""Arrays on several devices: every call equals that of one device, on every mesh."""
 
 import functools
 
@@ -35,6 +35,11 @@ HELD = {
     "position": jnp.arange(T)[::-1],
 }
 
+
+def far(t, s):
+    return jnp.abs(t - s).astype(jnp.float32)
+
+
 # Functions of what the call holds to its options.
 CALLS = {
     "plain": lambda x: {},
@@ -54,7 +59,7 @@ CALLS = {
     "slopes": lambda x: {
         "mask": lambda b, n, t, s: s < x["lengths"][b],
         "modifier": lambda logit, b, n, t, s: (
-            logit - jax.nn.relu(x["slopes"])[n] * jnp.abs(t - s) + x["table"][t - s]
+            logit - jax.nn.relu(x["slopes"])[n] * far(t, s) + x["table"][t - s]
         ),
     },
     "bias": lambda x: {
@@ -244,7 +249,7 @@ def test_one_mesh_with_axes_of_several_kinds():
         return jattn.attention(
             **inputs,
             mask=lambda b, n, t, s: ids[b, t] == ids[b, s],
-            modifier=lambda logit, b, n, t, s: logit - slopes[n] * jnp.abs(t - s),
+            modifier=lambda logit, b, n, t, s: logit - slopes[n] * far(t, s),
         )
 
     loss = lambda *x: jnp.sum(call(*x) ** 2)
@@ -329,7 +334,7 @@ def test_what_a_mask_captures_may_differ_from_device_to_device():
             query,
             query,
             mask=lambda b, n, t, s: jnp.take(ids[0], t) == ids[0, s],
-            modifier=lambda logit, b, n, t, s: logit - slopes[n] * jnp.abs(t - s),
+            modifier=lambda logit, b, n, t, s: logit - slopes[n] * far(t, s),
             implementation="dense",
         )
 
@@ -380,7 +385,7 @@ COUNTED = {
     "Lengths": {"mask": masks.Lengths(LENGTHS)},
     "both": {"mask": masks.Causal() & (lambda b, n, t, s: (s < LENGTHS[b]) | (n == 1))},
     "array": {"mask": BIAS < 0.5},
-    "slopes[n]": {"modifier": lambda x, b, n, t, s: x - SLOPES[n] * jnp.abs(t - s)},
+    "slopes[n]": {"modifier": lambda x, b, n, t, s: x - SLOPES[n] * far(t, s)},
     "ALiBi()": {"modifier": modifiers.ALiBi()},
     "RelativeBias": {
         "modifier": modifiers.RelativeBias(BIAS[0, :, 0, :7]) >> modifiers.SoftCap(3.0)
