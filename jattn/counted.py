@@ -69,8 +69,7 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
             f"counted_from: `rule` must be a mask, a modifier or a dropout, got the class "
             f"{rule.__name__}; call it."
         )
-    shifted = lambda *x: rule(*x[:-4], x[-4] + _int32(b), x[-3] + _int32(n), *x[-2:])
-    return shifted
+    return lambda *x: rule(*x[:-4], x[-4] + _int32(b), x[-3] + _int32(n), *x[-2:])
 
 
 class _Counted:

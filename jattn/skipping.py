@@ -34,7 +34,7 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
     NumPy's where nothing is traced, and in the graph otherwise. With symbolic sizes every
     block counts as partial.
     """
-    B, N, T, S = problem.sizes.BNTS
+    *_, T, S = problem.sizes.BNTS
     shape = (1, 1, -(-T // block_q), -(-S // block_kv))
     if not problem.sizes.are_known:
         return jnp.full(shape, PARTIAL, jnp.int8)

@@ -1,4 +1,4 @@
-"""A function of arrays whose values differ from device to device, computed without saying so.
+"""Functions of arrays whose values differ from device to device, without saying so.
 
 Inside `jax.shard_map` types say over which mesh axes an array's values differ, and JAX
 refuses an equation whose operands differ over other axes. Functions that a user writes
