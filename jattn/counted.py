@@ -72,14 +72,15 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
     return lambda *x: rule(*x[:-4], x[-4] + _int32(b), x[-3] + _int32(n), *x[-2:])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Counted:
     """A rule of the whole, seen from a part."""
 
     rule: Any
-    b: int | jax.Array
-    n: int | jax.Array
-    B: int | None
-    N: int | None
+    b: int | jax.Array = 0
+    n: int | jax.Array = 0
+    B: int | None = None
+    N: int | None = None
 
     def aligned(self, sizes: Sizes) -> Any:
         """The part of the rule's arrays."""
@@ -106,12 +107,6 @@ class _Counted:
 
 @pytree("rule", "b", "n", static=("B", "N"))
 class _CountedMask(_Counted, Mask):
-    rule: Mask
-    b: int | jax.Array = 0
-    n: int | jax.Array = 0
-    B: int | None = None
-    N: int | None = None
-
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """What the mask allows."""
         return self.rule.allows(b + _int32(self.b), n + _int32(self.n), t, s, elements)
@@ -119,12 +114,6 @@ class _CountedMask(_Counted, Mask):
 
 @pytree("rule", "b", "n", static=("B", "N"))
 class _CountedModifier(_Counted, Modifier):
-    rule: Modifier
-    b: int | jax.Array = 0
-    n: int | jax.Array = 0
-    B: int | None = None
-    N: int | None = None
-
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
         """What the modifier gives."""
         b, n = b + _int32(self.b), n + _int32(self.n)

@@ -157,12 +157,12 @@ def _is_of_meshes(error) -> bool:
 
     It has a class of errors for that, which it does not export. But inside a public
     function these axes are left to XLA, and an array that was captured is of another mesh
-    than all others: a plain ValueError.
+    than all others, which raises a common one.
     """
     if type(error).__name__ == "ShardingTypeError":
         return True
-    is_plain = isinstance(error, TypeError | ValueError)
-    return is_plain and not jax.sharding.get_abstract_mesh().empty
+    kinds = TypeError, ValueError, NotImplementedError
+    return isinstance(error, kinds) and not jax.sharding.get_abstract_mesh().empty
 
 
 def _traced_reading(function, scalars):

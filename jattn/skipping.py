@@ -8,6 +8,8 @@ modifier answers −∞ to everything are empty, and those on which a bias is �
 the same for all queries or for all keys; any other would have to be read as a whole.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,8 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
     shape = (1, 1, -(-T // block_q), -(-S // block_kv))
     if not problem.sizes.are_known:
         return jnp.full(shape, PARTIAL, jnp.int8)
-    decisive = operands._replace(query=None, key=None, value=None, scale=None, rng=None)
+    rest: dict[str, Any] = dict.fromkeys(("query", "key", "value", "scale", "rng"))
+    decisive = operands._replace(**rest)
     # Small changes of an array change no kind; the rules need no derivatives.
     decisive = jax.tree.map(_constant, decisive)
     return locally(_block_table, (problem, block_q, block_kv), decisive)
@@ -60,7 +63,7 @@ def _block_table(problem: Problem, block_q: int, block_kv: int, operands: Operan
         dead = table.dead_blocks(jaxpr, modifier.captured, points, modifier.aligned)
         kinds = kinds * (~dead).astype(np.int8)
     if _is_one_sided(operands.bias):
-        most = operands.bias
+        most: Any = operands.bias
         for axis, size in ((QUERY, block_q), (KEY, block_kv)):
             most = per_block(most, axis, size, "max")
         kinds = kinds * (most != -np.inf).astype(np.int8)

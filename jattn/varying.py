@@ -40,8 +40,8 @@ def locally(function: Callable, statics: tuple[Hashable, ...], *trees):
     for wanted in (real, [not x for x in real]):
         if any(wanted):
             part = dataclasses.replace(local, wanted=tuple(wanted))
-            constant = jax.lax.stop_gradient if wanted is not real else lambda x: x
-            found = iter(part(*map(constant, leaves)))
+            given = leaves if wanted is real else map(jax.lax.stop_gradient, leaves)
+            found = iter(part(*given))
             results = [
                 next(found) if want else x for want, x in zip(wanted, results, strict=True)
             ]
