@@ -13,6 +13,7 @@ differ over other axes. Where an array lies changes no number, so:
 """
 
 import contextlib
+import contextvars
 import functools
 import inspect
 from typing import Any
@@ -49,7 +50,7 @@ def across(letters: str):
                 return function(*args, **kwargs)
             given = dict(zip(names, args, strict=False)) | kwargs
             axes = _axes(given.get("query"), given.get("key"))
-            with use_abstract_mesh(_left_to_xla(mesh)):
+            with use_abstract_mesh(_left_to_xla(mesh)), _called_from(mesh):
                 args, kwargs = tree.unflatten(map(without_axes, leaves))
                 results, tree = jax.tree.flatten(function(*args, **kwargs))
             words = letters.split() or [""] * len(results)
@@ -63,6 +64,19 @@ def across(letters: str):
         return on_any_mesh
 
     return decorate
+
+
+_CALLER: contextvars.ContextVar = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def _called_from(mesh):
+    """Keeps the mesh that a public function was called in."""
+    token = _CALLER.set(mesh)
+    try:
+        yield
+    finally:
+        _CALLER.reset(token)
 
 
 def without_axes(array):
@@ -173,11 +187,15 @@ def _traced_reading(function, scalars):
     """
     with take_current_trace() as outer:
         pass
+    own = jax.sharding.get_abstract_mesh()
+    caller = own if _CALLER.get() is None else _CALLER.get()
 
     def reading(*scalars):
         with take_current_trace() as inner:
             pass
-        with set_current_trace(_Reading(inner, outer)):
+        # Inside `shard_map` a primitive looks at the mesh before its trace does.
+        reads = _Reading(inner, outer, own)
+        with set_current_trace(reads), use_abstract_mesh(caller):
             return function(*scalars)
 
     trace = jax.make_jaxpr(reading, return_shape=True)
@@ -193,9 +211,9 @@ class _Reading(jax.core.Trace):
     They are replaced by what the `outer` trace makes of them, once each.
     """
 
-    def __init__(self, inner, outer):
+    def __init__(self, inner, outer, mesh):
         super().__init__()
-        self.inner, self.outer, self.replaced = inner, outer, {}
+        self.inner, self.outer, self.mesh, self.replaced = inner, outer, mesh, {}
 
     def read(self, array):
         """The array that is read in place of one."""
@@ -208,20 +226,22 @@ class _Reading(jax.core.Trace):
 
     def process_primitive(self, primitive, arrays, params, /):
         """A primitive."""
-        with set_current_trace(self.inner):
+        with set_current_trace(self.inner), use_abstract_mesh(self.mesh):
             return primitive.bind(*map(self.read, arrays), **params)
 
     def process_custom_jvp_call(self, primitive, function, jvp, arrays, /, **options):
         """A function that has its own tangents."""
         arrays = [*map(self.read, arrays)]
         process = self.inner.process_custom_jvp_call
-        return process(primitive, function, jvp, arrays, **options)
+        with use_abstract_mesh(self.mesh):
+            return process(primitive, function, jvp, arrays, **options)
 
     def process_custom_vjp_call(self, primitive, function, fwd, bwd, arrays, /, **options):
         """A function that has its own cotangents."""
         arrays = [*map(self.read, arrays)]
         process = self.inner.process_custom_vjp_call
-        return process(primitive, function, fwd, bwd, arrays, **options)
+        with use_abstract_mesh(self.mesh):
+            return process(primitive, function, fwd, bwd, arrays, **options)
 
 
 def _explicit_mesh(leaves):
