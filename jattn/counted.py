@@ -57,7 +57,8 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
     if isinstance(rule, Dropout):
         if rule.shared:  # which draws alike for all examples and heads
             return rule
-        return dataclasses.replace(rule, rng=Numbered(rule.rng, _int32(b), _int32(n)))
+        rng: Any = Numbered(rule.rng, _int32(b), _int32(n))
+        return dataclasses.replace(rule, rng=rng)
     if isinstance(rule, BlockTable):
         rule = rule.mask
     if isinstance(rule, Modifier):
