@@ -3,6 +3,7 @@
 Each module imports only from those above it:
 
 `shapes`        the letters B T S N K H D, and the checks at the door
+`meshes`        arrays on several devices: what their types say, kept out of the rest
 `pointwise`     masks and modifiers made into data that compare by structure
 `masks`         which keys a query may attend to: functions (b, n, t, s) → bool
 `modifiers`     what happens to a logit: functions (logit, b, n, t, s) → logit
@@ -10,14 +11,16 @@ Each module imports only from those above it:
 `state`         how partial answers combine: (output, logsumexp) under merge
 `definition`    what attention is: for one query in three steps, for many by vmap
 `tables`        which blocks of a mask are empty, partial or full, to keep and reuse
+`counted`       masks, modifiers and dropout of a whole, seen from one device's part
 `problem`       one call, taken apart: static facts and operands
+`operation`     a function with its own derivatives that JAX transforms in every way
+`varying`       functions of what differs from device to device, as operations
 `split`         what of a mask or modifier reads one side, evaluated once for each row
 `blocks`        a mask evaluated over intervals, a pair of blocks each
 `skipping`      which blocks of a call can be skipped, for every implementation
 `tabulate`      block tables made from a mask and shapes
 `tile`          the logits of some queries by some keys
 `dense`         attention in one tile
-`operation`     a function with its own derivatives that JAX transforms in every way
 `blockwise`     attention in many tiles: forward, backward, tangent
 `tpu`           attention on TPU, by Pallas kernels
 `cudnn`         attention on NVIDIA GPUs by cuDNN, where it is the same function
@@ -39,6 +42,7 @@ Each module imports only from those above it:
 To read, begin with `definition`: what it imports, it explains.
 """
 
+from jattn import counted as counted
 from jattn import definition, masks, modifiers
 from jattn.api import (
     attention,

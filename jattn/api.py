@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jattn import blockwise, dense, dispatch, explanation
 from jattn.explanation import Explanation
+from jattn.meshes import across
 from jattn.problem import (
     Operands,
     Problem,
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 
+@across("BTN.")
 def attention(
     query,
     key,
@@ -69,6 +71,8 @@ def attention(
         value: `BSKD`, of the same dtype.
         mask: True = may attend: one of `jattn.masks`, a function (b, n, t, s) → bool of
             scalars, or a Boolean array that broadcasts to BNTS; or a `block_table` of one.
+            Inside `jax.shard_map` b and n count the examples and heads of one device;
+            `jattn.counted.counted_from` gives them their numbers in the whole.
         bias: Added to the logits after the modifier; floating, broadcasts to BNTS.
         modifier: One of `jattn.modifiers` or a function (logit, b, n, t, s) → logit.
         sink: A logit that only takes weight away, one per query head or one for all.
@@ -108,6 +112,7 @@ def attention(
     return _attend("attention", problem, operands, sink, implementation, False).output
 
 
+@across("BTN. BTN")
 def attention_state(
     query,
     key,
@@ -167,6 +172,7 @@ def attention_state(
     return _attend(where, problem, operands, sink, implementation, True)
 
 
+@across("BNTS")
 def attention_logits(
     query,
     key,
@@ -218,6 +224,7 @@ def attention_logits(
     return _unflatten(_logits(problem, operands, rows), problem.sizes)
 
 
+@across("BNTS")
 def attention_weights(
     query,
     key,
@@ -282,6 +289,7 @@ def attention_weights(
     return _unflatten(_weights(problem, operands, sink, rows), problem.sizes)
 
 
+@across("")
 def explain(
     query,
     key,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jattn import tile
 from jattn.problem import Operands, Problem, index, kept
 from jattn.state import State
+from jattn.varying import locally
 
 
 def refusal(problem: Problem, platform: str) -> str | None:
@@ -26,6 +27,10 @@ def block_sizes(problem: Problem, operands: Operands | None) -> None:
 
 def attention_logits(problem: Problem, operands: Operands) -> jax.Array:
     """The logits BNTS: scaled, modified, biased, and −∞ where the mask says no."""
+    return locally(_logits, (problem,), operands)
+
+
+def _logits(problem: Problem, operands: Operands) -> jax.Array:
     at = index(problem, operands)
     allowed = tile.allowed(problem, operands, at)
     query = operands.query.astype(problem.wide)
@@ -48,7 +53,11 @@ def attention_logits(problem: Problem, operands: Operands) -> jax.Array:
 
 def attention_weights(problem: Problem, operands: Operands):
     """The weights BNTS, before dropout, and their logsumexp BNT."""
-    logits = attention_logits(problem, operands)
+    return locally(_weights, (problem,), operands)
+
+
+def _weights(problem: Problem, operands: Operands):
+    logits = _logits(problem, operands)
     top = jnp.max(logits, axis=-1, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     exponentials = jnp.exp(logits - top[..., None])
@@ -69,7 +78,11 @@ def drop(problem: Problem, operands: Operands, weights: jax.Array) -> jax.Array:
 
 def attention_state(problem: Problem, operands: Operands) -> State:
     """The output BTND, in the wide precision, and the logsumexp BTN."""
-    weights, logsumexp = attention_weights(problem, operands)
+    return locally(_state, (problem,), operands)
+
+
+def _state(problem: Problem, operands: Operands) -> State:
+    weights, logsumexp = _weights(problem, operands)
     weights = drop(problem, operands, weights)
     value = operands.value.astype(problem.wide)
     allowed = tile.allowed(problem, operands, index(problem, operands))

@@ -14,13 +14,15 @@ word of the seed; likewise a key's. `mix` is the 32-bit finalizer of MurmurHash3
 the time. So a tile of T × S weights costs T + S words and a few integer operations.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jattn.pointwise import pytree
 
-__all__ = ["Dropout", "keep", "words"]
+__all__ = ["Dropout", "Numbered", "keep", "words"]
 
 
 @pytree("rng", static=("rate", "shared"))
@@ -44,11 +46,21 @@ class Dropout:
         object.__setattr__(self, "rate", float(rate))
 
 
+class Numbered(NamedTuple):
+    """A random key, and the numbers of the first example and the first head."""
+
+    rng: jax.Array
+    b: int | jax.Array
+    n: int | jax.Array
+
+
 def words(rng, b, n, position, side: int) -> jax.Array:
     """One uint32 for each (b, n, position), integer arrays that broadcast.
 
     `side` is 0 for queries and 1 for keys.
     """
+    if isinstance(rng, Numbered):
+        rng, b, n = rng.rng, b + rng.b, n + rng.n
     word = jax.random.bits(rng, (2,), jnp.uint32)[side]
     for index in (b, n, position):
         word = _mix(word ^ (index.astype(jnp.uint32) * _GOLDEN + jnp.uint32(1)))

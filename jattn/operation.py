@@ -509,20 +509,36 @@ def _lower(context, *arrays, operation, platform=None):
 
 def _alone(axes):
     """The context, saying that one device runs the program, for rules that ask who does."""
-    if hasattr(axes, "manual_axes"):
+    if _is_manual(axes):
         return dataclasses.replace(axes, manual_axes=frozenset(axes.mesh.axis_names))
-    if hasattr(axes, "device_assignment"):
-        return dataclasses.replace(axes, device_assignment=tuple(jax.devices()[:1]))
-    return axes
+    return dataclasses.replace(
+        axes, num_devices=1, device_assignment=tuple(jax.devices()[:1])
+    )
 
 
 def _is_spread(axes) -> bool:
     """Whether the compiled program runs on several devices that share its arrays."""
-    if hasattr(axes, "num_devices"):
+    if not _is_manual(axes):
         return (axes.num_devices or 1) > 1
-    manual = getattr(axes, "manual_axes", frozenset())
     shape = dict(axes.mesh.shape)
-    return math.prod(size for name, size in shape.items() if name not in manual) > 1
+    rest = [size for name, size in shape.items() if name not in axes.manual_axes]
+    return math.prod(rest) > 1
+
+
+def _is_manual(axes) -> bool:
+    """Whether a context is one inside `shard_map`, of the two kinds that JAX has.
+
+    JAX does not export their classes, and might add one. To take it for another would
+    compile a wrong program, so it is refused by name.
+    """
+    kinds = {"SPMDAxisContext": True, "ShardingContext": False}
+    name = type(axes).__name__
+    if name not in kinds:
+        raise TypeError(
+            f"jattn lowers programs in the contexts {', '.join(kinds)} of JAX, got {name}; "
+            f"this version of JAX is newer than jattn knows."
+        )
+    return kinds[name]
 
 
 ad.primitive_jvps[_primitive] = _jvp

@@ -17,6 +17,8 @@ import numpy as np
 from jax.experimental import checkify
 from jax.extend.core import Literal
 
+from jattn.meshes import jaxpr_of
+
 INDICES = ("b", "n", "t", "s")
 
 
@@ -140,13 +142,13 @@ def trace(where: str, function: Callable, aligned, logit=None):
     if logit is not None:
         scalars = [jax.ShapeDtypeStruct((), logit), *scalars]
     try:
-        closed, result = jax.make_jaxpr(function, return_shape=True)(*scalars)
+        jaxpr, captured, result = jaxpr_of(function, *scalars)
     except jax.errors.TracerArrayConversionError:
         raise ValueError(
             f"{where}: a function of positions must index JAX arrays, got a NumPy array "
             f"indexed by a traced position; wrap the array in `jnp.asarray`."
         ) from None
-    effects = closed.jaxpr.effects
+    effects = jaxpr.effects
     if effects and len(_without_checks(function, scalars).effects) < len(effects):
         raise ValueError(
             f"{where}: a function of positions must be pure, got one with a "
@@ -162,9 +164,8 @@ def trace(where: str, function: Callable, aligned, logit=None):
             f"{where}: the function must return {kind} scalar for one query and one key, "
             f"got {got}; write it for scalars b, n, t, s."
         )
-    jaxpr = closed.jaxpr
     program = Program(jaxpr, _used(jaxpr), _structure(jaxpr))
-    captured = tuple(jnp.asarray(const) for const in closed.consts)
+    captured = tuple(map(jnp.asarray, captured))
     return program, Arrays(captured, tuple(aligned))
 
 

@@ -8,6 +8,8 @@ modifier answers −∞ to everything are empty, and those on which a bias is �
 the same for all queries or for all keys; any other would have to be read as a whole.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ from jattn.blocks.graph import KEY, QUERY
 from jattn.problem import Operands, Problem
 from jattn.tables import EMPTY as EMPTY
 from jattn.tables import FULL, PARTIAL, resize
+from jattn.varying import locally
 
 
 def skips(problem: Problem, operands: Operands | None) -> bool:
@@ -33,15 +36,23 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
     NumPy's where nothing is traced, and in the graph otherwise. With symbolic sizes every
     block counts as partial.
     """
-    B, N, T, S = problem.sizes.BNTS
+    *_, T, S = problem.sizes.BNTS
     shape = (1, 1, -(-T // block_q), -(-S // block_kv))
     if not problem.sizes.are_known:
         return jnp.full(shape, PARTIAL, jnp.int8)
-    kinds = np.full(shape, FULL, np.int8)
+    rest: dict[str, Any] = dict.fromkeys(("query", "key", "value", "scale", "rng"))
+    decisive = operands._replace(**rest)
+    # Small changes of an array change no kind; the rules need no derivatives.
+    decisive = jax.tree.map(_constant, decisive)
+    return locally(_block_table, (problem, block_q, block_kv), decisive)
+
+
+def _block_table(problem: Problem, block_q: int, block_kv: int, operands: Operands):
+    B, N, T, S = problem.sizes.BNTS
+    kinds = np.full((1, 1, -(-T // block_q), -(-S // block_kv)), FULL, np.int8)
     positions = (operands.query_position, operands.key_position)
     points = table.grid((B, N, T, S), (block_q, block_kv), *positions)
-    # Small changes of an array change no kind; the rules need no derivatives.
-    mask, modifier = jax.tree.map(_constant, (operands.mask, operands.modifier))
+    mask, modifier = operands.mask, operands.modifier
     if operands.kinds is not None:
         kinds = resize(operands.kinds, (T, S), problem.blocks, (block_q, block_kv))
     elif problem.mask is not None:
@@ -52,7 +63,7 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
         dead = table.dead_blocks(jaxpr, modifier.captured, points, modifier.aligned)
         kinds = kinds * (~dead).astype(np.int8)
     if _is_one_sided(operands.bias):
-        most = _constant(operands.bias)
+        most: Any = operands.bias
         for axis, size in ((QUERY, block_q), (KEY, block_kv)):
             most = per_block(most, axis, size, "max")
         kinds = kinds * (most != -np.inf).astype(np.int8)

@@ -26,6 +26,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from jattn.meshes import across
 from jattn.shapes import wide_dtype
 
 __all__ = ["EMPTY", "State", "merge", "with_sink"]
@@ -68,6 +69,14 @@ def merge(state: State, *states: State) -> State:
     """
     parts = (state, *states)
     _check(parts)
+    like = next((x.output for x in parts if jnp.ndim(x.output)), None)
+    return _merged(like, None, parts)
+
+
+@across("BTN. BTN")
+def _merged(query, key, parts) -> State:
+    """Merges states that lie as `query` does."""
+    del query, key
     return functools.reduce(_merge, parts)
 
 

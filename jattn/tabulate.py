@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from jattn.masks import as_mask
+from jattn.meshes import across
 from jattn.problem import given, pose_mask
 from jattn.shapes import check_array, measure
 from jattn.skipping import block_table as block_kinds
@@ -57,21 +58,20 @@ def block_table(
         )
     mask = as_mask(mask, where)
     mask = mask.mask if isinstance(mask, BlockTable) else mask
-    problem, operands = pose_mask(
-        where,
-        sizes,
-        query.dtype,
-        mask=mask,
-        query_position=query_position,
-        key_position=key_position,
-    )
+    places = {"query_position": query_position, "key_position": key_position}
     return BlockTable(
         mask,
-        block_kinds(problem, operands, *blocks),
+        _kinds(where, sizes, query.dtype, blocks, mask, places),
         lengths=(sizes.T, sizes.S),
         blocks=blocks,
         positions=(given(query_position), given(key_position)),
     )
+
+
+@across("....")
+def _kinds(where, sizes, dtype, blocks, mask, places):
+    problem, operands = pose_mask(where, sizes, dtype, mask=mask, **places)
+    return block_kinds(problem, operands, *blocks)
 
 
 def _check_shape(where, name, array):

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jattn import blockwise
 from jattn.blockwise import views
 from jattn.blockwise.strongest import strongest
+from jattn.meshes import across
 from jattn.problem import Operands, Problem, check_sink, pose, spoiled
 from jattn.shapes import check_array, flatten_batch
+from jattn.varying import locally
 
 __all__ = ["StrongestKeys", "attention_entropy", "attention_received", "strongest_keys"]
 
@@ -34,6 +36,7 @@ class StrongestKeys(NamedTuple):
     weights: jax.Array
 
 
+@across("BTN. BTN.")
 def strongest_keys(
     query,
     key,
@@ -107,6 +110,7 @@ def strongest_keys(
     return StrongestKeys(*(_unflatten(x, problem) for x in found))
 
 
+@across("BTN")
 def attention_entropy(
     query,
     key,
@@ -174,6 +178,7 @@ def attention_entropy(
     return _unflatten(_entropy(problem, bool(average), arrays), problem)
 
 
+@across("BSN")
 def attention_received(
     query,
     key,
@@ -293,7 +298,11 @@ def _received(problem: Problem, average: bool, arrays, tile=None):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
 def _strongest(problem: Problem, k: int, average: bool, arrays, tile=None):
-    arrays = _without_derivative(arrays)
+    return locally(_found, (problem, k, average, tile), _without_derivative(arrays))
+
+
+def _found(problem: Problem, k: int, average: bool, tile, arrays):
+    """The indices and the weights of the strongest keys."""
     normalizer = views.closed(_normalizer(problem, *arrays))
     indices, weights = strongest(problem, arrays[0], normalizer, k, average, tile)
     unknown = jnp.isnan(spoiled(problem, arrays[0], normalizer))

@@ -24,9 +24,11 @@ from jattn.blockwise.layout import Layout, granularity, plan, tile_sizes
 from jattn.blockwise.rows import by_rows
 from jattn.blockwise.tangent import tangent
 from jattn.operation import Operation, retype
+from jattn.pointwise import Arrays, Index, Program, pytree
 from jattn.problem import Operands, Problem, drawn, index
 from jattn.split import split
 from jattn.state import State
+from jattn.varying import locally
 
 
 def refusal(problem: Problem, platform: str) -> str | None:
@@ -78,16 +80,29 @@ def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
     for name in ("mask", "modifier"):
         program, arrays = getattr(problem, name), getattr(operands, name)
         if program is not None:
-            found = split(program, arrays, at)
-            if len(found[1].aligned) > len(arrays.aligned):
+            found = locally(_joint, (program,), arrays, at)
+            if len(found.arrays.aligned) > len(arrays.aligned):
                 parts[name] = found
     if not parts or not problem.sizes.are_known:
         return problem, operands
     kinds = skipping.block_table(problem, operands, *blocks)
-    programs = {name: program for name, (program, _) in parts.items()}
-    arrays = {name: array for name, (_, array) in parts.items()}
+    programs = {name: found.program for name, found in parts.items()}
+    arrays = {name: found.arrays for name, found in parts.items()}
     problem = dataclasses.replace(problem, blocks=blocks, **programs)
     return problem, operands._replace(kinds=jnp.asarray(kinds), **arrays)
+
+
+@pytree("arrays", static=("program",))
+class _Joint:
+    """What `split` gives, as a tree of arrays."""
+
+    program: Program
+    arrays: Arrays
+
+
+def _joint(program: Program, arrays: Arrays, at: Index) -> _Joint:
+    program, arrays = split(program, arrays, at)
+    return _Joint(arrays=arrays, program=program)
 
 
 def _nothing(problem: Problem) -> State:
