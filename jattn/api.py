@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -402,7 +403,8 @@ def _state(problem: Problem, name: str, operands: Operands, sink, whole: bool) -
     chex.assert_equal_shape_prefix([operands.query, *state], 3)
     chex.assert_type(state.logsumexp, problem.wide)
     output = with_sink(state, sink).astype(problem.dtype)
-    state = State(output, state.logsumexp if whole else None)
+    logsumexp: Any = state.logsumexp if whole else None
+    state = State(output, logsumexp)
     return spoiled(problem, operands, state)
 
 

@@ -199,7 +199,7 @@ class Prefix(Mask):
 
     def __call__(self, b, n, t, s):
         """The same, where one length serves all examples."""
-        length = self.length
+        length: Any = self.length
         return s < (length[b] if jnp.ndim(length) else _int32(length))
 
 

@@ -460,9 +460,9 @@ def _batch(arrays, axes, *, operation):
 
 
 def _jet(primals, series, *, operation):
-    """Gives the terms of a Taylor series, as derivatives along a path through the inputs.
+    """Gives the coefficients of a Taylor series, from derivatives along a path.
 
-    path(time) = f(x + time · x₁ + time² / 2! · x₂ + …)
+    path(time) = f(x + time · x₁ + time² · x₂ + …)        coefficient k: path⁽ᵏ⁾(0) / k!
     """
 
     def path(time):
@@ -470,9 +470,9 @@ def _jet(primals, series, *, operation):
 
     start = jnp.zeros(())
     outputs, terms = path(start), []
-    for _ in series[0]:
+    for order, _ in enumerate(series[0], 1):
         path = functools.partial(_slope, path)
-        terms.append(path(start))
+        terms.append([x / math.factorial(order) for x in path(start)])
     return outputs, list(zip(*terms, strict=True))
 
 
@@ -480,8 +480,8 @@ def _moved(time, primal, series):
     if not jnp.issubdtype(primal.dtype, jnp.floating):
         return primal
     total = jnp.zeros_like(primal)
-    for order, term in reversed(list(enumerate(series, 1))):
-        total = (time / order).astype(primal.dtype) * (term + total)
+    for term in reversed(series):
+        total = time.astype(primal.dtype) * (term + total)
     return primal + total
 
 

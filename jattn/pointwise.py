@@ -243,7 +243,7 @@ def _structure(jaxpr, orders: int = _ORDERS) -> Hashable:
 
     def atom(x):
         if isinstance(x, Literal):
-            return "literal", x.aval, _bits(x.val, x.aval.dtype)
+            return "literal", x.aval, _bits(x.val, getattr(x.aval, "dtype", None))
         return numbers.setdefault(x, len(numbers)), x.aval
 
     def equation(eqn):
@@ -292,7 +292,7 @@ def _constant(array) -> Hashable:
     return _bits(array)
 
 
-def _bits(value, dtype=None) -> Hashable:
+def _bits(value, dtype=None) -> tuple[Hashable, ...]:
     """Gives the shape, the type and the bits of a number or an array."""
     array = np.asarray(value, dtype)
     return array.shape, array.dtype, array.tobytes()

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import chex
 import jax
@@ -120,7 +121,7 @@ def _too_wide(where: str, name: str, array) -> str:
     )
 
 
-def check_integers(where: str, name: str, array) -> jax.Array:
+def check_integers(where: str, name: str, array) -> Any:
     """Gives an argument of integers as int32, or as it is where that may not hold it.
 
     It is NumPy's where it was no array of JAX.

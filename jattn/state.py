@@ -69,7 +69,9 @@ def merge(state: State, *states: State) -> State:
     """
     parts = (state, *states)
     _check(parts)
-    like = next((x.output for x in parts if jnp.ndim(x.output)), None)
+    # Those without a shape last, for they take the shape of the others.
+    parts = tuple(sorted(parts, key=lambda part: jnp.ndim(part.output) == 0))
+    like = parts[0].output if jnp.ndim(parts[0].output) else None
     return _merged(like, None, parts)
 
 
@@ -85,6 +87,7 @@ def _merge(a: State, b: State) -> State:
     dtype = jnp.result_type(a.output, b.output)
     wide = wide_dtype(dtype)
     a, b = jax.tree.map(lambda x: jnp.asarray(x).astype(wide), (a, b))
+    a, b = _spread(a, b.logsumexp.shape), _spread(b, a.logsumexp.shape)
     # The larger sum first, and the outputs combined as below: so the order of the
     # arguments changes no bit, even where a multiplication and an addition are fused.
     swap = a.logsumexp < b.logsumexp
@@ -101,6 +104,14 @@ def _merge(a: State, b: State) -> State:
     output += per_output((high_share - low_share) / total) * high_output
     logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
     return State(output.astype(dtype), logsumexp)
+
+
+def _spread(state: State, shape) -> State:
+    """The state, its logsumexp of one sink per head in the shape of the other's."""
+    own = state.logsumexp.shape
+    is_sink = own and len(own) < len(shape)
+    logsumexp = jnp.broadcast_to(state.logsumexp, shape) if is_sink else state.logsumexp
+    return state._replace(logsumexp=logsumexp)
 
 
 def with_sink(state: State, sink: jax.Array | None) -> jax.Array:

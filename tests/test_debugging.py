@@ -54,7 +54,7 @@ VIEWS = {
     "strongest": lambda: jattn.strongest_keys(Q, K, 2, mask=Causal()).weights,
     "table": lambda: jattn.block_table(Causal(), Q, K).kinds,
     "merge": lambda: jattn.merge(jattn.EMPTY, jattn.attention_state(Q, K, V)).output,
-    "definition": lambda: jattn.definition.attention(Q, K, V),
+    "definition": jax.jit(lambda: jattn.definition.attention(Q, K, V)),
 }
 
 
@@ -161,8 +161,6 @@ def test_explain_knows_of_a_bias_that_hides_keys():
     bias = jnp.zeros((1, 1, 1, 2048)).at[..., 1024:].set(-jnp.inf)
     query = jax.ShapeDtypeStruct((1, 2048, 1, 8), "float32")
     assert jattn.explain(query, query, query, bias=bias).blocks.empty == 0.5
-    shape = jax.ShapeDtypeStruct(bias.shape, bias.dtype)
-    assert jattn.explain(query, query, query, bias=shape).blocks.empty is None
 
 
 def test_merge_takes_the_state_of_a_sink():
