@@ -38,10 +38,10 @@ class Block(NamedTuple):
 def blocks(*languages):
     fence = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     return [
-        pytest.param(block, id=f"{block.page}-{block.text.split(maxsplit=6)[:6]}")
+        pytest.param(Block(page.name, language, text), id=f"{page.stem}-{number}")
         for page in PAGES
-        for block in (Block(page.name, *found) for found in fence.findall(page.read_text()))
-        if block.language in languages or languages == ()
+        for number, (language, text) in enumerate(fence.findall(page.read_text()), 1)
+        if language in languages or languages == ()
     ]
 
 
