@@ -13,7 +13,6 @@ import importlib.util
 import pathlib
 import re
 import shlex
-import textwrap
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +57,7 @@ def test_python_is_a_doctest_or_an_excerpt(block):
     if block.text.startswith(">>> "):
         assert block.text.endswith("\n\n")  # or else the fence would be expected output
         return
-    excerpt = re.compile(rf"^ *{re.escape(textwrap.dedent(block.text))}", re.MULTILINE)
+    excerpt = re.compile(rf"^ *{re.escape(block.text.strip())},?$", re.MULTILINE)
     sources = (path for name in ("jattn", "tests") for path in (ROOT / name).rglob("*.py"))
     assert any(excerpt.search(path.read_text()) for path in sources), "of no file"
 
