@@ -260,7 +260,9 @@ SECTIONS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures what is named, or everything."""
-    parser = argparse.ArgumentParser("bench.cpu", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m bench.cpu", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SECTIONS))
     chosen = parser.parse_args(arguments).names or list(SECTIONS)
     if unknown := set(chosen) - set(SECTIONS):

@@ -97,7 +97,9 @@ def compile_for(target, function, arguments) -> Compiled:
 
 def main(arguments=None) -> int:
     """Prints the table."""
-    parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m bench.gpu", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--rows", type=int, help="the first so many")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("jax_cuda13_plugin") is None:

@@ -108,7 +108,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments) -> argparse.Namespace:
-    parser = _Parser("bench.speed", description="Times jattn beside its peers.")
+    parser = _Parser(
+        "bench.speed", description="Times jattn beside its peers.", allow_abbrev=False
+    )
     add = parser.add_argument
     add("--cases", metavar="NAME,…", type=_names, help="of jattn.testing.CASES")
     add("--shapes", metavar="B,T,N,H[,K[,S[,D]]]", nargs="+", help="one or more")

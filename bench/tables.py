@@ -187,11 +187,13 @@ NAMES = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measures what is named, or everything."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m bench.tables", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
-    chosen = parser.parse_args().names or list(NAMES)
+    chosen = parser.parse_args(arguments).names or list(NAMES)
     if unknown := set(chosen) - set(NAMES):
         parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(NAMES)}")
     print(f"jattn {jattn.__version__}, jax {jax.__version__}, {jax.devices()[0]}")

@@ -9,7 +9,10 @@ blocks; of partial ones, two at once and then one alone, where two are computed 
 copies: nothing here is a time.
 """
 
+import argparse
 import glob
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -159,7 +162,7 @@ def count(topology: str, what: str, D: int, kernel: str):
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         run = subprocess.run(
-            [sys.executable, "-m", "bench.tpu", "compile", topology, what, str(D)],
+            [sys.executable, "-m", "bench.tpu", "--compile", topology, what, str(D)],
             env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags},
             capture_output=True,
             text=True,
@@ -192,14 +195,35 @@ def causal(regions: list[dict]) -> float:
     return sum(weight * x["bundles"] for weight, x in pairs) / sum(weights)
 
 
-def main(names: list[str]) -> None:
-    import importlib.metadata as metadata
+def main(arguments: list[str] | None = None) -> None:
+    """Counts for the chips that are named, or for all."""
+    parser = argparse.ArgumentParser(
+        "python -m bench.tpu", description=__doc__, allow_abbrev=False
+    )
+    chips = ", ".join(TOPOLOGIES)
+    parser.add_argument("names", nargs="*", metavar="CHIP", help=f"all by default: {chips}")
+    # What the process of one row is called with: topology, what runs, head size.
+    parser.add_argument("--compile", nargs=3, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if unknown := set(chosen.names) - set(TOPOLOGIES):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {chips}")
+    if chosen.compile:
+        topology, what, size = chosen.compile
+        compile_row(topology, what, int(size))
+    else:
+        print_table(chosen.names or list(TOPOLOGIES))
 
-    versions = [f"{name} {metadata.version(name)}" for name in ("jax", "libtpu")]
+
+def print_table(names: list[str]) -> None:
+    """Prints a row for each chip and kernel."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise SystemExit("bench.tpu: libtpu is missing; pip install 'jax[tpu]'.")
+    version = importlib.metadata.version
+    versions = [f"{name} {version(name)}" for name in ("jax", "libtpu")]
     print(f"{', '.join(versions)}; compiled ahead of time, not run\n")
     print("| chip | kernel | full | partial | causal | spills | temporaries | splash |")
     print("|---|---|---|---|---|---|---|---|")
-    for name in names or TOPOLOGIES:
+    for name in names:
         means = []
         for row, what, D, kernel, against in ROWS:
             regions, memory = count(TOPOLOGIES[name], what, D, kernel)
@@ -217,7 +241,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["compile"]:
-        compile_row(sys.argv[2], sys.argv[3], int(sys.argv[4]))
-    else:
-        main(sys.argv[1:])
+    main()

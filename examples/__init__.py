@@ -1,1 +1,1 @@
-"""Whole programs with `jattn` inside; `python -m examples.language_model` is the first."""
+"""Programs that use `jattn`; `README.md` in this folder says what each one shows."""

@@ -20,10 +20,18 @@ pytest.importorskip("tqdm")
 
 from flax import nnx
 
-from examples import attending, checkpoints, packing, run, text, timing, training
-from examples.language_model import main
-from examples.model import LanguageModel
-from examples.settings import Plan, Sizes
+from examples.language_model import (
+    attending,
+    checkpoints,
+    packing,
+    run,
+    text,
+    timing,
+    training,
+)
+from examples.language_model.__main__ import main
+from examples.language_model.model import LanguageModel
+from examples.language_model.settings import Plan, Sizes
 
 SIZES = Sizes(vocabulary=32, layers=2, width=16, heads=4, kv_heads=2)
 SMALL = dataclasses.replace(SIZES, layers=1)  # quick to compile

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.settings import Sizes
+from examples.language_model.settings import Sizes
 
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.attending import empty_cache, extend
-from examples.model import LanguageModel
-from examples.settings import Sizes
-from examples.text import DOCUMENT
+from examples.language_model.attending import empty_cache, extend
+from examples.language_model.model import LanguageModel
+from examples.language_model.settings import Sizes
+from examples.language_model.text import DOCUMENT
 
 _extend = nnx.jit(extend)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from examples.text import DOCUMENT
+from examples.language_model.text import DOCUMENT
 
 
 class Batch(NamedTuple):

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import sys
 
-from examples.settings import Plan, Refusal, Sizes
+from examples.language_model.settings import Plan, Refusal, Sizes
 
 NEEDED = ("flax", "optax", "orbax", "tqdm", "matplotlib")
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
             raise Refusal(f"{', '.join(missing)} missing; pip install '.[examples]'.")
-        from examples.run import run
+        from examples.language_model.run import run
 
         sizes, plan = (_filled(kind, arguments) for kind in (Sizes, Plan))
         return run(sizes, plan, arguments)

@@ -10,7 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from examples.checkpoints import History
+from examples.language_model.checkpoints import History
 
 INK, PALE = "#222222", "#b8c4d6"
 COLOURS = "BuPu"  # of weights, as in `jattn.plot`

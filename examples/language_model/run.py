@@ -14,10 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from examples import checkpoints, packing, pictures, text, timing, training, writing
-from examples.attending import watching
-from examples.model import LanguageModel
-from examples.settings import Plan, Refusal, Sizes
+from examples.language_model import (
+    checkpoints,
+    packing,
+    pictures,
+    text,
+    timing,
+    training,
+    writing,
+)
+from examples.language_model.attending import watching
+from examples.language_model.model import LanguageModel
+from examples.language_model.settings import Plan, Refusal, Sizes
 
 SHOWN = 120  # tokens of the picture of weights, at most
 

@@ -12,11 +12,11 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from examples.attending import within_documents
-from examples.checkpoints import Checkpoints, History
-from examples.model import LanguageModel
-from examples.packing import Batch, Stream
-from examples.settings import Plan, Sizes
+from examples.language_model.attending import within_documents
+from examples.language_model.checkpoints import Checkpoints, History
+from examples.language_model.model import LanguageModel
+from examples.language_model.packing import Batch, Stream
+from examples.language_model.settings import Plan, Sizes
 
 
 def begin(sizes: Sizes, plan: Plan) -> tuple[LanguageModel, nnx.Optimizer]:

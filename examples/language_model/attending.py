@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 import jattn
-from examples.model import Attend, LanguageModel
-from examples.settings import Sizes
+from examples.language_model.model import Attend, LanguageModel
+from examples.language_model.settings import Sizes
 from jattn.masks import Causal, as_mask
 
 

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from examples import attending
-from examples.model import LanguageModel
-from examples.packing import Batch
-from examples.training import make_step
+from examples.language_model import attending
+from examples.language_model.model import LanguageModel
+from examples.language_model.packing import Batch
+from examples.language_model.training import make_step
 
 WAYS = {
     "blocks between documents skipped": attending.within_documents,
