@@ -169,7 +169,7 @@ def evaluate(jaxpr, arrays, points: Grid, aligned=()) -> Interval:
         {QUERY: points.block_q, KEY: points.block_kv},
         {nodes[id(x)]: offset for x, offset in origins if offset is not None},
     )
-    return Decision(layout).value(root)
+    return Decision(layout, root).value(root)
 
 
 def _logit(aval) -> Node:
