@@ -14,7 +14,7 @@ import numpy as np
 
 from jattn.blocks import table
 from jattn.blocks.decide import per_block
-from jattn.blocks.graph import KEY, QUERY
+from jattn.blocks.graph import KEY, QUERY, concrete
 from jattn.problem import Operands, Problem
 from jattn.tables import EMPTY as EMPTY
 from jattn.tables import FULL, PARTIAL, resize
@@ -44,6 +44,8 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
     mask, modifier = jax.tree.map(_constant, (operands.mask, operands.modifier))
     if operands.kinds is not None:
         kinds = resize(operands.kinds, (T, S), problem.blocks, (block_q, block_kv))
+        if problem.settled:
+            return kinds
     elif problem.mask is not None:
         jaxpr = problem.mask.jaxpr
         kinds = table.classify(jaxpr, mask.captured, points, mask.aligned)
@@ -52,7 +54,7 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
         dead = table.dead_blocks(jaxpr, modifier.captured, points, modifier.aligned)
         kinds = kinds * (~dead).astype(np.int8)
     if _is_one_sided(operands.bias):
-        most = _constant(operands.bias)
+        most = concrete(_constant(operands.bias))
         for axis, size in ((QUERY, block_q), (KEY, block_kv)):
             most = per_block(most, axis, size, "max")
         kinds = kinds * (most != -np.inf).astype(np.int8)

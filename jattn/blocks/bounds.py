@@ -38,8 +38,8 @@ class Layout(NamedTuple):
 class Bounds(NamedTuple):
     """lo ≤ Σ count · node ≤ hi, from some literals of a term.
 
-    The bounds are integers, of 64 bits if the nodes are and of 32 if not, and may differ by
-    example and head. One that is ±`far` of their type, a quarter of its range, says nothing.
+    The bounds are integers, of 64 bits if the nodes are and else of 32; they may differ by
+    example and head. One of ±`far`, a quarter of what their type holds, says nothing.
     """
 
     form: dict[Node, int]

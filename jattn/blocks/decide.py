@@ -25,8 +25,16 @@ from jattn.blocks.bounds import (
 )
 from jattn.blocks.formulas import Formulas, Literal, Term, parts
 from jattn.blocks.graph import KEY, QUERY, Node, size
-from jattn.blocks.intervals import Interval, apply, extremes, namespace, point, unknown
-from jattn.blocks.rearrange import range_extreme
+from jattn.blocks.intervals import (
+    Interval,
+    apply,
+    both,
+    extremes,
+    namespace,
+    point,
+    unknown,
+)
+from jattn.blocks.rearrange import range_extremes
 
 _MAX_SIZE = 2**26  # Of a value with axes of its own, over all blocks.
 
@@ -85,7 +93,7 @@ class _Selection:
         side = min(sides)
         is_single = len(sides) == 1 and lo.ndim == TRUE.ndim and lo.shape[side] > 1
         if side in self.ranges and is_single:
-            return Interval(self._within(lo, side, "min"), self._within(hi, side, "max"))
+            return self._within(Interval(lo, hi), side)
         return Interval(self._reduced(lo, "min"), self._reduced(hi, "max"))
 
     def _reduced(self, array, extreme: str):
@@ -93,16 +101,16 @@ class _Selection:
             array = per_block(array, side, block, extreme)
         return array
 
-    def _within(self, array, side: int, extreme: str):
+    def _within(self, x: Interval, side: int) -> Interval:
         """Returns the extremes over a range of one side per pair of blocks."""
-        examples, heads = array.shape[:2]
-        parts = [
-            point(np.arange(examples, dtype=np.int32).reshape(-1, 1, 1, 1)),
-            point(np.arange(heads, dtype=np.int32).reshape(1, -1, 1, 1)),
-            self.ranges[side],
-        ]
-        table = array.reshape(examples, heads, -1)
-        return range_extreme(table, parts, f"{extreme}imum")
+        xp, shape = namespace(*x), np.broadcast_shapes(*(bound.shape for bound in x))
+        # What is the same for all examples or heads is not indexed by them.
+        axes = [axis for axis in (0, 1) if shape[axis] > 1]
+        indices = [np.arange(n, dtype=np.int32) for n in shape[:2]]
+        own = indices[0].reshape(-1, 1, 1, 1), indices[1].reshape(1, -1, 1, 1)
+        sizes = [shape[axis] for axis in axes]
+        table = both(x, lambda a: xp.broadcast_to(a, shape).reshape(*sizes, -1))
+        return range_extremes(table, [*(point(own[i]) for i in axes), self.ranges[side]])
 
 
 def _selected(literals, equalities) -> dict:

@@ -1,9 +1,9 @@
 """Booleans as disjunctions of conjunctions of literals, where these are short.
 
-Length is what keeps compile time about linear in the size of a function: k rules joined by
-`|` have k conjunctions, and their complement has 2^k, of which absorption often leaves two:
+Short ones keep compile time about linear in the size of a function. k rules joined by `|`
+have k conjunctions. Their complement has 2^k, of which absorption often leaves two:
 
-    (a & x) | (a & y)     complement:  ~a | (~x & ~y)     not  ~a | (~a & ~y) | (~x & ~a) | …
+    (a & x) | (a & y)   complement:  ~a | (~x & ~y)    not  ~a | (~a & ~y) | (~x & ~a) | …
 
 A Boolean whose form is longer than `_MANY` literals for each atom has none; then what it is
 made of is looked at apart.

@@ -238,10 +238,7 @@ def _index(op, x: Interval, parts: dict[int, Interval]):
     if all(p.lo is p.hi for p in clamped):
         result = both(table, lambda a: _take(a, [p.lo for p in clamped]))
     else:
-        result = Interval(
-            range_extreme(table.lo, clamped, "minimum"),
-            range_extreme(table.hi, clamped, "maximum"),
-        )
+        result = range_extremes(table, clamped)
     return both(result, lambda a: a.reshape(a.shape[:_LEAD] + op.result.shape))
 
 
@@ -260,7 +257,8 @@ def _take(table, indices):
         return table[tuple(run for _, run in runs)].reshape(lead + table.shape[len(runs) :])
     if namespace(table, *indices) is np:
         return table[tuple(indices)]
-    return jnp.asarray(table).at[tuple(indices)].get(mode="promise_in_bounds")
+    place = jnp.asarray(table).at[tuple(indices)]
+    return place.get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _run(index):
@@ -274,15 +272,17 @@ def _run(index):
     return (long[0] if long else -1), slice(first, first + line.size)
 
 
-def range_extreme(table, parts: list[Interval], extreme: str):
-    """Returns the extreme of an array over ranges of its first axes.
+def range_extremes(table: Interval, parts: list[Interval]) -> Interval:
+    """Returns the extremes of an array over ranges of its first axes.
 
     One axis may have a true range; a range in another one takes the whole array.
     """
-    xp = namespace(table, *(bound for p in parts for bound in p))
+    # The greatest is the least of the opposite, so one table of powers serves for both.
+    xp = namespace(*table, *(bound for p in parts for bound in p))
+    both_ends = xp.stack([table.lo, _opposite(xp, table.hi)], -1)
     last = max(i for i, p in enumerate(parts) if p.lo is not p.hi)
     others = parts[:last] + parts[last + 1 :]
-    levels = _levels(table, last, extreme)
+    levels = _levels(both_ends, last)
     lo, hi = parts[last]
     # A mask that selects nothing leaves an empty range: any answer will do there.
     hi = xp.maximum(lo, hi)
@@ -291,26 +291,32 @@ def range_extreme(table, parts: list[Interval], extreme: str):
     power = xp.sum(((hi - lo + 1)[None] >= sizes).astype(lo.dtype), 0, dtype=lo.dtype)
     right = hi + 1 - xp.left_shift(xp.ones_like(hi), power)
     rest = [p.lo for p in others]
-    ends = [_take(levels, [power, start, *rest]) for start in (lo, right)]
-    result = getattr(xp, extreme)(*ends)
-    single = functools.reduce(operator.and_, (p.lo == p.hi for p in others), np.True_)
-    whole = getattr(levels[0], extreme[:3])(tuple(range(len(parts))))
-    whole = whole.reshape((1,) * _LEAD + whole.shape)
-    single = single.reshape(single.shape + (1,) * (result.ndim - single.ndim))
-    return xp.where(single, result, whole)
+    result = xp.minimum(*(_take(levels, [power, x, *rest]) for x in (lo, right)))
+    if any(p.lo is not p.hi for p in others):
+        single = functools.reduce(operator.and_, (p.lo == p.hi for p in others))
+        whole = levels[0].min(tuple(range(len(parts))))
+        whole = whole.reshape((1,) * _LEAD + whole.shape)
+        single = single.reshape(single.shape + (1,) * (result.ndim - single.ndim))
+        result = xp.where(single, result, whole)
+    return Interval(result[..., 0], _opposite(xp, result[..., 1]))
 
 
-def _levels(table, axis: int, extreme: str):
-    """Returns the extremes of 1, 2, 4, … neighbours along an axis, moved first."""
+def _opposite(xp, array):
+    """Returns an array in the opposite order, from which it comes back."""
+    return -array if jnp.issubdtype(array.dtype, jnp.floating) else ~array
+
+
+def _levels(table, axis: int):
+    """Returns the least of 1, 2, 4, … neighbours along an axis, moved first."""
     xp = namespace(table)
     table = xp.moveaxis(table, axis, 0)
-    function, index = getattr(xp, extreme), np.arange(len(table), dtype=np.int32)
+    index = np.arange(len(table), dtype=np.int32)
     steps = 2 ** np.arange(int(math.log2(len(table))), dtype=np.int32)
 
     def double(level, step):
         # Near the end, fewer neighbours: all that a range inside the array needs.
         shifted = level[xp.minimum(index + step, len(table) - 1)]
-        level = function(level, shifted)
+        level = xp.minimum(level, shifted)
         return level, level
 
     if xp is not np:

@@ -19,7 +19,15 @@ import numpy as np
 
 from jattn.blocks.bounds import Layout
 from jattn.blocks.decide import Decision
-from jattn.blocks.graph import KEY, QUERY, Node, concrete, constant, trace
+from jattn.blocks.graph import (
+    KEY,
+    QUERY,
+    Node,
+    concrete,
+    constant,
+    may_be_infinite,
+    trace,
+)
 from jattn.blocks.intervals import Interval, point
 
 
@@ -141,7 +149,10 @@ def dead_blocks(jaxpr, arrays, points: Grid, aligned=()):
     Returns:
         Booleans, shaped as `classify`'s.
     """
-    return evaluate(jaxpr, arrays, points, aligned).hi == -np.inf
+    root, layout = _graph(jaxpr, arrays, points, aligned)
+    if not may_be_infinite(root):
+        return np.zeros((1, 1, 1, 1), bool)
+    return Decision(layout, root).value(root).hi == -np.inf
 
 
 def evaluate(jaxpr, arrays, points: Grid, aligned=()) -> Interval:
@@ -156,6 +167,12 @@ def evaluate(jaxpr, arrays, points: Grid, aligned=()) -> Interval:
     Returns:
         The bounds, with axes for examples, heads, query blocks and key blocks.
     """
+    root, layout = _graph(jaxpr, arrays, points, aligned)
+    return Decision(layout, root).value(root)
+
+
+def _graph(jaxpr, arrays, points: Grid, aligned) -> tuple[Node, Layout]:
+    """Returns a pointwise function as a graph, and how its sides are cut."""
     fields = points.b, points.n, points.t, points.s, *map(concrete, aligned)
     avals = [var.aval for var in jaxpr.invars]
     logits = [_logit(aval) for aval in avals[: len(avals) - len(fields)]]
@@ -169,7 +186,7 @@ def evaluate(jaxpr, arrays, points: Grid, aligned=()) -> Interval:
         {QUERY: points.block_q, KEY: points.block_kv},
         {nodes[id(x)]: offset for x, offset in origins if offset is not None},
     )
-    return Decision(layout, root).value(root)
+    return root, layout
 
 
 def _logit(aval) -> Node:

@@ -86,7 +86,7 @@ def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
     kinds = skipping.block_table(problem, operands, *blocks)
     programs = {name: program for name, (program, _) in parts.items()}
     arrays = {name: array for name, (_, array) in parts.items()}
-    problem = dataclasses.replace(problem, blocks=blocks, **programs)
+    problem = dataclasses.replace(problem, blocks=blocks, settled=True, **programs)
     return problem, operands._replace(kinds=jnp.asarray(kinds), **arrays)
 
 
