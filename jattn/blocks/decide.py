@@ -38,7 +38,7 @@ from jattn.blocks.rearrange import range_extremes
 
 _MAX_SIZE = 2**26  # Of a value with axes of its own, over all blocks.
 
-_EFFORT = 8  # How often a node may be evaluated on selected rows and columns, on average.
+_EFFORT = 4  # How often a node may be evaluated on selected rows and columns, on average.
 _FEW_NODES = 32  # Smaller functions may take as much as one of so many nodes.
 _TABLES = 4  # What a value on a range of rows and columns takes, beside one on all.
 
@@ -279,7 +279,7 @@ class Decision:
         wraps, ranges, inhabited = bounds.wraps(selection), {}, TRUE
         for side, (lo, hi) in sides.items():
             (first, last), other = indices[side], indices[QUERY + KEY - side]
-            xp = namespace(first, last, *other, wraps)
+            xp = namespace(first, last, *other, wraps, lo, hi)
             least = xp.maximum(first, xp.where(wraps, first, other.lo + lo))
             most = xp.minimum(last, xp.where(wraps, last, other.hi + hi))
             inhabited = inhabited & (least <= most)

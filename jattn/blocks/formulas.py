@@ -19,7 +19,7 @@ from jattn.blocks.graph import Node
 Literal = tuple[Node, bool]  # A node, and whether it holds.
 Term = frozenset[Literal]  # Literals, all of which hold.
 
-_MANY = 8  # How many literals a normal form may have for each of its atoms.
+_MANY = 4  # How many literals a normal form may have for each of its atoms.
 _FEW_ATOMS = 8  # The form of fewer atoms may be as long as that of so many.
 
 

@@ -124,7 +124,7 @@ def _equation(eqn, operands: list[Node], known: dict[Hashable, Node]) -> list[No
             operation = Operation(eqn.params["name"], {}, avals, *results)
             return [_node(operation, operands, known)]
         return trace(eqn.params[_CALLS[name]], operands, known=known)
-    if name == "cond":
+    if name == "cond" and "branches" in eqn.params:
         return _cond(eqn, operands, avals[0], known)
     if not has_rule(name) and (folded := _folded(eqn, operands)):
         return folded
@@ -183,34 +183,37 @@ def size(operands: list[Interval], result) -> int:
     return math.prod(lead + result.shape)
 
 
-def may_be_infinite(node: Node, known: dict[Node, bool] | None = None) -> bool:
+def may_be_infinite(node: Node) -> bool:
     """Returns whether a number may be ±∞ on a whole block, by what it is made of.
 
-    A product of finite numbers overflows at some pairs, but not in a way that is worth to
-    look for; so one of two traced arrays is taken to be finite. That is sound: it only
-    leaves blocks that could be skipped.
+    A traced array may hold anything, but where it is a factor it is taken to be finite: to
+    skip what is hidden by a product is not worth to evaluate all products. That is sound,
+    since it only leaves blocks that could be skipped.
     """
-    known = {} if known is None else known
+    return _may_be_infinite(node, {}, 0)
+
+
+def _may_be_infinite(node: Node, known: dict[Node, bool], depth: int) -> bool:
     if node not in known:
-        known[node] = _may_be_infinite(node, known)
+        known[node] = depth > _MAX_DEPTH or _has_infinite_part(node, known, depth)
     return known[node]
 
 
-def _may_be_infinite(node: Node, known: dict[Node, bool]) -> bool:
-    if node.dense is not None:
+def _has_infinite_part(node: Node, known: dict[Node, bool], depth: int) -> bool:
+    operation = node.operation
+    if node.dense is not None and (operation is None or _is_known(node.dense)):
         lo, hi = node.dense
         if not jnp.issubdtype(lo.dtype, jnp.floating):
             return False
         return not _is_known(node.dense) or bool((np.isinf(lo) | np.isinf(hi)).any())
-    operation = node.operation
-    if not has_rule(operation.name) or operation.name in _FINITE:
-        return False
     if not jnp.issubdtype(operation.result.dtype, jnp.floating):
         return False
-    factors = operation.name in _PRODUCTS
-    traced = [x.dense is not None and not _is_known(x.dense) for x in node.operands]
-    pairs = zip(node.operands, traced, strict=True)
-    return any(may_be_infinite(x, known) for x, skip in pairs if not (factors and skip))
+    if not has_rule(operation.name) or operation.name in _FINITE:
+        return False
+    parts = node.operands
+    if operation.name in _PRODUCTS:
+        parts = [x for x in parts if x.dense is None or _is_known(x.dense)]
+    return any(_may_be_infinite(x, known, depth + 1) for x in parts)
 
 
 def _is_known(x: Interval) -> bool:

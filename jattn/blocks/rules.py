@@ -10,6 +10,7 @@ import operator
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jattn.blocks.intervals import (
     Interval,
@@ -167,7 +168,7 @@ def _leaves(aval, lo, hi):
 
 @elementwise("square", "integer_pow")
 def _square(xp, op, x):
-    if op.params.get("y", 2) != 2:
+    if op.name == "integer_pow" and op.parameter("y") != 2:
         return None
     size = _abs(xp, op, x)
     return None if size is None else _mul(xp, op, size, size)
@@ -219,9 +220,11 @@ def _pairwise(function, x, y) -> Interval:
 
 @elementwise("floor", "ceil", "round")
 def _rounded(xp, op, x):
-    halves = op.params.get("rounding_method")
-    name = {"floor": "floor", "ceil": "ceil"}.get(op.name, "rint")
-    return None if halves == 0 else both(x, getattr(xp, name))
+    if op.name != "round":
+        return both(x, getattr(xp, op.name))
+    # The other method rounds halves away from zero.
+    method = op.parameter("rounding_method")
+    return both(x, xp.rint) if method == lax.RoundingMethod.TO_NEAREST_EVEN else None
 
 
 @elementwise("tanh", "erf")
