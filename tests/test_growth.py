@@ -64,7 +64,9 @@ MASKS = {
     ),
 }
 MODIFIERS = {
-    "hidden": lambda x: lambda l, b, n, t, s: jnp.where(t - s >= x[s], l, -jnp.inf),
+    "hidden": lambda x: (
+        lambda l, b, n, t, s: jnp.where((t - s).astype(jnp.float32) >= x[s], l, -jnp.inf)
+    ),
     "lookup": lambda x: lambda l, b, n, t, s: l + x[jnp.clip(t - s, 0, 9)],
     "product": lambda x: lambda l, b, n, t, s: l + x[t] * x[s],
     "cap": lambda x: lambda l, b, n, t, s: x[0] * jnp.tanh(l / x[0]),
