@@ -1,11 +1,10 @@
 """Decides Booleans on all pairs of blocks at once, from the graph of a mask.
 
 A Boolean is written as a disjunction of conjunctions of literals (see `formulas`). In a
-conjunction
-the one-sided literals select rows and columns; the two-sided ones are evaluated on
-intervals over the selected ones alone; and bounds on the same sum of positions must
-agree. What no conjunction can satisfy is impossible; what the complement's cannot
-is certain.
+conjunction the one-sided literals select rows and columns; the two-sided ones are evaluated
+on intervals over the selected ones alone; and bounds on the same sum of positions must
+agree. What no conjunction can satisfy is impossible; what the complement's cannot is
+certain.
 """
 
 import functools
