@@ -18,6 +18,7 @@ LAYERS = (
     {"blocks.intervals"},
     {"blocks.rules", "blocks.rearrange"},
     {"blocks.graph"},
+    {"blocks.formulas"},
     {"blocks.bounds"},
     {"blocks.decide"},
     {"blocks.table"},

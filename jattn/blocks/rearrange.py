@@ -292,7 +292,8 @@ def range_extremes(table: Interval, parts: list[Interval]) -> Interval:
     power = xp.sum(((hi - lo + 1)[None] >= sizes).astype(lo.dtype), 0, dtype=lo.dtype)
     right = hi + 1 - xp.left_shift(xp.ones_like(hi), power)
     rest = [p.lo for p in others]
-    result = xp.minimum(*(_take(levels, [power, x, *rest]) for x in (lo, right)))
+    first, second = (_take(levels, [power, x, *rest]) for x in (lo, right))
+    result = xp.minimum(first, second)
     if any(p.lo is not p.hi for p in others):
         single = functools.reduce(operator.and_, (p.lo == p.hi for p in others))
         whole = levels[0].min(tuple(range(len(parts))))
