@@ -38,6 +38,7 @@ class Problem:
     modifier: Program | None
     rate: float  # of dropout
     blocks: tuple[int, int] | None = None  # of a block table that came with the mask
+    settled: bool = False  # whether that table says all that is skipped
     shared: bool = False  # whether one draw of dropout serves all examples and heads
     precision: str | None = None  # of products: what `jax.default_matmul_precision` says
     # Which of bias, scale and positions are not the default, whether the logsumexp is asked

@@ -16,7 +16,7 @@ import numpy as np
 
 from jattn.blocks import table
 from jattn.blocks.decide import per_block
-from jattn.blocks.graph import KEY, QUERY
+from jattn.blocks.graph import KEY, QUERY, concrete
 from jattn.problem import Operands, Problem
 from jattn.tables import EMPTY as EMPTY
 from jattn.tables import FULL, PARTIAL, resize
@@ -55,6 +55,8 @@ def _block_table(problem: Problem, block_q: int, block_kv: int, operands: Operan
     mask, modifier = operands.mask, operands.modifier
     if operands.kinds is not None:
         kinds = resize(operands.kinds, (T, S), problem.blocks, (block_q, block_kv))
+        if problem.settled:
+            return kinds
     elif problem.mask is not None:
         jaxpr = problem.mask.jaxpr
         kinds = table.classify(jaxpr, mask.captured, points, mask.aligned)
@@ -63,7 +65,7 @@ def _block_table(problem: Problem, block_q: int, block_kv: int, operands: Operan
         dead = table.dead_blocks(jaxpr, modifier.captured, points, modifier.aligned)
         kinds = kinds * (~dead).astype(np.int8)
     if _is_one_sided(operands.bias):
-        most: Any = operands.bias
+        most: Any = concrete(operands.bias)
         for axis, size in ((QUERY, block_q), (KEY, block_kv)):
             most = per_block(most, axis, size, "max")
         kinds = kinds * (most != -np.inf).astype(np.int8)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattn.blocks import graph
+from jattn.blocks import graph, intervals
 from jattn.blocks.table import classify, dead_blocks, evaluate
 from jattn.blocks.table import grid as cut_grid
 from tests import expressions
@@ -341,3 +341,258 @@ def test_table_of_a_long_sequence_takes_little_memory():
     assert table(doc).shape == (1, 1, 256, 256)
     memory = table.lower(doc).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 64 * length
+
+
+# The numbers inside are operands: known in the graph, or one for each example or head.
+NUMBERED = {
+    "causal": lambda o, l, r, doc, t, s: s - t <= o,
+    "causal, other form": lambda o, l, r, doc, t, s: t + o >= s,
+    "window": lambda o, l, r, doc, t, s: (t - s <= l) & (s - t <= r),
+    "prefix": lambda o, l, r, doc, t, s: (s < l) | (s - t <= o),
+    "documents": lambda o, l, r, doc, t, s: (s - t <= o) & (doc[t] == doc[s]),
+    "padded": lambda o, l, r, doc, t, s: (doc[t] == doc[s]) & (doc[s] != r),
+    "all": lambda o, l, r, doc, t, s: (
+        (s - t <= o) & (t - s <= l) & (s - t <= r) & (doc[t] == doc[s])
+    ),
+    "either": lambda o, l, r, doc, t, s: ((s - t <= o) & (t - s <= l)) | (doc[t] == doc[s]),
+    "not": lambda o, l, r, doc, t, s: ~((s - t <= o) & (doc[t] == doc[s])),
+    "contradiction": lambda o, l, r, doc, t, s: (t - s <= -l - 1) & (s - t <= l),
+    "two sums": lambda o, l, r, doc, t, s: (t + o - s <= l - r) & (s - t + r <= o),
+}
+NUMBERS = [
+    (0, 7, 2),
+    (-3, 5, 0),
+    (4, 0, 9),
+    (2**31 - 1, 2**31 - 1, 2**30),
+    (-(2**31), 1, 0),
+]
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_numbers_in_the_graph_skip_what_literals_do(name):
+    doc = jnp.asarray(DOC)
+
+    def table(numbers, doc):
+        mask = lambda a, b, n, t, s, row, column: NUMBERED[name](*numbers, doc, t, s)
+        return table_of(mask, {}, make_grid((26, 23), (None, None), (4, 4)))
+
+    traced = jax.jit(table)
+    for numbers in NUMBERS:
+        numbers = [np.int32(x) for x in numbers]
+        # The literals are traced beside documents that are, as a mask's always are.
+        literal = jax.jit(functools.partial(table, numbers))(doc)
+        np.testing.assert_array_equal(traced(numbers, doc), literal)
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_numbers_of_each_head_skip_what_is_so_for_each(name):
+    doc = jnp.asarray(DOC)
+    numbers = np.array([NUMBERS[0], NUMBERS[1]], np.int32).T
+
+    def table(numbers, doc):
+        def mask(a, b, n, t, s, row, column):
+            return NUMBERED[name](*(x[n] for x in numbers), doc, t, s)
+
+        return table_of(mask, {}, make_grid((26, 23), (None, None), (4, 4)))
+
+    both = jax.jit(table)(jnp.asarray(numbers), doc)
+    for i in range(2):
+        one = jax.jit(table)(jnp.asarray(numbers[:, [i, i]]), doc)
+        np.testing.assert_array_equal(
+            np.broadcast_to(both, (1, 2, 7, 6))[:, i],
+            np.broadcast_to(one, (1, 2, 7, 6))[:, i],
+        )
+
+
+WIDE = ["int64", "uint32", "uint64", "int16", "uint8"]
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+@pytest.mark.parametrize("dtype", WIDE)
+def test_ids_of_any_type_skip_what_those_of_32_bits_do(dtype, is_traced):
+    with jax.enable_x64(True):
+        far = np.iinfo(dtype).max - 6
+        ids = jnp.asarray(DOC.astype(dtype) + np.array(far, dtype))
+        grid = make_grid((26, 23), (None, None), (4, 4))
+        for mask in ("segments", "document-causal"):
+            table = lambda doc, mask=mask: table_of(SIMPLE[mask], {"doc": doc}, grid)
+            want = table(jnp.asarray(DOC, jnp.int32))
+            got = (jax.jit(table) if is_traced else table)(ids)
+            np.testing.assert_array_equal(got, want)
+
+
+def test_ids_that_differ_above_32_bits_are_told_apart():
+    with jax.enable_x64(True):
+        ids = 7 + DOC.astype(np.int64) * 2**32
+        grid = make_grid((26, 23), (None, None), (4, 4))
+        table = lambda doc: table_of(SIMPLE["segments"], {"doc": doc}, grid)
+        np.testing.assert_array_equal(jax.jit(table)(jnp.asarray(ids)), table(DOC))
+
+
+FAR = [0, 2**31 - 5, 2**40, -(2**40), 2**62, 2**63 - 40, -(2**63)]
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+@pytest.mark.parametrize("name", ["causal", "causal + 3", "window", "sink", "chunked"])
+def test_positions_of_64_bits_are_compared_in_full(name, is_traced):
+    indices = [jax.ShapeDtypeStruct((), jnp.int64)] * 4
+    mask = SIMPLE[name]
+    with jax.enable_x64(True):
+        indices = [jax.ShapeDtypeStruct((), jnp.int64)] * 4
+        program = jax.make_jaxpr(lambda *xs: mask({}, *xs, *xs[2:]))(*indices)
+        for far in FAR:
+            for shift in (0, 3):
+                t, s = (
+                    (np.int64(far) + shift + np.arange(24)),
+                    np.int64(far) + np.arange(24),
+                )
+
+                def table(t, s):
+                    grid = cut_grid((1, 1, 24, 24), (4, 4), t, s)
+                    return classify(program.jaxpr, program.consts, grid)
+
+                got = (jax.jit(table) if is_traced else table)(
+                    jnp.asarray(t), jnp.asarray(s)
+                )
+                at = (0, 0, jnp.asarray(t)[:, None], jnp.asarray(s)[None])
+                pairs = np.asarray(mask({}, *at, *at[2:]))[None, None]
+                truth = dense_table(
+                    np.broadcast_to(pairs, (1, 1, 24, 24)),
+                    cut_grid((1, 1, 24, 24), (4, 4), 0, 0),
+                )
+                sound = (got == 1) | (got == truth)
+                assert np.all(sound)
+                if name == "causal":
+                    np.testing.assert_array_equal(np.broadcast_to(got, truth.shape), truth)
+
+
+def examples_of_rules():
+    """Equations with every parameter that a rule reads."""
+    array, table = jnp.arange(6, dtype=jnp.int32), jnp.arange(12.0).reshape(3, 4)
+
+    def function(i, x):
+        yield jnp.broadcast_to(i, (2, 3))
+        yield jax.lax.reshape(array, (2, 3))
+        yield jax.lax.reshape(jnp.stack([i, i, i, i]).reshape(2, 2), (4,), (1, 0))
+        yield jnp.stack([i, i]).reshape(1, 2).T
+        yield jnp.stack([i, x.astype(int)])[::-1]
+        yield jax.lax.slice(jnp.stack([i, i, i]), (0,), (3,), (2,))
+        yield jnp.concatenate([i[None], i[None]])
+        yield jax.lax.iota(jnp.int32, 4) + i
+        yield jnp.stack([i > 1, i > 2]).all()
+        yield jnp.stack([i > 1, i > 2]).any()
+        yield jnp.stack([i, i]).max()
+        yield jnp.stack([i, i]).min()
+        yield jnp.stack([i, i]).sum()
+        yield jax.lax.dynamic_slice(table, (i, 0), (1, 4))
+        yield array.at[i].get(mode="fill", fill_value=-1)
+        yield array.at[i].get(mode="clip")
+        yield table[i]
+        yield i**2
+        yield jax.lax.integer_pow(i, 3)
+        yield jnp.square(i)
+        yield jnp.round(x)
+        yield jax.lax.round(x)
+        yield jnp.floor(x)
+        yield jnp.clip(i, 1, 3)
+        yield jnp.where(i > 2, i, -i)
+
+    jaxpr = jax.make_jaxpr(lambda *xs: list(function(*xs)))(jnp.int32(1), jnp.float32(1))
+    return jaxpr.jaxpr
+
+
+def flat_equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        inner = [x for x in eqn.params.values() if hasattr(x, "eqns")]
+        for x in inner:
+            yield from flat_equations(getattr(x, "jaxpr", x))
+        if not inner:
+            yield eqn
+
+
+def interval_of(aval):
+    lo, hi = np.zeros((1, 1, 1, 1, *aval.shape), aval.dtype), np.ones((), aval.dtype)
+    return intervals.Interval(lo, lo + hi)
+
+
+def test_a_parameter_of_another_name_makes_the_result_unknown():
+    seen = set()
+    for eqn in flat_equations(examples_of_rules()):
+        name, avals = eqn.primitive.name, [x.aval for x in eqn.invars]
+        if not intervals.has_rule(name):
+            continue
+        operands = [interval_of(aval) for aval in avals]
+        result = eqn.outvars[0].aval
+
+        def applied(params, name=name, avals=avals, result=result, operands=operands):
+            return intervals.apply(
+                intervals.Operation(name, params, avals, result), operands
+            )
+
+        usual, nothing = applied(eqn.params), intervals.unknown(result)
+        for gone in eqn.params:
+            params = {
+                f"new_{key}" if key == gone else key: eqn.params[key] for key in eqn.params
+            }
+            found = applied(params)
+            as_usual = all(map(np.array_equal, found, usual))
+            assert as_usual or all(
+                np.array_equal(x, y, equal_nan=result.dtype.kind == "f")
+                for x, y in zip(
+                    np.broadcast_arrays(*found), np.broadcast_arrays(*nothing), strict=True
+                )
+            )
+            seen.add((name, gone, as_usual))
+        applied({})  # answers, whatever
+    read = {name for name, _, as_usual in seen if not as_usual}
+    assert {"broadcast_in_dim", "gather", "integer_pow", "reduce_max", "round"} <= read
+
+
+def test_a_power_or_rounding_without_its_parameter_is_unknown():
+    scalar = jax.ShapeDtypeStruct((), np.float32)
+    operand = intervals.Interval(
+        np.full((1,) * 4, 2.0, np.float32), np.full((1,) * 4, 3.0, np.float32)
+    )
+    for name in ("integer_pow", "round"):
+        found = intervals.apply(intervals.Operation(name, {}, [scalar], scalar), [operand])
+        assert np.isnan(found).all()
+
+
+JITTED = {
+    "causal": lambda doc: jax.jit(lambda b, n, t, s: t >= s),
+    "inside": lambda doc: lambda b, n, t, s: jax.jit(lambda x, y: x[t] == y[s])(doc, doc),
+    "parts": lambda doc: lambda b, n, t, s: jax.jit(operator.ge)(t, s) & (doc[t] == doc[s]),
+    "nested": lambda doc: jax.jit(
+        lambda b, n, t, s: jax.jit(lambda i: doc[i])(t) == jax.jit(lambda i: doc[i])(s)
+    ),
+    "checkpoint": lambda doc: jax.checkpoint(
+        lambda b, n, t, s: (t >= s) & (doc[t] == doc[s])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JITTED)
+def test_jit_inside_a_mask_keeps_its_table(name):
+    grid = make_grid(*LAYOUTS[1])
+    mask = JITTED[name](jnp.asarray(DOC))
+    called = lambda a, b, n, t, s, row, column: mask(b, n, t, s)
+    table = table_of(called, {}, grid)
+    with jax.disable_jit():
+        plain = table_of(called, {}, grid)
+    np.testing.assert_array_equal(table, plain)
+    assert np.any(table == 0)
+
+
+def test_division_is_told_by_its_structure():
+    grid = make_grid(*LAYOUTS[0])
+
+    @jax.jit
+    def floor_divide(x, y):  # of that name, but another function
+        return x * 0 + y
+
+    own = lambda a, b, n, t, s, row, column: floor_divide(t, 8) == floor_divide(s, 8)
+    assert (table_of(own, {}, grid) == 2).all()
+    np.testing.assert_array_equal(
+        table_of(SIMPLE["chunked"], {}, grid),
+        dense_table(all_pairs(SIMPLE["chunked"], grid), grid)[:1, :1],
+    )

@@ -13,6 +13,8 @@ import jattn
 from jattn import skipping, tables
 from jattn.api import _state
 from jattn.masks import Causal, Explicit, Lengths, Segments, Window
+from jattn.modifiers import ALiBi, Bias, SoftCap
+from jattn.problem import pose
 from jattn.tables import EMPTY, FULL, PARTIAL
 
 T, B, N = 1100, 2, 2
@@ -348,3 +350,78 @@ def test_explain_of_dense_skips_nothing():
     assert explain(mask=Causal()).blocks is not None
     found = jattn.explain(SHAPE, SHAPE, SHAPE, mask=Causal(), implementation="dense")
     assert found.blocks is None
+
+
+def hidden(shape):
+    """A bias that is −∞ for the last half of its longest axis."""
+    (axis,) = (i for i in (2, 3) if shape[i] > 1)
+    places = np.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(4)])
+    return jnp.where(np.broadcast_to(places < shape[axis] // 2, shape), 0.5, -jnp.inf)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, T), (1, 1, T, 1), (B, 1, 1, T), (1, N, 1, T)])
+def test_table_knows_of_a_concrete_one_sided_bias(shape):
+    problem, operands = pose("test", *INPUTS, bias=hidden(shape))
+    assert skipping.skips(problem, operands)
+    table = skipping.block_table(problem, operands, 110, 110)
+    assert isinstance(table, np.ndarray)
+    assert np.mean(table == EMPTY) == 0.5
+    traced = jax.jit(
+        lambda bias: skipping.block_table(*pose("x", *INPUTS, bias=bias), 110, 110)
+    )
+    np.testing.assert_array_equal(traced(hidden(shape)), table)
+
+
+SINKS = {
+    "where": lambda x: lambda logit, b, n, t, s: jnp.where(s < T // 2, logit, -jnp.inf),
+    "added": lambda x: lambda logit, b, n, t, s: logit + x[s],
+    "Bias": lambda x: Bias(x[:T].reshape(1, 1, 1, T)),
+    "capped, then added": lambda x: (
+        SoftCap(5.0) >> (lambda logit, b, n, t, s: logit + x[s])
+    ),
+}
+PLAIN = {
+    "cap": lambda x: SoftCap(x[0] + 50.0),
+    "ALiBi": lambda x: ALiBi(x[:N]),
+    "product": lambda x: lambda logit, b, n, t, s: logit + x[t] * x[s],
+    "tanh": lambda x: lambda logit, b, n, t, s: jnp.tanh(logit + x[s]),
+}
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_modifiers_hide_blocks_of_traced_arrays(name):
+    bias = hidden((1, 1, 1, T)).ravel()
+    make = lambda x: skipping.block_table(
+        *pose("x", *INPUTS, modifier=SINKS[name](x)), 110, 110
+    )
+    for table in (make(bias), jax.jit(make)(bias)):
+        assert np.mean(np.asarray(table) == EMPTY) == 0.5
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_modifiers_that_hide_nothing_have_a_table_before_they_run(name):
+    kinds = []
+
+    @jax.jit
+    def run(x):
+        problem, operands = pose("x", *INPUTS, modifier=PLAIN[name](x))
+        kinds.append(skipping.block_table(problem, operands, 110, 110))
+        return x
+
+    run(jnp.ones(T))
+    assert isinstance(kinds[0], np.ndarray)
+    assert np.all(kinds[0] == FULL)
+
+
+def test_a_table_is_made_once_for_what_is_hoisted(monkeypatch):
+    asked = []
+    real = skipping.table.dead_blocks
+    monkeypatch.setattr(
+        skipping.table, "dead_blocks", lambda *args: asked.append(args) or real(*args)
+    )
+    x = hidden((1, 1, 1, T)).ravel()
+    modifier = lambda logit, b, n, t, s: logit + jnp.exp(x[t] * 0.5) + x[s]
+    found = attention(*INPUTS, modifier=modifier)
+    assert len(asked) == 1
+    expected = jattn.attention(*INPUTS, modifier=modifier, implementation="dense")
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -6,18 +6,19 @@ And where they leave a band of t − s, it passes through some rows and columns 
 
 import functools
 import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.blocks.formulas import Literal
 from jattn.blocks.graph import KEY, QUERY, Node
-from jattn.blocks.intervals import Interval, apply, extremes
+from jattn.blocks.intervals import Interval, apply, extremes, namespace
 
 FALSE, TRUE = np.zeros((1, 1, 1, 1), bool), np.ones((1, 1, 1, 1), bool)
 
-Literal = tuple[Node, bool]  # A node, and whether it holds.
-Term = frozenset[Literal]  # Literals, all of which hold.
+_MANY_TERMS = 8  # Of a sum in the graph, which must not wrap around.
 
 
 class Layout(NamedTuple):
@@ -37,17 +38,28 @@ class Layout(NamedTuple):
 class Bounds(NamedTuple):
     """lo ≤ Σ count · node ≤ hi, from some literals of a term.
 
-    The bounds may differ by example and head.
+    The bounds are integers, of 64 bits if the nodes are and else of 32; they may differ by
+    example and head. One of ±`far`, a quarter of what their type holds, says nothing.
     """
 
     form: dict[Node, int]
     lo: Any
     hi: Any
-    literals: Term
+    literals: tuple[Literal, ...]
+
+    def may_contradict(self) -> bool:
+        """Returns whether the bounds may leave nothing between them."""
+        crossed = self.lo > self.hi
+        return not _is_known(crossed) or bool(np.any(crossed))
+
+    def holds_zero(self) -> bool:
+        """Returns whether 0 is surely within the bounds."""
+        inside = (self.lo <= 0) & (self.hi >= 0)
+        return _is_known(inside) and bool(np.all(inside))
 
     def wraps(self, selection):
         """Returns on which blocks a side of a comparison may have wrapped around."""
-        nodes = {x for node, _ in self.literals for x in node.operands}
+        nodes = dict.fromkeys(x for node, _ in self.literals for x in node.operands)
         return functools.reduce(operator.or_, (_wraps(x, selection) for x in nodes))
 
     def band(self, layout: Layout):
@@ -59,42 +71,55 @@ class Bounds(NamedTuple):
         sides = x.sides | y.sides
         if sides != {QUERY, KEY} or not {x, y} <= layout.origins.keys():
             return None
-        ends = (self.lo, self.hi) if count > 0 else (-self.hi, -self.lo)
-        offset = layout.origins[x] - layout.origins[y]
+        lo, hi = (self.lo, self.hi) if count > 0 else (-self.hi, -self.lo)
+        offset, far = layout.origins[x] - layout.origins[y], _far(self.lo.dtype)
+        if abs(offset) >= far:
+            return None
         reach = sum(index.size for index in layout.indices.values())
-        return [np.clip(end - offset, -reach, reach).astype(np.int32) for end in ends]
+        xp = namespace(lo, hi)
+        ends = (
+            xp.where(lo <= -far, -reach, lo - offset),
+            xp.where(hi >= far, reach, hi - offset),
+        )
+        return [xp.clip(end, -reach, reach).astype(np.int32) for end in ends]
 
 
 _LIMITS = {
-    ("lt", True): (-np.inf, -1),
-    ("lt", False): (0, np.inf),
-    ("le", True): (-np.inf, 0),
-    ("le", False): (1, np.inf),
-    ("gt", True): (1, np.inf),
-    ("gt", False): (-np.inf, 0),
-    ("ge", True): (0, np.inf),
-    ("ge", False): (-np.inf, -1),
+    ("lt", True): (None, -1),
+    ("lt", False): (0, None),
+    ("le", True): (None, 0),
+    ("le", False): (1, None),
+    ("gt", True): (1, None),
+    ("gt", False): (None, 0),
+    ("ge", True): (0, None),
+    ("ge", False): (None, -1),
     ("eq", True): (0, 0),
 }
 
 
-def find_bounds(term: Term) -> list[Bounds]:
+def find_bounds(literals: Iterable[Literal]) -> list[Bounds]:
     """Returns the bounds that comparisons of integers set, one per sum."""
-    result: dict[frozenset, Bounds] = {}
-    for node, positive in term:
+    result: dict[Any, Bounds] = {}
+    for node, positive in literals:
         limits = _LIMITS.get((_name(node) or "", positive))
         if limits is None or not _compares_integers(node):
             continue
-        form = _linear(node.operands[0], 1, _linear(node.operands[1], -1, {None: 0}))
-        offset = np.asarray(form.pop(None), float)
-        lo, hi = (limit - offset for limit in limits)
+        form, known = {}, []
+        for operand, sign in zip(node.operands, (1, -1), strict=True):
+            _linear(operand, sign, form, known)
+        wide = node.operation.operands[0].dtype.itemsize == np.dtype(np.int64).itemsize
+        kind = np.int64 if wide else np.int32
+        lo, hi = _ends(limits, known, kind)
         key = frozenset((node, count) for node, count in form.items() if count)
         opposite = frozenset((node, -count) for node, count in key)
-        if opposite in result:
+        if (opposite, kind) in result:
             key, lo, hi = opposite, -hi, -lo
-        old = result.get(key, Bounds({}, -np.inf, np.inf, frozenset()))
-        lo, hi = np.maximum(lo, old.lo), np.minimum(hi, old.hi)
-        result[key] = Bounds(dict(key), lo, hi, old.literals | {(node, positive)})
+        old = result.get((key, kind))
+        if old is not None:
+            xp = namespace(lo, hi, old.lo, old.hi)
+            lo, hi = xp.maximum(lo, old.lo), xp.minimum(hi, old.hi)
+        before = () if old is None else old.literals
+        result[key, kind] = Bounds(dict(key), lo, hi, (*before, (node, positive)))
     return list(result.values())
 
 
@@ -112,22 +137,77 @@ def _name(node: Node) -> str | None:
 
 
 def _compares_integers(node: Node) -> bool:
-    # Of 32 bits at most: floats must hold the bounds exactly.
     aval = node.operation.operands[0]
-    is_integer = jnp.issubdtype(aval.dtype, jnp.signedinteger)
-    return not aval.shape and is_integer and aval.dtype.itemsize <= 4
+    return not aval.shape and jnp.issubdtype(aval.dtype, jnp.integer)
 
 
-def _linear(node: Node, sign: int, form: dict) -> dict:
-    """Adds ±node to a sum of nodes and of what is known, whose key is None."""
+def _is_known(array) -> bool:
+    return isinstance(array, np.ndarray | np.generic)
+
+
+def _linear(node: Node, sign: int, form: dict[Node, int], known: list) -> None:
+    """Adds ±node to a sum of nodes and of what is the same for all rows and columns."""
     name = _name(node)
     if name in ("add", "sub"):
         x, y = node.operands
-        return _linear(y, sign if name == "add" else -sign, _linear(x, sign, form))
+        _linear(x, sign, form, known)
+        _linear(y, sign if name == "add" else -sign, form, known)
+        return
     lo, hi = node.dense or (None, None)
-    known = lo is hi and isinstance(lo, np.ndarray) and not node.sides
-    key, value = (None, sign * lo.astype(float)) if known else (node, sign)
-    return form | {key: form.get(key, 0) + value}
+    if lo is not None and lo is hi and not node.sides:
+        known.append((sign, lo))
+    else:
+        form[node] = form.get(node, 0) + sign
+
+
+def _far(kind) -> int:
+    return 2 ** (8 * np.dtype(kind).itemsize - 2)
+
+
+def _ends(limits, known: list, kind) -> list:
+    """Returns limit − Σ sign · array for both limits, None being none, as bounds."""
+    far = _far(kind)
+    total, is_near = _total(known, kind, far)
+    ends: list[Any] = []
+    for limit, none in zip(limits, (-far, far), strict=True):
+        if limit is None:
+            ends.append(np.full(TRUE.shape, none, kind))
+        elif _is_known(total):
+            ends.append(np.clip(limit - total, -far, far).astype(kind))
+        else:
+            ends.append(jnp.where(is_near, limit - total, none).astype(kind))
+    return ends
+
+
+def _total(known: list, kind, far: int):
+    """Returns the sum, and where it is nearer than `far`.
+
+    What is concrete is added as Python's integers, which do not wrap around. In the graph
+    there are none, so what is as large as to let a sum of a few wrap is not near.
+    """
+    total: Any = np.zeros(TRUE.shape, object)
+    traced = []
+    for sign, array in known:
+        if _is_known(array):
+            total = total + sign * array.astype(object)
+        else:
+            traced.append((sign, array))
+    if not traced:
+        return total, True
+    most = far // (2 * _MANY_TERMS)
+    is_near: Any = (abs(total) < far // 2).astype(bool) & (len(traced) <= _MANY_TERMS)
+    total = np.clip(total, -far, far).astype(kind)
+    for sign, array in traced:
+        if array.dtype.itemsize >= np.dtype(kind).itemsize:
+            is_near = (
+                is_near & (array < most) & ~(array < -most if _signed(array) else False)
+            )
+        total = total + sign * array.astype(kind)
+    return total, is_near
+
+
+def _signed(array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.signedinteger)
 
 
 def _wraps(node: Node, selection):

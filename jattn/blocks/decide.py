@@ -1,10 +1,10 @@
 """Decides Booleans on all pairs of blocks at once, from the graph of a mask.
 
-A Boolean is written as a disjunction of conjunctions of literals. In a conjunction
-the one-sided literals select rows and columns; the two-sided ones are evaluated on
-intervals over the selected ones alone; and bounds on the same sum of positions must
-agree. What no conjunction can satisfy is impossible; what the complement's cannot
-is certain.
+A Boolean is written as a disjunction of conjunctions of literals (see `formulas`). In a
+conjunction the one-sided literals select rows and columns; the two-sided ones are evaluated
+on intervals over the selected ones alone; and bounds on the same sum of positions must
+agree. What no conjunction can satisfy is impossible; what the complement's cannot is
+certain.
 """
 
 import functools
@@ -19,17 +19,27 @@ from jattn.blocks.bounds import (
     TRUE,
     Bounds,
     Layout,
-    Literal,
-    Term,
     find_bounds,
     joins_sides,
 )
+from jattn.blocks.formulas import Formulas, Literal, Term, parts
 from jattn.blocks.graph import KEY, QUERY, Node, size
-from jattn.blocks.intervals import Interval, apply, extremes, namespace, point, unknown
-from jattn.blocks.rearrange import range_extreme
+from jattn.blocks.intervals import (
+    Interval,
+    apply,
+    both,
+    extremes,
+    namespace,
+    point,
+    unknown,
+)
+from jattn.blocks.rearrange import range_extremes
 
-_MAX_TERMS = 32
 _MAX_SIZE = 2**26  # Of a value with axes of its own, over all blocks.
+
+_EFFORT = 4  # How often a node may be evaluated on selected rows and columns, on average.
+_FEW_NODES = 32  # Smaller functions may take as much as one of so many nodes.
+_TABLES = 4  # What a value on a range of rows and columns takes, beside one on all.
 
 
 # Values on blocks, where only some rows and columns are selected.
@@ -38,12 +48,17 @@ _MAX_SIZE = 2**26  # Of a value with axes of its own, over all blocks.
 class _Selection:
     """The values of nodes on every block, on its selected rows and columns."""
 
-    def __init__(self, layout: Layout, masks=None, ranges=None, decide=None):
+    def __init__(self, layout: Layout, masks=None, ranges=None, operand=None):
         self.layout = layout
         self.masks = masks or {}  # Of the positions, per side.
         self.ranges = ranges or {}  # Of rows and columns, narrower than the blocks.
-        self.operand = decide or self.value
+        self.operand = operand or self.value
         self.memo: dict[Node, Interval] = {}
+
+    @property
+    def effort(self) -> int:
+        """How much was evaluated; extremes over ranges need tables of the array."""
+        return len(self.memo) * (_TABLES if self.ranges else 1)
 
     def is_inhabited(self):
         """Returns on which blocks anything is selected."""
@@ -77,7 +92,7 @@ class _Selection:
         side = min(sides)
         is_single = len(sides) == 1 and lo.ndim == TRUE.ndim and lo.shape[side] > 1
         if side in self.ranges and is_single:
-            return Interval(self._within(lo, side, "min"), self._within(hi, side, "max"))
+            return self._within(Interval(lo, hi), side)
         return Interval(self._reduced(lo, "min"), self._reduced(hi, "max"))
 
     def _reduced(self, array, extreme: str):
@@ -85,19 +100,19 @@ class _Selection:
             array = per_block(array, side, block, extreme)
         return array
 
-    def _within(self, array, side: int, extreme: str):
+    def _within(self, x: Interval, side: int) -> Interval:
         """Returns the extremes over a range of one side per pair of blocks."""
-        examples, heads = array.shape[:2]
-        parts = [
-            point(np.arange(examples, dtype=np.int32).reshape(-1, 1, 1, 1)),
-            point(np.arange(heads, dtype=np.int32).reshape(1, -1, 1, 1)),
-            self.ranges[side],
-        ]
-        table = array.reshape(examples, heads, -1)
-        return range_extreme(table, parts, f"{extreme}imum")
+        xp, shape = namespace(*x), np.broadcast_shapes(*(bound.shape for bound in x))
+        # What is the same for all examples or heads is not indexed by them.
+        axes = [axis for axis in (0, 1) if shape[axis] > 1]
+        indices = [np.arange(n, dtype=np.int32) for n in shape[:2]]
+        own = indices[0].reshape(-1, 1, 1, 1), indices[1].reshape(1, -1, 1, 1)
+        sizes = [shape[axis] for axis in axes]
+        table = both(x, lambda a: xp.broadcast_to(a, shape).reshape(*sizes, -1))
+        return range_extremes(table, [*(point(own[i]) for i in axes), self.ranges[side]])
 
 
-def _selected(literals: Term, equalities: Term) -> dict:
+def _selected(literals, equalities) -> dict:
     """Returns where one-sided literals hold, and equalities may still do so."""
     masks = {}
     for node, positive in literals:
@@ -150,59 +165,107 @@ def per_block(array, axis: int, size: int, extreme: str):
 
 
 class Decision:
-    """The values of nodes on every block, each Boolean decided as a whole."""
+    """The values of nodes on every block, each Boolean decided as a whole.
 
-    def __init__(self, layout: Layout):
+    Its work is linear in the size of the function: where selecting rows and columns for
+    every conjunction would take more, literals are evaluated on whole blocks instead.
+
+    Attributes:
+        layout: How the sides are cut.
+        order: The nodes of the function, numbered.
+        everything: The values on whole blocks.
+        selections: The values on selected rows and columns.
+    """
+
+    def __init__(self, layout: Layout, root: Node):
         self.layout = layout
-        self.everything = _Selection(layout, decide=self.value)
-        self.selections: dict[tuple[Term, Term], _Selection] = {}
-        self.memo: dict[Node, Interval] = {}
+        self.order = _numbered(root)
+        self.everything = _Selection(layout, operand=self.value)
+        self.selections: list[_Selection] = []
+        self.formulas = Formulas()
+        self.memo: dict[Any, Any] = {}
+
+    @property
+    def is_tired(self) -> bool:
+        """Whether as much was evaluated on selections as may be."""
+        spent = sum(x.effort for x in self.selections)
+        return spent > _EFFORT * max(len(self.order), _FEW_NODES)
+
+    def _once(self, key, function, *arguments):
+        """Returns what a function returned when it was first called with this key."""
+        if key not in self.memo:
+            self.memo[key] = function(*arguments)
+        return self.memo[key]
 
     def value(self, node: Node) -> Interval:
         """Returns the values of a node."""
-        if node not in self.memo:
-            self.memo[node] = (
-                Interval(~self._is_possible(node, False), self._is_possible(node, True))
-                if _parts(node, True)
-                else self.everything.value(node)
-            )
-        return self.memo[node]
+        if not parts(node, True):
+            return self.everything.value(node)
+        possible = [self._is_possible(node, positive) for positive in (False, True)]
+        return Interval(~possible[0], possible[1])
 
     def _is_possible(self, node: Node, positive: bool):
-        terms = _terms(node, positive)
-        if terms is None:
-            return _possible(self.everything.value(node), positive)
-        return functools.reduce(operator.or_, map(self._is_satisfiable, terms), FALSE)
+        """Returns on which blocks a Boolean, or its negation, may hold of some pair."""
+        key = node, positive
+        if key not in self.memo:
+            terms = self.formulas.terms(node, positive)
+            if terms is None:  # too long to look at as a whole
+                found = [self._are_possible(x) for x in parts(node, positive) or ()]
+            else:
+                found = [self._once(x, self._is_satisfiable, x) for x in terms]
+            self.memo[key] = functools.reduce(operator.or_, found, FALSE)
+        return self.memo[key]
+
+    def _are_possible(self, literals: list[Literal]):
+        """Returns where each literal is possible, though perhaps not all of one pair."""
+        result = TRUE
+        for node, positive in literals:
+            result = result & self._is_possible(node, positive)
+        return result
 
     def _is_satisfiable(self, term: Term):
         """Returns the blocks on which a conjunction may hold of some pair."""
-        selection = self._selection(term)
-        pairs = frozenset(x for x in term if x[0].dense is None)
+        is_tired, literals = self.is_tired, sorted(term, key=self._place)
+        selection = self.everything if is_tired else self._selection(literals)
+        pairs = [x for x in literals if x[0].dense is None]
         result = selection.is_inhabited()
         bands = find_bounds(pairs)
-        differs = pairs != frozenset().union(*(band.literals for band in bands))
+        differs = len(pairs) != len(frozenset().union(*(x.literals for x in bands)))
         for band in bands:
-            if np.any(band.lo > band.hi):
+            if band.may_contradict():
                 result = result & ((band.lo <= band.hi) | band.wraps(selection))
             # Where t = s is allowed, what is equal on a block is so within the band.
-            has_zero = np.all((band.lo <= 0) & (band.hi >= 0))
-            if pairs != band.literals and (differs or not has_zero):
-                selection, inhabited = self._narrowed(band, selection)
+            others = len(pairs) > len(band.literals)
+            if others and not is_tired and (differs or not band.holds_zero()):
+                key = band.literals, selection
+                selection, inhabited = self._once(key, self._narrow, band, selection)
                 result = result & inhabited
         for node, positive in pairs:
             result = result & _possible(selection.value(node), positive)
         return result
 
-    def _selection(self, term: Term) -> _Selection:
-        """Returns what the one-sided literals of a term select."""
-        literals = frozenset(x for x in term if x[0].dense is not None)
-        selects = any(node.sides for node, _ in literals)
-        key = literals, frozenset(filter(joins_sides, term) if selects else ())
-        if key not in self.selections:
-            self.selections[key] = _Selection(self.layout, _selected(*key))
-        return self.selections[key]
+    def _place(self, literal: Literal):
+        """Returns where a literal comes, so that one function makes one program."""
+        node, positive = literal
+        return self.order[node], positive
 
-    def _narrowed(self, bounds: Bounds, selection: _Selection):
+    def _selection(self, term: list[Literal]) -> _Selection:
+        """Returns what the one-sided literals of a term select."""
+        literals = tuple(x for x in term if x[0].dense is not None)
+        if not literals:
+            return self.everything
+        selects = any(node.sides for node, _ in literals)
+        equalities = tuple(filter(joins_sides, term)) if selects else ()
+        return self._once((literals, equalities), self._selecting, literals, equalities)
+
+    def _selecting(self, literals, equalities) -> _Selection:
+        return self._select(_selected(literals, equalities), None)
+
+    def _select(self, masks, ranges) -> _Selection:
+        self.selections.append(_Selection(self.layout, masks, ranges))
+        return self.selections[-1]
+
+    def _narrow(self, bounds: Bounds, selection: _Selection):
         """Keeps of every block the rows and columns that a band passes through."""
         band = bounds.band(self.layout)
         if band is None:
@@ -215,56 +278,23 @@ class Decision:
         wraps, ranges, inhabited = bounds.wraps(selection), {}, TRUE
         for side, (lo, hi) in sides.items():
             (first, last), other = indices[side], indices[QUERY + KEY - side]
-            xp = namespace(first, last, *other, wraps)
+            xp = namespace(first, last, *other, wraps, lo, hi)
             least = xp.maximum(first, xp.where(wraps, first, other.lo + lo))
             most = xp.minimum(last, xp.where(wraps, last, other.hi + hi))
             inhabited = inhabited & (least <= most)
             end = np.int32(self.layout.indices[side].size - 1)
             clip = functools.partial(xp.clip, min=np.int32(0), max=end)
             ranges[side] = Interval(clip(least), clip(most))
-        return _Selection(self.layout, selection.masks, ranges), inhabited
+        return self._select(selection.masks, ranges), inhabited
 
 
-def _parts(node: Node, positive: bool) -> list[list[Literal]] | None:
-    """Returns a connective as a disjunction of conjunctions of its operands."""
-    if node.dense is not None or node.operation is None:
-        return None
-    name, operands = node.operation.name, node.operands
-    avals = (*node.operation.operands, node.operation.result)
-    if any(aval.shape or aval.dtype != np.bool_ for aval in avals):
-        return None
-    if name == "not":
-        return [[(operands[0], not positive)]]
-    if name in ("and", "or"):
-        literals = [(x, positive) for x in operands]
-        return [literals] if (name == "and") == positive else [[x] for x in literals]
-    if name in ("xor", "ne", "eq"):
-        x, y = operands
-        same = (name == "eq") == positive
-        return [[(x, True), (y, same)], [(x, False), (y, not same)]]
-    if name == "select_n":
-        which, *cases = operands
-        return [[(which, bool(i)), (x, positive)] for i, x in enumerate(cases)]
-    return None
-
-
-def _terms(node: Node, positive: bool) -> list[Term] | None:
-    """Returns the disjunctive normal form, or nothing if it is too long."""
-    parts = _parts(node, positive)
-    if parts is None:
-        return [frozenset({(node, positive)})]
-    result: dict[Term, None] = {}
-    for conjunction in parts:
-        factors = []
-        for literal in conjunction:
-            terms = _terms(*literal)
-            if terms is None:
-                return None
-            factors.append(terms)
-        for choice in itertools.product(*factors):
-            term = frozenset().union(*choice)
-            if not any((x, not holds) in term for x, holds in term):
-                result[term] = None
-            if len(result) > _MAX_TERMS:
-                return None
-    return list(result)
+def _numbered(root: Node) -> dict[Node, int]:
+    """Numbers a node and what it is made of, as far as that sees both sides."""
+    result: dict[Node, int] = {}
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if node not in result:
+            result[node] = len(result)
+            waiting.extend(node.operands if node.dense is None else ())
+    return result

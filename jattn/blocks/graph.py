@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from jattn.blocks.intervals import (
     point,
     unknown,
 )
+from jattn.pointwise import _structure
 
 QUERY, KEY = 2, 3  # The axes of the two sides.
 
@@ -43,6 +45,7 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }
 _DIVISIONS = {"floor_divide": jnp.floor_divide, "remainder": jnp.remainder}
+_FINITE, _PRODUCTS = {"tanh", "erf", "sign"}, {"mul", "div"}
 _MAX_DEPTH = 150  # Of nested operations on both sides; Python's stack is finite.
 _MAX_SIZE = 2**24  # Of a one-sided value; beyond it, intervals must serve.
 
@@ -80,8 +83,18 @@ def constant(array) -> Node:
     return Node(None, (), frozenset(), value)
 
 
-def trace(jaxpr, inputs: list[Node], consts: list[Node] | None = None) -> list[Node]:
-    """Returns the outputs of a jaxpr, closed or with its constants given, as nodes."""
+def trace(
+    jaxpr,
+    inputs: list[Node],
+    consts: list[Node] | None = None,
+    known: dict[Hashable, Node] | None = None,
+) -> list[Node]:
+    """Returns the outputs of a jaxpr, closed or with its constants given, as nodes.
+
+    What is computed twice from the same nodes is one node, kept in `known`: each of many
+    rules may say t ≥ s, and their complement is short because it is the same everywhere.
+    """
+    known = {} if known is None else known
     if consts is None:
         consts = [constant(c) for c in getattr(jaxpr, "consts", ())]
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -91,38 +104,44 @@ def trace(jaxpr, inputs: list[Node], consts: list[Node] | None = None) -> list[N
     def read(atom):
         if not isinstance(atom, Literal):
             return nodes[atom]
-        return constant(np.asarray(atom.val, getattr(atom.aval, "dtype", None)))
+        value = np.asarray(atom.val, getattr(atom.aval, "dtype", None))
+        if value.dtype.hasobject:
+            return constant(value)
+        key = value.dtype, value.shape, value.tobytes()
+        return known.setdefault(key, constant(value))
 
     for eqn in jaxpr.eqns:
-        results = _equation(eqn, [read(atom) for atom in eqn.invars])
+        results = _equation(eqn, [read(atom) for atom in eqn.invars], known)
         nodes |= dict(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _equation(eqn, operands: list[Node]) -> list[Node]:
+def _equation(eqn, operands: list[Node], known: dict[Hashable, Node]) -> list[Node]:
     name, results = eqn.primitive.name, [v.aval for v in eqn.outvars]
     avals = tuple(atom.aval for atom in eqn.invars)
     if name in _CALLS and _CALLS[name] in eqn.params:
         if _is_division(eqn, avals):
-            return [_node(Operation(eqn.params["name"], {}, avals, *results), operands)]
-        return trace(eqn.params[_CALLS[name]], operands)
-    if name == "cond":
-        return _cond(eqn, operands, avals[0])
+            operation = Operation(eqn.params["name"], {}, avals, *results)
+            return [_node(operation, operands, known)]
+        return trace(eqn.params[_CALLS[name]], operands, known=known)
+    if name == "cond" and "branches" in eqn.params:
+        return _cond(eqn, operands, avals[0], known)
     if not has_rule(name) and (folded := _folded(eqn, operands)):
         return folded
     if len(results) != 1:
         return [_unknown(aval) for aval in results]
-    return [_node(Operation(name, eqn.params, avals, *results), operands)]
+    return [_node(Operation(name, eqn.params, avals, *results), operands, known)]
 
 
-def _cond(eqn, operands: list[Node], which) -> list[Node]:
+def _cond(eqn, operands: list[Node], which, known: dict[Hashable, Node]) -> list[Node]:
     """Evaluates all branches: each is pure, and the predicate selects."""
     index, *rest = operands
-    branches = [trace(branch, rest) for branch in eqn.params["branches"]]
+    branches = [trace(branch, rest, known=known) for branch in eqn.params["branches"]]
     return [
         _node(
             Operation("select_n", {}, (which, *[v.aval] * len(cases)), v.aval),
             [index, *cases],
+            known,
         )
         for v, *cases in zip(eqn.outvars, *branches, strict=True)
     ]
@@ -132,7 +151,21 @@ def _unknown(aval) -> Node:
     return Node(None, (), frozenset(), unknown(aval))
 
 
-def _node(operation: Operation, operands: list[Node]) -> Node:
+def _node(operation: Operation, operands: list[Node], known: dict[Hashable, Node]) -> Node:
+    """Returns the node of an operation: the one at hand, if there is one."""
+    params = tuple((x, type(y), y) for x, y in sorted(operation.params.items()))
+    result = operation.result
+    key = operation.name, tuple(operands), params, result.dtype, result.shape
+    try:
+        hash(key)
+    except TypeError:  # a parameter that cannot be compared
+        return _made(operation, operands)
+    if key not in known:
+        known[key] = _made(operation, operands)
+    return known[key]
+
+
+def _made(operation: Operation, operands: list[Node]) -> Node:
     sides = frozenset().union(*(x.sides for x in operands))
     values = [x.dense for x in operands]
     is_dense = len(sides) < 2 and None not in values
@@ -150,14 +183,51 @@ def size(operands: list[Interval], result) -> int:
     return math.prod(lead + result.shape)
 
 
+def may_be_infinite(node: Node) -> bool:
+    """Returns whether a number may be ±∞ on a whole block, by what it is made of.
+
+    A traced array may hold anything, but where it is a factor it is taken to be finite: to
+    skip what is hidden by a product is not worth to evaluate all products. That is sound,
+    since it only leaves blocks that could be skipped.
+    """
+    return _may_be_infinite(node, {}, 0)
+
+
+def _may_be_infinite(node: Node, known: dict[Node, bool], depth: int) -> bool:
+    if node not in known:
+        known[node] = depth > _MAX_DEPTH or _has_infinite_part(node, known, depth)
+    return known[node]
+
+
+def _has_infinite_part(node: Node, known: dict[Node, bool], depth: int) -> bool:
+    operation = node.operation
+    if node.dense is not None and (operation is None or _is_known(node.dense)):
+        lo, hi = node.dense
+        if not jnp.issubdtype(lo.dtype, jnp.floating):
+            return False
+        return not _is_known(node.dense) or bool((np.isinf(lo) | np.isinf(hi)).any())
+    if not jnp.issubdtype(operation.result.dtype, jnp.floating):
+        return False
+    if not has_rule(operation.name) or operation.name in _FINITE:
+        return False
+    parts = node.operands
+    if operation.name in _PRODUCTS:
+        parts = [x for x in parts if x.dense is None or _is_known(x.dense)]
+    return any(_may_be_infinite(x, known, depth + 1) for x in parts)
+
+
+def _is_known(x: Interval) -> bool:
+    return isinstance(x.lo, np.ndarray) and isinstance(x.hi, np.ndarray)
+
+
 @functools.cache
-def _division(name: str, avals) -> str:
-    """Returns the printed jaxpr of an integer `//` or `%`."""
+def _division(name: str, avals) -> Hashable:
+    """Returns the structure of an integer `//` or `%`."""
     operands = [
         jax.ShapeDtypeStruct((), aval.dtype, weak_type=aval.weak_type) for aval in avals
     ]
     (eqn,) = jax.make_jaxpr(_DIVISIONS[name])(*operands).eqns
-    return str(eqn.params["jaxpr"])
+    return _structure(eqn.params["jaxpr"].jaxpr)
 
 
 def _is_division(eqn, avals) -> bool:
@@ -170,7 +240,7 @@ def _is_division(eqn, avals) -> bool:
         return False
     if any(a.shape or not jnp.issubdtype(a.dtype, jnp.integer) for a in avals):
         return False
-    return str(eqn.params["jaxpr"]) == _division(name, avals)
+    return _structure(eqn.params["jaxpr"].jaxpr) == _division(name, avals)
 
 
 def _folded(eqn, operands: list[Node]) -> list[Node] | None:

@@ -38,6 +38,23 @@ class Operation:
     operands: tuple[Any, ...]
     result: Any
 
+    def parameter(self, name: str) -> Any:
+        """Returns a parameter; without it, the result is unknown."""
+        if name not in self.params:
+            raise Renamed(name)
+        return self.params[name]
+
+
+class Renamed(Exception):
+    """Says that this version of JAX has no parameter of the name that a rule reads."""
+
+
+def attribute(value, name: str) -> Any:
+    """Returns a part of a parameter; without it, the result is unknown."""
+    if not hasattr(value, name):
+        raise Renamed(name)
+    return getattr(value, name)
+
 
 Rule = Callable[..., Interval | None]
 _RULES: dict[str, tuple[Rule, Callable[..., Any] | None]] = {}
@@ -125,7 +142,10 @@ def apply(op: Operation, operands: list[Interval]) -> Interval:
     with np.errstate(all="ignore"):
         if exact and discrete and all(x.lo is x.hi for x in operands):
             return point(exact(*(x.lo for x in operands)))
-        result = function(xp, op, *operands)
+        try:
+            result = function(xp, op, *operands)
+        except Renamed:
+            result = None
     return unknown(op.result) if result is None else result
 
 

@@ -17,6 +17,7 @@ from jax import lax
 
 from jattn.blocks.intervals import (
     Interval,
+    attribute,
     both,
     extremes,
     is_float,
@@ -82,7 +83,7 @@ def _shift(axes):
 
 @rule("broadcast_in_dim")
 def _broadcast_in_dim(xp, op, x):
-    shape, axes = op.params["shape"], op.params["broadcast_dimensions"]
+    shape, axes = op.parameter("shape"), op.parameter("broadcast_dimensions")
     sizes = [1] * len(shape)
     for axis, size in zip(axes, op.operands[0].shape, strict=True):
         sizes[axis] = size
@@ -96,33 +97,33 @@ def _broadcast_in_dim(xp, op, x):
 
 @rule("reshape", "squeeze", "expand_dims")
 def _reshape(xp, op, x):
-    if op.params.get("dimensions") is not None and op.name == "reshape":
+    if op.name == "reshape" and op.parameter("dimensions") is not None:
         return None
     return both(x, lambda a: a.reshape(a.shape[:_LEAD] + op.result.shape))
 
 
 @rule("transpose")
 def _transpose(xp, op, x):
-    order = (*range(_LEAD), *_shift(op.params["permutation"]))
+    order = (*range(_LEAD), *_shift(op.parameter("permutation")))
     return both(x, lambda a: xp.transpose(a, order))
 
 
 @rule("rev")
 def _rev(xp, op, x):
-    return both(x, lambda a: xp.flip(a, _shift(op.params["dimensions"])))
+    return both(x, lambda a: xp.flip(a, _shift(op.parameter("dimensions"))))
 
 
 @rule("slice")
 def _slice(xp, op, x):
-    starts, limits = op.params["start_indices"], op.params["limit_indices"]
-    strides = op.params["strides"] or (1,) * len(starts)
+    starts, limits = op.parameter("start_indices"), op.parameter("limit_indices")
+    strides = op.parameter("strides") or (1,) * len(starts)
     index = (slice(None),) * _LEAD + tuple(map(slice, starts, limits, strides))
     return both(x, lambda a: a[index])
 
 
 @rule("concatenate", "stack")
 def _concatenate(xp, op, *xs):
-    axis = op.params["axis" if op.name == "stack" else "dimension"] + _LEAD
+    axis = op.parameter("axis" if op.name == "stack" else "dimension") + _LEAD
     join = xp.stack if op.name == "stack" else xp.concatenate
     lead = np.broadcast_shapes(*(a.shape[:_LEAD] for x in xs for a in x))
 
@@ -137,7 +138,7 @@ def _concatenate(xp, op, *xs):
 @rule("iota")
 def _iota(xp, op):
     sizes = [1] * (_LEAD + len(op.result.shape))
-    axis = op.params["dimension"]
+    axis = op.parameter("dimension")
     sizes[_LEAD + axis] = op.result.shape[axis]
     line = np.arange(op.result.shape[axis]).astype(op.result.dtype).reshape(sizes)
     return point(np.broadcast_to(line, (1,) * _LEAD + op.result.shape))
@@ -150,7 +151,7 @@ def _reduction(name):
     def apply_rule(xp, op, x):
         if 0 in op.operands[0].shape:
             return None
-        return both(x, lambda a: getattr(xp, name)(a, _shift(op.params["axes"])))
+        return both(x, lambda a: getattr(xp, name)(a, _shift(op.parameter("axes"))))
 
     return apply_rule
 
@@ -165,7 +166,7 @@ rule("reduce_min")(_reduction("min"))
 def _reduce_sum(xp, op, x):
     if is_float(op.result):
         return None  # The order of the additions is the compiler's.
-    axes, dtype = _shift(op.params["axes"]), op.result.dtype
+    axes, dtype = _shift(op.parameter("axes")), op.result.dtype
     size = sum(xp.sum(abs(a.astype(np.float32)), axes) for a in x)
     bad = ~(size < 0.999 * float(extremes(dtype)[1]))
     bounds = both(x, lambda a: xp.sum(a, axes, dtype=dtype))
@@ -177,7 +178,7 @@ def _reduce_sum(xp, op, x):
 
 @rule("dynamic_slice")
 def _dynamic_slice(xp, op, x, *starts):
-    sizes, shape = op.params["slice_sizes"], op.operands[0].shape
+    sizes, shape = op.parameter("slice_sizes"), op.operands[0].shape
     if any(1 < size < whole for size, whole in zip(sizes, shape, strict=True)):
         return None
     indexed = [i for i, size in enumerate(sizes) if size == 1 and shape[i] != 1]
@@ -186,15 +187,15 @@ def _dynamic_slice(xp, op, x, *starts):
 
 @rule("gather")
 def _gather(xp, op, x, where):
-    names, shape = op.params["dimension_numbers"], op.operands[0].shape
-    axes = names.start_index_map
+    names, shape = op.parameter("dimension_numbers"), op.operands[0].shape
+    axes = attribute(names, "start_index_map")
     whole = [1 if i in axes else size for i, size in enumerate(shape)]
-    plain = tuple(sorted(axes)) == tuple(names.collapsed_slice_dims)
-    if op.operands[1].ndim != 1 or not plain or list(op.params["slice_sizes"]) != whole:
+    plain = tuple(sorted(axes)) == tuple(attribute(names, "collapsed_slice_dims"))
+    if op.operands[1].ndim != 1 or not plain or list(op.parameter("slice_sizes")) != whole:
         return None
     parts = {axis: both(where, lambda a, i=i: a[..., i]) for i, axis in enumerate(axes)}
     inside = _index(op, x, parts)
-    mode = op.params["mode"].name
+    mode = attribute(op.parameter("mode"), "name")
     if inside is None or mode == "CLIP":
         return inside
     outside = [_outside(part, shape[axis]) for axis, part in parts.items()]
@@ -216,7 +217,7 @@ def _filled(op, inside: Interval, outside: list[Interval], mode: str):
     xp = namespace(possibly, *inside)
     trail = (1,) * len(op.result.shape)
     definitely, possibly = (a.reshape(a.shape + trail) for a in (definitely, possibly))
-    fill = op.params.get("fill_value")
+    fill = op.parameter("fill_value")
     if mode != "FILL_OR_DROP" or fill is None:
         return unless(xp, possibly, *inside, op.result)
     fill = np.asarray(fill, op.result.dtype)
@@ -238,10 +239,7 @@ def _index(op, x: Interval, parts: dict[int, Interval]):
     if all(p.lo is p.hi for p in clamped):
         result = both(table, lambda a: _take(a, [p.lo for p in clamped]))
     else:
-        result = Interval(
-            range_extreme(table.lo, clamped, "minimum"),
-            range_extreme(table.hi, clamped, "maximum"),
-        )
+        result = range_extremes(table, clamped)
     return both(result, lambda a: a.reshape(a.shape[:_LEAD] + op.result.shape))
 
 
@@ -260,7 +258,8 @@ def _take(table, indices):
         return table[tuple(run for _, run in runs)].reshape(lead + table.shape[len(runs) :])
     if namespace(table, *indices) is np:
         return table[tuple(indices)]
-    return jnp.asarray(table).at[tuple(indices)].get(mode="promise_in_bounds")
+    place = jnp.asarray(table).at[tuple(indices)]
+    return place.get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _run(index):
@@ -274,15 +273,17 @@ def _run(index):
     return (long[0] if long else -1), slice(first, first + line.size)
 
 
-def range_extreme(table, parts: list[Interval], extreme: str):
-    """Returns the extreme of an array over ranges of its first axes.
+def range_extremes(table: Interval, parts: list[Interval]) -> Interval:
+    """Returns the extremes of an array over ranges of its first axes.
 
     One axis may have a true range; a range in another one takes the whole array.
     """
-    xp = namespace(table, *(bound for p in parts for bound in p))
+    # The greatest is the least of the opposite, so one table of powers serves for both.
+    xp = namespace(*table, *(bound for p in parts for bound in p))
+    both_ends = xp.stack([table.lo, _opposite(xp, table.hi)], -1)
     last = max(i for i, p in enumerate(parts) if p.lo is not p.hi)
     others = parts[:last] + parts[last + 1 :]
-    levels = _levels(table, last, extreme)
+    levels = _levels(both_ends, last)
     lo, hi = parts[last]
     # A mask that selects nothing leaves an empty range: any answer will do there.
     hi = xp.maximum(lo, hi)
@@ -291,26 +292,33 @@ def range_extreme(table, parts: list[Interval], extreme: str):
     power = xp.sum(((hi - lo + 1)[None] >= sizes).astype(lo.dtype), 0, dtype=lo.dtype)
     right = hi + 1 - xp.left_shift(xp.ones_like(hi), power)
     rest = [p.lo for p in others]
-    ends = [_take(levels, [power, start, *rest]) for start in (lo, right)]
-    result = getattr(xp, extreme)(*ends)
-    single = functools.reduce(operator.and_, (p.lo == p.hi for p in others), np.True_)
-    whole = getattr(levels[0], extreme[:3])(tuple(range(len(parts))))
-    whole = whole.reshape((1,) * _LEAD + whole.shape)
-    single = single.reshape(single.shape + (1,) * (result.ndim - single.ndim))
-    return xp.where(single, result, whole)
+    first, second = (_take(levels, [power, x, *rest]) for x in (lo, right))
+    result = xp.minimum(first, second)
+    if any(p.lo is not p.hi for p in others):
+        single = functools.reduce(operator.and_, (p.lo == p.hi for p in others))
+        whole = levels[0].min(tuple(range(len(parts))))
+        whole = whole.reshape((1,) * _LEAD + whole.shape)
+        single = single.reshape(single.shape + (1,) * (result.ndim - single.ndim))
+        result = xp.where(single, result, whole)
+    return Interval(result[..., 0], _opposite(xp, result[..., 1]))
 
 
-def _levels(table, axis: int, extreme: str):
-    """Returns the extremes of 1, 2, 4, … neighbours along an axis, moved first."""
+def _opposite(xp, array):
+    """Returns an array in the opposite order, from which it comes back."""
+    return -array if jnp.issubdtype(array.dtype, jnp.floating) else ~array
+
+
+def _levels(table, axis: int):
+    """Returns the least of 1, 2, 4, … neighbours along an axis, moved first."""
     xp = namespace(table)
     table = xp.moveaxis(table, axis, 0)
-    function, index = getattr(xp, extreme), np.arange(len(table), dtype=np.int32)
+    index = np.arange(len(table), dtype=np.int32)
     steps = 2 ** np.arange(int(math.log2(len(table))), dtype=np.int32)
 
     def double(level, step):
         # Near the end, fewer neighbours: all that a range inside the array needs.
         shifted = level[xp.minimum(index + step, len(table) - 1)]
-        level = function(level, shifted)
+        level = xp.minimum(level, shifted)
         return level, level
 
     if xp is not np:

@@ -10,6 +10,7 @@ import operator
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jattn.blocks.intervals import (
     Interval,
@@ -22,19 +23,18 @@ from jattn.blocks.intervals import (
 )
 
 
-def _floats(xp, aval, lo, hi, *others) -> Interval:
-    """Returns lo … hi, but everything where any number given is NaN."""
-    bad = functools.reduce(operator.or_, map(xp.isnan, (lo, hi, *others)))
+def _floats(xp, aval, lo, hi, *doubtful) -> Interval:
+    """Returns lo … hi, but everything where one of the doubtful numbers is NaN."""
+    bad = functools.reduce(operator.or_, map(xp.isnan, doubtful))
     return unless(xp, bad, lo, hi, aval)
 
 
 def _outward(xp, aval, x: Interval, steps: int) -> Interval:
     """Widens by units in the last place: compilers fuse, and flush denormals."""
-    tiny = jnp.finfo(aval.dtype).tiny
-    lo, hi = x.lo - tiny, x.hi + tiny
-    least, most = extremes(aval.dtype)
-    for _ in range(steps):
-        lo, hi = xp.nextafter(lo, least), xp.nextafter(hi, most)
+    info, kind = jnp.finfo(aval.dtype), aval.dtype.type
+    # A unit in the last place is at most this part of a number.
+    part, tiny = kind(2 * steps * float(info.eps)), kind(info.tiny)
+    lo, hi = x.lo - (abs(x.lo) * part + tiny), x.hi + (abs(x.hi) * part + tiny)
     # An infinite bound is exact: −∞ must stay −∞ for a block to be skipped.
     lo = xp.where(xp.isinf(x.lo), x.lo, lo)
     return Interval(lo, xp.where(xp.isinf(x.hi), x.hi, hi))
@@ -129,7 +129,7 @@ def _select_n(xp, op, which, *cases):
 @elementwise("add", "add_any", point=operator.add)
 def _add(xp, op, x, y):
     lo, hi = x.lo + y.lo, x.hi + y.hi
-    if is_float(op.result):
+    if is_float(op.result):  # ∞ − ∞, or NaN, is in one of the sums across
         return _floats(xp, op.result, lo, hi, x.lo + y.hi, x.hi + y.lo)
     wraps = ((y.lo >= 0) != (lo >= x.lo)) | ((y.hi >= 0) != (hi >= x.hi))
     return unless(xp, wraps, lo, hi, op.result)
@@ -168,7 +168,7 @@ def _leaves(aval, lo, hi):
 
 @elementwise("square", "integer_pow")
 def _square(xp, op, x):
-    if op.params.get("y", 2) != 2:
+    if op.name == "integer_pow" and op.parameter("y") != 2:
         return None
     size = _abs(xp, op, x)
     return None if size is None else _mul(xp, op, size, size)
@@ -220,9 +220,11 @@ def _pairwise(function, x, y) -> Interval:
 
 @elementwise("floor", "ceil", "round")
 def _rounded(xp, op, x):
-    halves = op.params.get("rounding_method")
-    name = {"floor": "floor", "ceil": "ceil"}.get(op.name, "rint")
-    return None if halves == 0 else both(x, getattr(xp, name))
+    if op.name != "round":
+        return both(x, getattr(xp, op.name))
+    # The other method rounds halves away from zero.
+    method = op.parameter("rounding_method")
+    return both(x, xp.rint) if method == lax.RoundingMethod.TO_NEAREST_EVEN else None
 
 
 @elementwise("tanh", "erf")

@@ -14,13 +14,22 @@ conjunction is impossible there, and full if the complement's all are.
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jattn.blocks.bounds import Layout
 from jattn.blocks.decide import Decision
-from jattn.blocks.graph import KEY, QUERY, Node, concrete, constant, trace
-from jattn.blocks.intervals import Interval, point
+from jattn.blocks.graph import (
+    KEY,
+    QUERY,
+    Node,
+    concrete,
+    constant,
+    may_be_infinite,
+    trace,
+)
+from jattn.blocks.intervals import Interval, point, unknown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +110,12 @@ def _offset(position) -> int | None:
 def _positions(position, index):
     if position is None:
         return index
-    position = concrete(position).astype(np.int32)
+    position = concrete(position)
+    known, small = isinstance(position, np.ndarray), jnp.iinfo(np.int32)
+    fits = known and np.all((position >= small.min) & (position <= small.max))
+    # What has 64 bits and may need them keeps them, and is unknown to a function of 32.
+    if fits or position.dtype.itemsize <= np.dtype(np.int32).itemsize:
+        position = position.astype(np.int32)
     if position.ndim == 0:
         return index + position
     batch = position.shape[0] if position.ndim == 2 else 1
@@ -141,7 +155,10 @@ def dead_blocks(jaxpr, arrays, points: Grid, aligned=()):
     Returns:
         Booleans, shaped as `classify`'s.
     """
-    return evaluate(jaxpr, arrays, points, aligned).hi == -np.inf
+    root, layout = _graph(jaxpr, arrays, points, aligned)
+    if not may_be_infinite(root):
+        return np.zeros((1, 1, 1, 1), bool)
+    return Decision(layout, root).value(root).hi == -np.inf
 
 
 def evaluate(jaxpr, arrays, points: Grid, aligned=()) -> Interval:
@@ -156,20 +173,35 @@ def evaluate(jaxpr, arrays, points: Grid, aligned=()) -> Interval:
     Returns:
         The bounds, with axes for examples, heads, query blocks and key blocks.
     """
+    root, layout = _graph(jaxpr, arrays, points, aligned)
+    return Decision(layout, root).value(root)
+
+
+def _graph(jaxpr, arrays, points: Grid, aligned) -> tuple[Node, Layout]:
+    """Returns a pointwise function as a graph, and how its sides are cut."""
     fields = points.b, points.n, points.t, points.s, *map(concrete, aligned)
     avals = [var.aval for var in jaxpr.invars]
-    logits = [_logit(aval) for aval in avals[: len(avals) - len(fields)]]
-    nodes = {id(array): _leaf(array) for array in (*fields, points.row, points.column)}
-    inputs = [*logits, *(nodes[id(array)] for array in fields)]
+    count = len(avals) - len(fields)
+    nodes: dict[Any, Node] = {}  # t and the row are one node where they are one array
+
+    def field(array, dtype) -> Node:
+        key = id(array), np.dtype(dtype)
+        if key not in nodes:
+            nodes[key] = _leaf(array, dtype)
+        return nodes[key]
+
+    given = [field(x, aval.dtype) for x, aval in zip(fields, avals[count:], strict=True)]
+    inputs = [*map(_logit, avals[:count]), *given]
     (root,) = trace(jaxpr, inputs, [constant(array) for array in arrays])
-    known = (points.t, points.s, points.row, points.column)
-    origins = zip(known, (*points.offsets, 0, 0), strict=True)
+    kind = avals[count].dtype  # of the indices
+    places = [field(x, kind) for x in (points.t, points.s, points.row, points.column)]
+    origins = zip(places, (*points.offsets, 0, 0), strict=True)
     layout = Layout(
         {QUERY: points.row, KEY: points.column},
         {QUERY: points.block_q, KEY: points.block_kv},
-        {nodes[id(x)]: offset for x, offset in origins if offset is not None},
+        {node: offset for node, offset in origins if offset is not None},
     )
-    return Decision(layout).value(root)
+    return root, layout
 
 
 def _logit(aval) -> Node:
@@ -177,7 +209,9 @@ def _logit(aval) -> Node:
     return Node(None, (), frozenset(), Interval(-most, most))
 
 
-def _leaf(array) -> Node:
+def _leaf(array, dtype) -> Node:
     """An input; the sides that it looks at are those that it is long in."""
+    if not np.can_cast(array.dtype, dtype):  # it would be cut, who knows how
+        return Node(None, (), frozenset(), unknown(jax.ShapeDtypeStruct((), dtype)))
     sides = frozenset(side for side in (QUERY, KEY) if array.shape[side] != 1)
-    return Node(None, (), sides, point(array))
+    return Node(None, (), sides, point(array.astype(dtype)))

@@ -88,7 +88,7 @@ def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
     kinds = skipping.block_table(problem, operands, *blocks)
     programs = {name: found.program for name, found in parts.items()}
     arrays = {name: found.arrays for name, found in parts.items()}
-    problem = dataclasses.replace(problem, blocks=blocks, **programs)
+    problem = dataclasses.replace(problem, blocks=blocks, settled=True, **programs)
     return problem, operands._replace(kinds=jnp.asarray(kinds), **arrays)
 
 
