@@ -79,8 +79,10 @@ def decided(problem: Problem, operands: Operands) -> Problem:
 def _has_known_numbers(operands: Operands) -> bool:
     """Whether all that decides what is skipped are numbers of Python or NumPy."""
     where = operands.query_position, operands.key_position
-    arrays = jax.tree.leaves((operands.mask, where, operands.kinds))
-    return all(isinstance(x, np.ndarray | np.generic) and x.size == 1 for x in arrays)
+    arrays = jax.tree.leaves((operands.mask, where))
+    return operands.kinds is None and all(
+        isinstance(x, np.ndarray | np.generic) and x.size == 1 for x in arrays
+    )
 
 
 def tile_sizes(problem: Problem, size: int) -> tuple[int, int]:
