@@ -19,6 +19,7 @@ from jattn.shapes import (
     align,
     check_array,
     flatten_batch,
+    is_one,
     measure,
     positions,
     spread_positions,
@@ -42,6 +43,9 @@ class Problem:
     # Which of bias, scale and positions are not the default, and whether the logsumexp is
     # asked for; some implementations have none of them.
     given: frozenset[str] = frozenset()
+    # How many examples b counts before it starts again, where slices of a `vmap` joined
+    # the batch.
+    examples: int | None = None
 
     @property
     def wide(self) -> jnp.dtype:
@@ -167,11 +171,19 @@ def given(position) -> bool:
     return not (position is None or (isinstance(position, int) and position == 0))
 
 
+def example(problem: Problem, xp):
+    """The number b of each example, of B or 1, by `numpy` or `jax.numpy`."""
+    if is_one(problem.examples):
+        return xp.zeros(1, xp.int32)
+    count = xp.arange(problem.sizes.B, dtype=xp.int32)
+    return count if problem.examples is None else count % problem.examples
+
+
 def index(problem: Problem, operands: Operands) -> Index:
     """Example, head and positions of every pair."""
     sizes = problem.sizes
     return Index(
-        b=jnp.arange(sizes.B, dtype=jnp.int32)[:, None, None, None],
+        b=example(problem, jnp)[:, None, None, None],
         n=jnp.arange(sizes.N, dtype=jnp.int32)[None, :, None, None],
         t=spread_positions(operands.query_position, sizes.T)[:, None, :, None],
         s=spread_positions(operands.key_position, sizes.S)[:, None, None, :],

@@ -8,6 +8,8 @@ modifier answers −∞ to everything are empty, and those on which a bias is �
 the same for all queries or for all keys; any other would have to be read as a whole.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ import numpy as np
 from jattn.blocks import table
 from jattn.blocks.decide import per_block
 from jattn.blocks.graph import KEY, QUERY
-from jattn.problem import Operands, Problem
+from jattn.problem import Operands, Problem, example
 from jattn.tables import EMPTY as EMPTY
 from jattn.tables import FULL, PARTIAL, resize
 
@@ -40,6 +42,7 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
     kinds = np.full(shape, FULL, np.int8)
     positions = (operands.query_position, operands.key_position)
     points = table.grid((B, N, T, S), (block_q, block_kv), *positions)
+    points = dataclasses.replace(points, b=example(problem, np).reshape(-1, 1, 1, 1))
     # Small changes of an array change no kind; the rules need no derivatives.
     mask, modifier = jax.tree.map(_constant, (operands.mask, operands.modifier))
     if operands.kinds is not None:

@@ -26,7 +26,7 @@ LAYERS = (
     {"tpu.call", "tpu.tiles"},
     {"tpu.forward", "tpu.backward"},
     {"tpu.segments"},
-    {"blockwise.layout", "tabulate"},
+    {"blockwise.layout", "blockwise.join", "tabulate"},
     {"blockwise.tiles"},
     {"blockwise.forward", "blockwise.backward"},
     {"blockwise.rows", "blockwise.tangent"},

@@ -10,8 +10,9 @@ from jax import lax
 from jattn import tile
 from jattn.blockwise.layout import Aligned, Layout
 from jattn.dropout import keep
+from jattn.operation import cond_any
 from jattn.pointwise import Arrays, Index
-from jattn.shapes import wide_dtype
+from jattn.shapes import is_one, wide_dtype
 
 
 class Active(NamedTuple):
@@ -98,11 +99,6 @@ def over_heads(layout: Layout, body, carry, folded=False):
     return loop(counts["B"] * counts["K"], step, carry)
 
 
-def is_one(count) -> bool:
-    """Whether a number of turns is known to be one; symbolic ones never are."""
-    return isinstance(count, int) and count == 1
-
-
 def loop(count, body, carry):
     """A loop; none for a single turn."""
     if is_one(count):
@@ -152,4 +148,4 @@ def sums_of(weights, value, allowed):
         seen = jnp.where(allowed, poison[..., None, :], 0)
         return total + jnp.sum(seen, axis=-1)[..., None]
 
-    return lax.cond(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)
+    return cond_any(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)
