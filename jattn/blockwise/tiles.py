@@ -33,7 +33,7 @@ class Tile:
 
     def __init__(self, layout: Layout, aligned: Aligned, i, j, columns_first=False):
         cut = lambda x: layout.cut(x, "BKGTS", T=i, S=j)
-        self.layout, self.problem = layout, layout.problem
+        self.layout, self.problem, self.j = layout, layout.problem, j
         self.part = jax.tree.map(cut, aligned)
         self.lay = functools.partial(layout.lay, columns_first=columns_first)
         self.index = Index(*map(self.lay, self.part.index))
@@ -54,15 +54,15 @@ class Tile:
         return logits if active.bias is None else logits + self.lay(active.bias)
 
     def allowed(self):
-        """Which pairs count: the mask's, and no padding."""
+        """Which pairs count: the mask's, and no key of another block."""
         allowed = None
         if self.problem.mask is not None:
             captured = self.layout.operands.mask.captured
             arrays = Arrays(captured, tuple(map(self.lay, self.part.mask)))
             allowed = self.problem.mask(arrays, self.index)
-        if self.layout.has_padding:
-            inside = self.lay(self.part.column) < self.problem.sizes.S
-            allowed = inside if allowed is None else allowed & inside
+        if self.layout.is_uneven:
+            own = self.lay(self.layout.is_own(self.j))
+            allowed = own if allowed is None else allowed & own
         return allowed
 
     def drop(self, weights):

@@ -223,7 +223,7 @@ class Received(_View):
         return [self.as_keys(total)]
 
     def nothing(self, layout: Layout):
-        """Zeros BKGS, padded."""
+        """Zeros BKGS, padded as the keys are."""
         B, K, G = self.problem.sizes.B, self.problem.sizes.K, self.problem.sizes.G
         return jnp.zeros((B, K, G, layout.padded["S"]), self.problem.wide)
 
@@ -232,6 +232,6 @@ class Received(_View):
         return jnp.sum(layout.by_head(jnp.exp(log_weights)), axis=3)
 
     def as_keys(self, total):
-        """BKGS, padded, to BSN."""
+        """BKGS, without padding, to BSN."""
         B, N, _, S = self.problem.sizes.BNTS
         return jnp.swapaxes(total[..., :S].reshape(B, N, S), 1, 2)
