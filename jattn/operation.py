@@ -542,11 +542,15 @@ def _batch(arrays, axes, *, operation):
     ]
     size = _choose(mapped, moved)[0].shape[0]
     each = Mapped(operation, size, mapped, (False,) * operation.outputs)
-    joined = operation.joined(size, mapped, (False,) * len(mapped))
+    types = list(map(jax.typeof, moved))
+    specs = [x.sharding.spec for x in _choose(mapped, types)]
+    # The axis comes before the batch, which then cannot be divided among devices.
+    divided = any(len(spec) > 1 and spec[1] is not None for spec in specs)
+    joined = None if divided else operation.joined(size, mapped, (False,) * len(mapped))
     if joined is None:
         outputs = each(*moved)
     else:
-        outputs = joined(moved, mapped, each.types(*map(jax.typeof, moved)))
+        outputs = joined(moved, mapped, each.types(*types))
     return outputs, [0] * len(outputs)
 
 
