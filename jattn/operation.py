@@ -547,10 +547,7 @@ def _batch(arrays, axes, *, operation):
     # The axis comes before the batch, which then cannot be divided among devices.
     divided = any(len(spec) > 1 and spec[1] is not None for spec in specs)
     joined = None if divided else operation.joined(size, mapped, (False,) * len(mapped))
-    if joined is None:
-        outputs = each(*moved)
-    else:
-        outputs = joined(moved, mapped, each.types(*types))
+    outputs = each(*moved) if joined is None else joined(moved, mapped, each.types(*types))
     return outputs, [0] * len(outputs)
 
 
