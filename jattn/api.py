@@ -14,13 +14,13 @@ from jattn.meshes import across
 from jattn.problem import (
     Operands,
     Problem,
+    apart,
     asking_logsumexp,
     check_bias,
     check_sink,
     pose,
     pose_mask,
     select_rows,
-    spoiled,
 )
 from jattn.shapes import Sizes, check_array
 from jattn.state import State, with_sink
@@ -399,31 +399,33 @@ def _state(problem: Problem, name: str, operands: Operands, sink, whole: bool) -
     Without `whole` the logsumexp is None: the −∞ of a query that sees nothing is no result
     then, which `jax.debug_infs` would report.
     """
+    operands, spoil = apart(operands)
     state = dispatch.IMPLEMENTATIONS[name].attention_state(problem, operands)
     chex.assert_equal_shape_prefix([operands.query, *state], 3)
     chex.assert_type(state.logsumexp, problem.wide)
     output = with_sink(state, sink).astype(problem.dtype)
     logsumexp: Any = state.logsumexp if whole else None
-    state = State(output, logsumexp)
-    return spoiled(problem, operands, state)
+    return spoil(State(output, logsumexp))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(problem: Problem, operands: Operands, rows) -> jax.Array:
     if rows is not None:
         problem, operands = select_rows(problem, operands, rows)
-    return spoiled(problem, operands, dense.attention_logits(problem, operands))
+    operands, spoil = apart(operands)
+    return spoil(dense.attention_logits(problem, operands))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _weights(problem: Problem, operands: Operands, sink, rows) -> jax.Array:
     if rows is not None:
         problem, operands = select_rows(problem, operands, rows)
+    operands, spoil = apart(operands)
     weights, logsumexp = dense.attention_weights(problem, operands)
     weights = dense.drop(problem, operands, weights)
     # Here heads come before queries.
     sink = None if sink is None else sink[:, None]
-    return spoiled(problem, operands, with_sink(State(weights, logsumexp), sink))
+    return spoil(with_sink(State(weights, logsumexp), sink))
 
 
 def _unflatten(array: jax.Array, sizes: Sizes) -> jax.Array:

@@ -27,7 +27,7 @@ from jax.extend.core import Literal
 
 from jattn.blockwise import attention as anywhere
 from jattn.masks import Causal, Window
-from jattn.operation import restrict
+from jattn.operation import cond_any, restrict
 from jattn.problem import Operands, Problem, pose_mask
 from jattn.state import State
 from jattn.tpu import attention as tpu
@@ -193,8 +193,8 @@ class Attention(anywhere.Attention):
         if self.problem.mask is None:
             return tuple(results)
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in results]))
-        return jax.lax.cond(
-            finite, lambda _: tuple(results), lambda xs: tuple(otherwise(*xs)), arrays
+        return cond_any(
+            ~finite, lambda xs: tuple(otherwise(*xs)), lambda _: tuple(results), arrays
         )
 
     def _blockwise(self, query, key, value):

@@ -7,7 +7,8 @@ one JAX primitive, whose rules make new operations out of old ones:
     any            jvp       →  Pushforward(operation), linear in the tangents
     Pushforward    transpose →  Pullback(operation), linear in the cotangents
     Pullback       transpose →  Pushforward(operation)
-    any            vmap      →  Mapped(operation), a loop over the mapped axis
+    any            vmap      →  Mapped(operation), a loop over the mapped axis; or an
+                                operation of more, where one can take the axis as its own
 
 An operation may bring its own `push` and `pull`; else they are JAX's derivatives, forward
 through `fast` and backward through `reference`. So derivatives exist to every order.
@@ -16,14 +17,18 @@ through `fast` and backward through `reference`. So derivatives exist to every o
 import dataclasses
 import functools
 import math
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
 from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from jattn.shapes import is_one
 
 # How many elements a vmapped operation may hold at once before it runs as a loop.
 BUDGET = 2**21
@@ -97,6 +102,18 @@ class Operation:
         """The operation that gives the cotangents of the linear arguments."""
         raise TypeError(f"{type(self).__name__} is not linear")
 
+    def joined(self, size, mapped, apart) -> "Joined | None":
+        """Computes all slices of the `mapped` arguments as one call; None: it cannot.
+
+        Args:
+            size: How many slices there are.
+            mapped: Which arguments have a slice each.
+            apart: Which others must be given to each slice apart, for their derivatives
+                are asked for slice by slice.
+        """
+        del size, mapped, apart
+        return None
+
     def on(self, platform: str) -> "Operation":
         """The operation that computes it on a platform: itself, unless said otherwise.
 
@@ -109,6 +126,61 @@ class Operation:
     def __call__(self, *arrays) -> tuple[jax.Array, ...]:
         """Runs it, differentiably."""
         return tuple(_primitive.bind(*_vary(arrays), operation=self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """An argument that is the same for every slice, and stays as it is."""
+
+    def join(self, array, is_mapped: bool):
+        """The array itself, which is not mapped."""
+        del is_mapped
+        return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Leading:
+    """An array whose first axis, of `length`, a mapped axis of `size` can join.
+
+    The first axis may be 1 where it stands for all. Such an array stays as it is unless it
+    is mapped, or must be given to each slice `apart`.
+    """
+
+    size: Any
+    length: Any
+    apart: bool
+
+    def join(self, array, is_mapped: bool):
+        """The array, its mapped axis first, with one axis for both."""
+        if not is_mapped:
+            if not self.apart and is_one(array.shape[0]):
+                return array
+            array = jnp.broadcast_to(array, (self.size, *array.shape))
+        _, _, *rest = array.shape
+        array = jnp.broadcast_to(array, (self.size, self.length, *rest))
+        return array.reshape(self.size * self.length, *rest)
+
+    def part(self, array, shape):
+        """The transpose of `join`, for a mapped array of this shape."""
+        array = array.reshape(self.size, self.length, *array.shape[1:])
+        if is_one(shape[1]) and not is_one(self.length):
+            return jnp.sum(array, axis=1, keepdims=True, dtype=array.dtype)
+        return array
+
+
+class Joined(NamedTuple):
+    """An operation that computes all slices of a mapped axis, and how arrays join."""
+
+    operation: Operation
+    arguments: tuple[Any, ...]  # each a `Leading`, or what has its `join`
+    outputs: tuple[Leading, ...]
+
+    def __call__(self, arrays, mapped, types):
+        """Runs it on arrays with the mapped axis first, to outputs of these types."""
+        slots = zip(self.arguments, arrays, mapped, strict=True)
+        outputs = self.operation(*(slot.join(x, flag) for slot, x, flag in slots))
+        slots = zip(self.outputs, outputs, types, strict=True)
+        return [slot.part(x, like.shape) for slot, x, like in slots]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +204,15 @@ class _Derivative(Operation):
         count = len(self.active)
         kept = count + len(self.operation.names)
         return arrays[:count], arrays[count:kept], arrays[kept:]
+
+    def join(self, size, mapped, apart):
+        """The operation joined, its active arguments apart where `apart` says so too."""
+        apart = [x or y for x, y in zip(apart, self.split(mapped)[0], strict=True)]
+        joined = self.operation.joined(size, self.split(mapped)[0], tuple(apart))
+        if joined is None:
+            return None
+        kept = joined.outputs if self.operation.names else ()
+        return joined, (*joined.arguments, *kept), _choose(self.active, joined.arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +247,18 @@ class Pushforward(_Derivative):
         """The pullback."""
         return Pullback(self.operation, self.active)
 
+    def joined(self, size, mapped, apart):
+        """Its arguments apart wherever their tangents are."""
+        primals, _, tangents = self.split(tuple(map(operator.or_, mapped, apart)))
+        tangents = iter(tangents)
+        tangents = [flag and next(tangents) for flag in self.active]
+        found = self.join(size, mapped, tuple(map(operator.or_, primals, tangents)))
+        if found is None:
+            return None
+        inner, arguments, active = found
+        operation = Pushforward(inner.operation, self.active)
+        return Joined(operation, (*arguments, *active), inner.outputs)
+
 
 @dataclasses.dataclass(frozen=True)
 class Pullback(_Derivative):
@@ -198,6 +291,16 @@ class Pullback(_Derivative):
     def transposed(self):
         """The pushforward."""
         return Pushforward(self.operation, self.active)
+
+    def joined(self, size, mapped, apart):
+        """Its active arguments apart, for each slice has a cotangent of its own."""
+        apart = map(operator.or_, self.split(apart)[0], self.active)
+        found = self.join(size, mapped, tuple(apart))
+        if found is None:
+            return None
+        inner, arguments, active = found
+        operation = Pullback(inner.operation, self.active)
+        return Joined(operation, (*arguments, *inner.outputs), tuple(active))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,6 +448,26 @@ class Mapped(Operation):
         ]
 
 
+@custom_vmap
+def _in_any_slice(predicate):
+    return predicate
+
+
+@_in_any_slice.def_vmap
+def _(size, mapped, predicate):
+    del size, mapped
+    return _in_any_slice(jnp.any(predicate, axis=0)), False
+
+
+def cond_any(predicate, mend, otherwise, *operands):
+    """`jax.lax.cond` that runs one branch in a `vmap` too: `mend`, if any slice asks.
+
+    So `mend` must be right where `otherwise` is. A condition that differs from slice to
+    slice makes JAX run both branches for all of them.
+    """
+    return jax.lax.cond(_in_any_slice(predicate), mend, otherwise, *operands)
+
+
 def _choose(flags, items) -> list:
     return [item for item, flag in zip(items, flags, strict=True) if flag]
 
@@ -454,8 +577,13 @@ def _batch(arrays, axes, *, operation):
         for x, axis in zip(arrays, axes, strict=True)
     ]
     size = _choose(mapped, moved)[0].shape[0]
-    summed = (False,) * operation.outputs
-    outputs = Mapped(operation, size, mapped, summed)(*moved)
+    each = Mapped(operation, size, mapped, (False,) * operation.outputs)
+    types = list(map(jax.typeof, moved))
+    specs = [x.sharding.spec for x in _choose(mapped, types)]
+    # The axis comes before the batch, which then cannot be divided among devices.
+    divided = any(len(spec) > 1 and spec[1] is not None for spec in specs)
+    joined = None if divided else operation.joined(size, mapped, (False,) * len(mapped))
+    outputs = each(*moved) if joined is None else joined(moved, mapped, each.types(*types))
     return outputs, [0] * len(outputs)
 
 

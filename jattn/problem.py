@@ -20,6 +20,7 @@ from jattn.shapes import (
     check_array,
     check_range,
     flatten_batch,
+    is_one,
     measure,
     positions,
     spread_positions,
@@ -41,14 +42,17 @@ class Problem:
     settled: bool = False  # whether that table says all that is skipped
     shared: bool = False  # whether one draw of dropout serves all examples and heads
     precision: str | None = None  # of products: what `jax.default_matmul_precision` says
-    # Which of bias, scale and positions are not the default, whether the logsumexp is asked
-    # for, and whether positions are traced and so may not fit ("unsure").
+    # Which of bias, scale and positions are not the default, and whether the logsumexp is
+    # asked for; some implementations have none of them.
     given: frozenset[str] = frozenset()
     # The mask, where it is made of `Causal` and `Window` with numbers that are known: for
     # cuDNN, whose programs hold them. Others take the numbers as operands, and None here.
     named: Mask | None = None
     # How many queries and keys a tile has, where the mask's numbers decided it beforehand.
     size: int | None = None
+    # How many examples b counts before it starts again, where slices of a `vmap` joined
+    # the batch.
+    examples: int | None = None
 
     @property
     def wide(self) -> jnp.dtype:
@@ -70,6 +74,7 @@ class Operands(NamedTuple):
     key_position: jax.Array | None  # BS, likewise
     rng: Any  # of dropout: a random key, or the words that were drawn from it
     kinds: jax.Array | None = None  # of the blocks, see `jattn.tables`
+    fits: jax.Array | None = None  # whether int32 held the positions, where they are traced
 
 
 def pose(
@@ -95,7 +100,7 @@ def pose(
     value = check_array(where, "value", value)
     sizes = measure(where, query, key, value)
     wide = wide_dtype(query.dtype)
-    problem, operands, fits = _pose_mask(
+    problem, operands = pose_mask(
         where,
         sizes,
         query.dtype,
@@ -108,9 +113,6 @@ def pose(
     named = {"bias": bias, "scale": scale}
     config: Any = jax.config  # whose attributes type checkers do not know
     precision = config.jax_default_matmul_precision
-    factor = _check_scale(where, scale, sizes).astype(wide)
-    if fits is not None:  # where positions wrapped, the mask would be wrong without a word
-        factor = jnp.where(fits, factor, jnp.nan)
     problem = dataclasses.replace(
         problem,
         rate=rate,
@@ -122,7 +124,7 @@ def pose(
         query=flatten_batch(query, sizes),
         key=flatten_batch(key, sizes),
         value=flatten_batch(value, sizes),
-        scale=factor,
+        scale=_check_scale(where, scale, sizes).astype(wide),
         bias=None if bias is None else check_bias(where, bias, sizes).astype(wide),
         rng=rng,
     )
@@ -143,19 +145,6 @@ def pose_mask(
     Raises:
         ValueError: As `pose` does.
     """
-    return _pose_mask(
-        where,
-        sizes,
-        dtype,
-        mask=mask,
-        modifier=modifier,
-        query_position=query_position,
-        key_position=key_position,
-    )[:2]
-
-
-def _pose_mask(where, sizes, dtype, *, mask, modifier, query_position, key_position):
-    """Takes apart as `pose_mask` does; says also whether traced positions fit int32."""
     blocks = kinds = None
     are_given = given(query_position), given(key_position)
     if isinstance(mask, BlockTable):
@@ -179,7 +168,7 @@ def _pose_mask(where, sizes, dtype, *, mask, modifier, query_position, key_posit
         0.0,
         blocks,
         named=in_words(mask),
-        given=frozenset({"positions"} if any(are_given) else ()) | _unsure(fits),
+        given=frozenset({"positions"} if any(are_given) else ()),
     )
     inputs: dict[str, Any] = dict.fromkeys(
         ("query", "key", "value", "scale", "bias", "rng")
@@ -191,23 +180,22 @@ def _pose_mask(where, sizes, dtype, *, mask, modifier, query_position, key_posit
         query_position=query_position,
         key_position=key_position,
         kinds=kinds,
+        fits=fits,
     )
-    return problem, operands, fits
+    return problem, operands
 
 
-def _unsure(fits) -> frozenset[str]:
-    return frozenset() if fits is None else frozenset({"unsure"})
+def apart(operands: Operands):
+    """The operands as implementations take them, and what spoils results that are wrong.
 
-
-def spoiled(problem: Problem, operands: Operands, arrays):
-    """The arrays, or NaN in their places where traced positions did not fit int32.
-
-    Of a query that sees nothing nobody would know otherwise that its mask was wrong.
+    That gives NaN where traced positions did not fit int32: a mask that compares wrapped
+    ones would be wrong without a word.
     """
-    if "unsure" not in problem.given:
-        return arrays
-    add = jnp.where(jnp.isnan(operands.scale), jnp.nan, 0)
-    return jax.tree.map(lambda x: x + add.astype(x.dtype), arrays)
+    fits = operands.fits
+    if fits is None:
+        return operands, lambda arrays: arrays
+    spoil = lambda x: jnp.where(fits, x, jnp.asarray(jnp.nan, x.dtype))
+    return operands._replace(fits=None), lambda arrays: jax.tree.map(spoil, arrays)
 
 
 def asking_logsumexp(problem: Problem) -> Problem:
@@ -220,11 +208,19 @@ def given(position) -> bool:
     return not (position is None or (isinstance(position, int) and position == 0))
 
 
+def example(problem: Problem, xp):
+    """The number b of each example, of B or 1, by `numpy` or `jax.numpy`."""
+    if is_one(problem.examples):
+        return xp.zeros(1, xp.int32)
+    count = xp.arange(problem.sizes.B, dtype=xp.int32)
+    return count if problem.examples is None else count % problem.examples
+
+
 def index(problem: Problem, operands: Operands) -> Index:
     """Example, head and positions of every pair."""
     sizes = problem.sizes
     return Index(
-        b=jnp.arange(sizes.B, dtype=jnp.int32)[:, None, None, None],
+        b=example(problem, jnp)[:, None, None, None],
         n=jnp.arange(sizes.N, dtype=jnp.int32)[None, :, None, None],
         t=spread_positions(operands.query_position, sizes.T)[:, None, :, None],
         s=spread_positions(operands.key_position, sizes.S)[:, None, None, :],

@@ -27,6 +27,11 @@ def wide_dtype(dtype) -> jnp.dtype:
     return jnp.dtype("float64" if dtype == jnp.float64 else "float32")
 
 
+def is_one(length) -> bool:
+    """Whether a length is known to be one; symbolic ones never are."""
+    return isinstance(length, int) and length == 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What each letter stands for in one call."""

@@ -8,6 +8,7 @@ modifier answers −∞ to everything are empty, and those on which a bias is �
 the same for all queries or for all keys; any other would have to be read as a whole.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from jattn.blocks import table
 from jattn.blocks.decide import per_block
 from jattn.blocks.graph import KEY, QUERY, concrete
-from jattn.problem import Operands, Problem
+from jattn.problem import Operands, Problem, example
 from jattn.tables import EMPTY as EMPTY
 from jattn.tables import FULL, PARTIAL, resize
 from jattn.varying import locally
@@ -52,6 +53,7 @@ def _block_table(problem: Problem, block_q: int, block_kv: int, operands: Operan
     kinds = np.full((1, 1, -(-T // block_q), -(-S // block_kv)), FULL, np.int8)
     positions = (operands.query_position, operands.key_position)
     points = table.grid((B, N, T, S), (block_q, block_kv), *positions)
+    points = dataclasses.replace(points, b=example(problem, np).reshape(-1, 1, 1, 1))
     mask, modifier = operands.mask, operands.modifier
     if operands.kinds is not None:
         kinds = resize(operands.kinds, (T, S), problem.blocks, (block_q, block_kv))

@@ -17,7 +17,7 @@ from jattn import blockwise
 from jattn.blockwise import views
 from jattn.blockwise.strongest import strongest
 from jattn.meshes import across
-from jattn.problem import Operands, Problem, check_sink, pose, spoiled
+from jattn.problem import Operands, Problem, apart, check_sink, pose
 from jattn.shapes import check_array, flatten_batch
 from jattn.varying import locally
 
@@ -278,22 +278,22 @@ def _normalizer(problem: Problem, operands: Operands, sink, logsumexp):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _entropy(problem: Problem, average: bool, arrays, tile=None):
-    operands, sink, _ = arrays
-    normalizer = _normalizer(problem, *arrays)
+    operands, spoil = apart(arrays[0])
+    _, sink, logsumexp = arrays
+    normalizer = _normalizer(problem, operands, sink, logsumexp)
     entropy = views.entropy(problem, operands, views.closed(normalizer), tile)
     if sink is not None:
         sink = jnp.broadcast_to(sink.astype(problem.wide), normalizer.shape)
         entropy += views.surprise(sink - views.closed(normalizer))
-    entropy = spoiled(problem, operands, entropy)
-    return jnp.mean(entropy, axis=2) if average else entropy
+    return spoil(jnp.mean(entropy, axis=2) if average else entropy)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _received(problem: Problem, average: bool, arrays, tile=None):
-    normalizer = views.closed(_normalizer(problem, *arrays))
-    received = views.received(problem, arrays[0], normalizer, tile)
-    received = spoiled(problem, arrays[0], received)
-    return jnp.mean(received, axis=2) if average else received
+    operands, spoil = apart(arrays[0])
+    normalizer = views.closed(_normalizer(problem, operands, *arrays[1:]))
+    received = views.received(problem, operands, normalizer, tile)
+    return spoil(jnp.mean(received, axis=2) if average else received)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
@@ -303,9 +303,10 @@ def _strongest(problem: Problem, k: int, average: bool, arrays, tile=None):
 
 def _found(problem: Problem, k: int, average: bool, tile, arrays):
     """The indices and the weights of the strongest keys."""
-    normalizer = views.closed(_normalizer(problem, *arrays))
-    indices, weights = strongest(problem, arrays[0], normalizer, k, average, tile)
-    unknown = jnp.isnan(spoiled(problem, arrays[0], normalizer))
+    operands, spoil = apart(arrays[0])
+    normalizer = views.closed(_normalizer(problem, operands, *arrays[1:]))
+    indices, weights = strongest(problem, operands, normalizer, k, average, tile)
+    unknown = jnp.isnan(spoil(normalizer))
     unknown = (jnp.any(unknown, axis=2) if average else unknown)[..., None]
     return jnp.where(unknown, -1, indices), jnp.where(unknown, jnp.nan, weights)
 

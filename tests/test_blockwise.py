@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from jattn.problem import pose
 from tests import small_tiles
 
 blockwise_attention = functools.partial(jattn.attention, implementation="blockwise")
+dense_attention = functools.partial(jattn.attention, implementation="dense")
 blockwise_state = functools.partial(jattn.attention_state, implementation="blockwise")
 
 
@@ -180,6 +182,41 @@ def test_empty_tiles_are_skipped(monkeypatch, options, tiles):
     )
     jax.effects_barrier()
     assert len(visits) == tiles
+
+
+LONG = {  # T and S, of which none is whole blocks of keys
+    "a step of decoding": (1, 8191),
+    "a step of one over": (1, 8193),
+    "few queries": (64, 3001),
+    "one over": (64, 4097),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": masks.Causal(2000)}], ids=["all", "some"])
+@pytest.mark.parametrize(("T", "S"), LONG.values(), ids=LONG)
+def test_keys_and_values_are_not_padded(T, S, options):
+    x = inputs(B=1, T=T, S=S, N=1, K=1, H=4, D=4, dtype=jnp.float32)
+    f = functools.partial(blockwise_attention, **options)
+    loss = lambda *x: jnp.sum(jnp.sin(f(*x)))
+
+    def run(*x):
+        return jax.jvp(f, x, x), jax.grad(loss, (0, 1, 2))(*x)
+
+    compiled = jax.jit(run).lower(*x).compile()
+    shapes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    assert max(int(n) for shape in shapes for n in shape.split(",")) == S
+    f = functools.partial(dense_attention, **options)
+    close = functools.partial(np.testing.assert_allclose, atol=2e-5)
+    jax.tree.map(close, compiled(*x), jax.jit(run)(*x))
+
+
+@pytest.mark.parametrize("case", ["plain", "causal", "relative", "dropout"])
+def test_the_last_block_counts_no_key_twice(case):
+    options, x = CASES[case]
+    x = (*inputs(T=7, S=13), x)
+    f = lambda state: GRAD(objective(state, options))(*x)
+    got, want = f(small_tiles.attention_state), f(definition.attention_state)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-12), got, want)
 
 
 def test_two_runs_are_bitwise_equal():

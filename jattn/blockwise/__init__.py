@@ -1,6 +1,7 @@
 """Attention block by block, in plain JAX: memory linear in T and S, on any device.
 
 `layout`        a call, laid out so that blocks can be cut from it; what is visited
+`join`          an axis of `vmap` as part of the batch
 `tiles`         one tile, and the loops over tiles
 `forward`       output and logsumexp
 `backward`      cotangents

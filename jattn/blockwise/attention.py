@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from jattn import skipping
 from jattn.blockwise.backward import backward
 from jattn.blockwise.forward import forward
+from jattn.blockwise.join import join
 from jattn.blockwise.layout import Layout, granularity, plan, tile_sizes
 from jattn.blockwise.rows import by_rows
 from jattn.blockwise.tangent import tangent
-from jattn.operation import Operation, retype
+from jattn.operation import Joined, Leading, Operation, retype
 from jattn.pointwise import Arrays, Index, Program, pytree
 from jattn.problem import Operands, Problem, drawn, index
 from jattn.split import split
@@ -158,6 +159,15 @@ class Attention(Operation):
     def on(self, platform: str) -> Operation:
         """Itself, as the platform can compute it."""
         return dataclasses.replace(self, widens=platform == "cpu")
+
+    def joined(self, size, mapped, apart):
+        """A call with more examples, unless slices share their keys."""
+        found = join(self.problem, self.tree, size, mapped, apart)
+        if found is None:
+            return None
+        problem, slots = found
+        outputs = (Leading(size, self.problem.sizes.B, apart=True),) * self.outputs
+        return Joined(dataclasses.replace(self, problem=problem), slots, outputs)
 
     def plan(self, spread: bool):
         """How much a tile holds."""

@@ -73,9 +73,8 @@ def _backward_block(layout, head, queries, by_key, j, carry):
     start = (d_rows, jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide), d_active)
     carry = over_tiles(by_key, head, j, layout.counts["T"], body, start)
     d_rows, key_part, value_part, d_active = carry
-    put = lambda whole, part: layout.put(
-        whole, jnp.moveaxis(part, 1, 2), "BSK.", S=j, **head.at
-    )
+    write = layout.add if layout.is_uneven else layout.put
+    put = lambda whole, part: write(whole, jnp.moveaxis(part, 1, 2), "BSK.", S=j, **head.at)
     return d_rows, put(d_key, key_part), put(d_value, value_part), d_active
 
 

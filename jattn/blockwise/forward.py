@@ -14,14 +14,14 @@ from jattn.blockwise.layout import Layout, schedules
 from jattn.blockwise.tiles import (
     Tile,
     dot,
-    is_one,
     loop,
     over_heads,
     over_tiles,
     products_of,
     sums_of,
 )
-from jattn.shapes import wide_dtype
+from jattn.operation import cond_any
+from jattn.shapes import is_one, wide_dtype
 
 
 def forward(layout: Layout):
@@ -33,7 +33,7 @@ def forward(layout: Layout):
     spoiled = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(x)) for x in folded))
     plan = layout.plan._replace(folded=False)
     apart = Layout(layout.problem, layout.operands, plan, wide=not layout.narrow)
-    return lax.cond(spoiled, lambda: _forward(apart), lambda: folded)
+    return cond_any(spoiled, lambda: _forward(apart), lambda: folded)
 
 
 def _forward(layout: Layout):

@@ -144,13 +144,17 @@ class Aligned(NamedTuple):
     modifier: Any
     index: Index
     words: Any
-    column: Any
 
 
 class Layout:
-    """The arrays of a call, padded to whole blocks.
+    """The arrays of a call, queries padded to whole blocks.
 
     Queries are BTN…, keys and values BSK…, and all that is aligned BKGTS.
+
+    Keys are not padded, for a cache of them may be most of what there is. Where the last
+    block would reach beyond them it starts earlier instead, and some of its columns are
+    another block's too: `is_own` says which are not. Only of a symbolic number of keys,
+    which may be less than a block, is there a padded copy.
     """
 
     def __init__(self, problem: Problem, operands: Operands, plan: Plan, wide=True):
@@ -159,8 +163,10 @@ class Layout:
         count = lambda length, size: 1 if size is length else -(-length // size)
         self.counts = {x: count(getattr(sizes, x), getattr(plan, x)) for x in "BKTS"}
         self.padded = {x: self.counts[x] * getattr(plan, x) for x in "TS"}
+        if isinstance(sizes.S, int):
+            self.padded["S"] = sizes.S
         self.extent = {x: getattr(plan, x) for x in "BKNTS"}  # of what is cut
-        self.has_padding = not (
+        self.is_uneven = not (
             plan.S is sizes.S or (isinstance(sizes.S, int) and sizes.S % plan.S == 0)
         )
         # Products of bfloat16 are exact in float32; those of float16 are not to be had
@@ -171,13 +177,26 @@ class Layout:
         self.aligned = self._align()
 
     def ragged(self) -> "Layout":
-        """The layout of the last block of keys, if it alone is partial, without padding."""
+        """The layout of the last block of keys, if it alone is partial, with its own."""
         if self.problem.mask is not None or not self.problem.sizes.are_known:
             return self
         last = copy.copy(self)
         left = self.problem.sizes.S - (self.counts["S"] - 1) * self.plan.S
-        last.extent, last.has_padding = self.extent | {"S": left}, False
+        last.extent, last.is_uneven = self.extent | {"S": left}, False
         return last
+
+    def first_key(self, j):
+        """The column at which block `j` of the keys starts."""
+        start = jnp.asarray(j, jnp.int32) * self.plan.S
+        known = isinstance(self.problem.sizes.S, int)
+        return jnp.minimum(start, self.problem.sizes.S - self.plan.S) if known else start
+
+    def is_own(self, j):
+        """Which columns of block `j` are its own, 1111S: no padding, no other block's."""
+        column = self.first_key(j) + jnp.arange(self.plan.S, dtype=jnp.int32)
+        start = jnp.asarray(j, jnp.int32) * self.plan.S
+        own = (column >= start) & (column < self.problem.sizes.S)
+        return own.reshape(1, 1, 1, 1, self.plan.S)
 
     def narrowed(self, array):
         """The array in the dtype that products are taken of."""
@@ -197,11 +216,11 @@ class Layout:
         return array[:, : self.problem.sizes.T]
 
     def keys(self, array):
-        """BSK… padded."""
+        """BSK…, padded where its length is symbolic."""
         return self._pad(array, {1: "S"})
 
     def align(self, array):
-        """BNTS to BKGTS, padded."""
+        """BNTS to BKGTS, its queries padded."""
         sizes = self.problem.sizes
         B, N, T, S = array.shape
         heads = (1, 1) if N == 1 and sizes.N != 1 else (sizes.K, sizes.G)
@@ -212,7 +231,10 @@ class Layout:
         return array[:, :, :, : like.shape[2], : like.shape[3]].reshape(like.shape)
 
     def cut(self, array, axes: str, **at):
-        """The part of an array at the blocks `at`; axes of 1 and others stay whole."""
+        """The part of an array at the blocks `at`; axes of 1 and others stay whole.
+
+        Where the last block would reach beyond the array, it starts earlier instead.
+        """
         at = self._with_heads(at)
         starts, sizes = [], []
         for letter, length in zip(axes, array.shape, strict=True):
@@ -295,17 +317,14 @@ class Layout:
 
     def _align(self) -> Aligned:
         operands = self.operands
-        length = self.padded["S"]
         aligned = Aligned(
             operands.bias,
             operands.mask.aligned,
             operands.modifier.aligned,
             index(self.problem, operands),
             operands.rng,
-            (),
         )
-        column = jnp.arange(length, dtype=jnp.int32).reshape(1, 1, 1, 1, length)
-        return jax.tree.map(self.align, aligned)._replace(column=column)
+        return jax.tree.map(self.align, aligned)
 
     def _pad(self, array, axes, fill=0):
         """The array with its axes T and S padded; those of size 1 stay."""
@@ -351,7 +370,7 @@ class Schedule(NamedTuple):
 def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     """By query block over key blocks, and by key block over query blocks."""
     problem, plan = layout.problem, layout.plan
-    if not (skipping.skips(problem, layout.operands) or layout.has_padding):
+    if not (skipping.skips(problem, layout.operands) or layout.is_uneven):
         return None, None
     table = skipping.block_table(problem, layout.operands, plan.T, plan.S)
     xp = np if isinstance(table, np.ndarray) else jnp
@@ -361,10 +380,10 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     table = _common(xp, _common(xp, table, 0, plan.B), 1, plan.K * plan.G)
     if problem.mask is None:  # what a modifier empties for some heads needs no mask
         table = xp.where(table == skipping.EMPTY, table, xp.full_like(table, skipping.FULL))
-    if layout.has_padding:
+    if layout.is_uneven:
         last = xp.arange(table.shape[-1]) == table.shape[-1] - 1
         table = xp.where(last, xp.minimum(table, skipping.PARTIAL), table)
-    masked = problem.mask is not None or layout.has_padding
+    masked = problem.mask is not None or layout.is_uneven
     return _schedule(xp, table, masked), _schedule(xp, xp.swapaxes(table, 2, 3), masked)
 
 

@@ -30,7 +30,7 @@ def strongest(
     usual = plan(problem, False, granularity(problem, operands), tile)
     usual = usual._replace(folded=False)
     layout = Layout(problem, operands, _plan(problem, average, usual, tile))
-    B, K, G, T, S, *_ = layout.plan
+    B, K, G, T, *_ = layout.plan
     rows, whole = (B, K, G * T), layout.query.shape[:3]
     if average:
         rows, whole = (B, T), layout.query.shape[:2]
@@ -43,7 +43,7 @@ def strongest(
         weights = jnp.exp(logs)
         if average:
             weights = jnp.mean(layout.by_head(weights), axis=(1, 2))
-        return _merge(part, weights, at.j * S)
+        return _merge(part, weights, layout.first_key(at.j))
 
     def finish(whole, part, i, at):
         put = lambda x, y: layout.put_rows(x, y, T=i, **at)

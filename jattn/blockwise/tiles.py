@@ -10,8 +10,9 @@ from jax import lax
 from jattn import tile
 from jattn.blockwise.layout import Aligned, Layout
 from jattn.dropout import keep
+from jattn.operation import cond_any
 from jattn.pointwise import Arrays, Index
-from jattn.shapes import wide_dtype
+from jattn.shapes import is_one, wide_dtype
 
 
 class Active(NamedTuple):
@@ -32,7 +33,7 @@ class Tile:
 
     def __init__(self, layout: Layout, aligned: Aligned, i, j, columns_first=False):
         cut = lambda x: layout.cut(x, "BKGTS", T=i, S=j)
-        self.layout, self.problem = layout, layout.problem
+        self.layout, self.problem, self.j = layout, layout.problem, j
         self.part = jax.tree.map(cut, aligned)
         self.lay = functools.partial(layout.lay, columns_first=columns_first)
         self.index = Index(*map(self.lay, self.part.index))
@@ -53,15 +54,15 @@ class Tile:
         return logits if active.bias is None else logits + self.lay(active.bias)
 
     def allowed(self):
-        """Which pairs count: the mask's, and no padding."""
+        """Which pairs count: the mask's, and no key of another block."""
         allowed = None
         if self.problem.mask is not None:
             captured = self.layout.operands.mask.captured
             arrays = Arrays(captured, tuple(map(self.lay, self.part.mask)))
             allowed = self.problem.mask(arrays, self.index)
-        if self.layout.has_padding:
-            inside = self.lay(self.part.column) < self.problem.sizes.S
-            allowed = inside if allowed is None else allowed & inside
+        if self.layout.is_uneven:
+            own = self.lay(self.layout.is_own(self.j))
+            allowed = own if allowed is None else allowed & own
         return allowed
 
     def drop(self, weights):
@@ -96,11 +97,6 @@ def over_heads(layout: Layout, body, carry, folded=False):
         return body(Head({"B": b, "K": k}, key, value, aligned), carry)
 
     return loop(counts["B"] * counts["K"], step, carry)
-
-
-def is_one(count) -> bool:
-    """Whether a number of turns is known to be one; symbolic ones never are."""
-    return isinstance(count, int) and count == 1
 
 
 def loop(count, body, carry):
@@ -152,4 +148,4 @@ def sums_of(weights, value, allowed):
         seen = jnp.where(allowed, poison[..., None, :], 0)
         return total + jnp.sum(seen, axis=-1)[..., None]
 
-    return lax.cond(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)
+    return cond_any(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)

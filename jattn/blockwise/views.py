@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jattn.blockwise.join import join
 from jattn.blockwise.layout import Layout, Plan, granularity, plan, rows_plan, schedules
 from jattn.blockwise.rows import row_logits
 from jattn.blockwise.tiles import Tile, loop, over_heads, over_tiles, products_of
-from jattn.operation import Operation, retype
+from jattn.operation import Joined, Leading, Operation, retype
 from jattn.problem import Operands, Problem
 
 
@@ -128,6 +129,16 @@ class _View(Operation):
         B, K, G, T, S, *_ = plan(self.problem, False, self.size, self.tile)
         return 2 * B * K * G * T * S
 
+    def joined(self, size, mapped, apart):
+        """A call with more examples, unless slices share their keys."""
+        found = join(self.problem, self.tree, size, mapped[:-1], apart[:-1])
+        if found is None:
+            return None
+        problem, slots = found
+        whole = Leading(size, self.problem.sizes.B, apart=True)
+        operation = dataclasses.replace(self, problem=problem)
+        return Joined(operation, (*slots, whole), (whole,))
+
     def lay(self, leaves, plan: Plan):
         """The layout of a call, and the normalizer."""
         *leaves, normalizer = leaves
@@ -212,7 +223,7 @@ class Received(_View):
         return [self.as_keys(total)]
 
     def nothing(self, layout: Layout):
-        """Zeros BKGS, padded."""
+        """Zeros BKGS, padded as the keys are."""
         B, K, G = self.problem.sizes.B, self.problem.sizes.K, self.problem.sizes.G
         return jnp.zeros((B, K, G, layout.padded["S"]), self.problem.wide)
 
@@ -221,6 +232,6 @@ class Received(_View):
         return jnp.sum(layout.by_head(jnp.exp(log_weights)), axis=3)
 
     def as_keys(self, total):
-        """BKGS, padded, to BSN."""
+        """BKGS, without padding, to BSN."""
         B, N, _, S = self.problem.sizes.BNTS
         return jnp.swapaxes(total[..., :S].reshape(B, N, S), 1, 2)

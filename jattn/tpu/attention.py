@@ -10,7 +10,7 @@ import numpy as np
 
 from jattn import skipping
 from jattn.blockwise import attention as anywhere
-from jattn.operation import Operation
+from jattn.operation import Operation, cond_any
 from jattn.problem import Operands, Problem
 from jattn.split import joint_equations
 from jattn.state import State
@@ -115,7 +115,7 @@ class Attention(anywhere.Attention):
         if self.problem.mask is None:
             return results
         # What is not finite in a key or value meets weights of 0 in products.
-        return jax.lax.cond(
+        return cond_any(
             _spoiled(results), lambda xs: tuple(otherwise(*xs)), lambda _: results, leaves
         )
 
@@ -146,7 +146,7 @@ class Attention(anywhere.Attention):
         ]
         if self.problem.mask is None:
             return results
-        return jax.lax.cond(
+        return cond_any(
             _spoiled(results),
             lambda xs: otherwise(*xs),
             lambda _: results,
