@@ -384,7 +384,8 @@ def _attend(where, problem, operands, sink, implementation, whole: bool) -> Stat
     name = dispatch.choose(where, problem, jax.default_backend(), implementation)
     if implementation is None:
         name = dispatch.for_any_platform(problem, name)
-    problem = blockwise.decided(problem, operands)
+    if name != "dense":
+        problem = blockwise.decided(problem, operands)
     # Only cuDNN's programs hold the mask's numbers; others are to share theirs.
     problem = problem if name == "cudnn" else dataclasses.replace(problem, named=None)
     state = _state(problem, name, operands, sink, whole)

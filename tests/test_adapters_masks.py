@@ -56,8 +56,9 @@ def keras(mask):
     pytest.importorskip("keras")
     from jattn.adapters.keras import MultiHeadAttention
 
-    layer = MultiHeadAttention(1, 4)
-    return layer(X[:, :, 0], X[:, :, 0], attention_mask=jnp.broadcast_to(mask, (1, 2, 2)))
+    mask = jnp.broadcast_to(mask, (1, 2, 2))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return MultiHeadAttention(1, 4)(X[:, :, 0], X[:, :, 0], attention_mask=mask)
 
 
 @pytest.mark.parametrize("adapter", [linen, nnx, haiku, equinox, keras])
