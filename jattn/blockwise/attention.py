@@ -26,7 +26,7 @@ from jattn.blockwise.rows import by_rows
 from jattn.blockwise.tangent import tangent
 from jattn.operation import Joined, Leading, Operation, retype
 from jattn.pointwise import Arrays, Index, Program, pytree
-from jattn.problem import Operands, Problem, drawn, index
+from jattn.problem import Operands, Problem, apart, drawn, index
 from jattn.split import split
 from jattn.state import State
 from jattn.varying import locally
@@ -59,6 +59,7 @@ def prepared(problem: Problem, operands: Operands, tile: tuple[int, int] | None 
     Dropout's words are drawn: one per query and key serves every tile. What reads one
     side of a pair is evaluated once, not in every pair.
     """
+    operands, _ = apart(operands)  # what spoils the results comes after the operation
     if operands.rng is not None:
         words = drawn(problem, operands, index(problem, operands))
         operands = operands._replace(rng=words)
