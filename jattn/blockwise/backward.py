@@ -3,6 +3,12 @@
 Logits are columns × rows here, so that no product contracts the first axis of its left
 operand, which is slow on CPUs.
 
+With eₛ = exp(logitₛ − top), which add up to the total, and d_x for cotangents:
+
+    d_vₛ     = weightₛ d_output                     weightₛ = eₛ / total
+    d_logitₛ = weightₛ (vₛ · d_output − δ) + eₛ d_total
+    δ        = Σₛ weightₛ vₛ · d_output = output · d_output
+
 Reference:
     Dao et al., 2022, arXiv:2205.14135, algorithm 4.
 """
@@ -16,7 +22,16 @@ from jax import lax
 
 from jattn import tile
 from jattn.blockwise.layout import Layout, schedules
-from jattn.blockwise.tiles import Active, Tile, dot, loop, over_heads, over_tiles
+from jattn.blockwise.tiles import (
+    Active,
+    Tile,
+    dot,
+    exponentials,
+    loop,
+    over_heads,
+    over_tiles,
+    row_factors,
+)
 from jattn.pointwise import Arrays
 from jattn.problem import Operands
 
@@ -25,13 +40,11 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     """The cotangents of the wanted operands; None for the others."""
     wide = layout.problem.wide
     _, by_key = schedules(layout)
-    output, logsumexp = outputs
-    d_output, d_logsumexp = cotangents
-    delta = jnp.sum(d_output.astype(wide) * output.astype(wide), axis=-1) - d_logsumexp
-    empty = logsumexp == -jnp.inf
-    delta = jnp.where(empty, 0, delta)
-    logsumexp = jnp.where(empty, jnp.inf, logsumexp)  # so that exp gives 0
-    rows = tuple(map(layout.queries, (d_output, logsumexp, delta)))
+    output, top, total = outputs
+    d_output, _, d_total = cotangents
+    inverse, slope = row_factors(total)
+    delta = slope * jnp.sum(d_output * output, axis=-1) - d_total
+    rows = tuple(map(layout.queries, (d_output, top, inverse, slope, delta)))
     actives = _actives(layout)
     pick = lambda want, x: jnp.zeros(x.shape, wide) if want else None
     wants = Active(wanted.bias, wanted.modifier.captured, wanted.modifier.aligned)
@@ -86,7 +99,7 @@ def _backward_tile(layout, head, queries, keys, j, masked):
 
     def body(i, carry):
         d_rows, d_key, d_value, d_active = carry
-        query, d_output, logsumexp, delta = (_at(x, i) for x in queries)
+        query, d_output, top, inverse, slope, delta = (_at(x, i) for x in queries)
         key, value = keys
         view = Tile(layout, head.aligned, i, j, columns_first=True)
         allowed = view.allowed() if masked else None
@@ -105,12 +118,14 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         if isolated:  # what follows mixes rows, and columns, by products with zeros
             query, key = tile.isolate(query)[0], tile.isolate(key)[0]
             d_clean, poison = tile.isolate(d_output)
-            logsumexp = logsumexp + poison.astype(wide)
+            top = top + poison.astype(wide)
         else:
             d_clean = d_output
-        weights = keep_allowed(jnp.exp(logits - logsumexp[..., None, :]))
+        row = lambda x: x[..., None, :]
+        weights = keep_allowed(exponentials(logits, row(top)))
         d_weights = view.drop(dot("BKSD,BKRD->BKSR", value, d_output, wide))
-        d_logits = keep_allowed(weights * (d_weights - delta[..., None, :]))
+        d_logits = keep_allowed(weights * (row(slope) * d_weights - row(delta)))
+        weights = weights * row(inverse)
         d_products, d_chosen = pull(d_logits)
         if layout.problem.modifier is not None:
             d_products = keep_allowed(d_products)

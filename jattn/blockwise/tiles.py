@@ -129,6 +129,34 @@ def dot(spec: str, x, y, wide):
     return jnp.einsum(spec, x, y, preferred_element_type=wide)
 
 
+@jax.custom_jvp
+def _at_most_zero(x):
+    return jnp.minimum(x, 0)
+
+
+# The derivative is that of x, also where `minimum` would have half of it or none.
+_at_most_zero.defjvp(lambda x, d: (_at_most_zero(*x), *d))
+
+
+def exponentials(logits, top):
+    """exp(logits − top), and never above 1.
+
+    `top` is the maximum of these logits or, where products were summed in another order
+    than forward, nearly so: of 1e8 the last place is 8, and exp(8) is 3000.
+    """
+    return jnp.exp(_at_most_zero(logits - top))
+
+
+def row_factors(total):
+    """What turns exponentials of a row into weights; and into the slopes of its softmax.
+
+    Both are 1 / total, and 0 where a row sees nothing. The slopes are also 0 where one
+    key has all the weight, to the last place: there the softmax is constant.
+    """
+    inverse = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
+    return inverse, jnp.where(total == 1, 0, inverse)
+
+
 def products_of(layout, query, key):
     """Each query by each key, BKRH and BKSH to BKRS."""
     wide = layout.problem.wide
