@@ -25,6 +25,7 @@ from jattn.blockwise.layout import Layout, schedules
 from jattn.blockwise.tiles import (
     Active,
     Tile,
+    columns_of,
     dot,
     exponentials,
     loop,
@@ -104,7 +105,7 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         view = Tile(layout, head.aligned, i, j, columns_first=True)
         allowed = view.allowed() if masked else None
         keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
-        products = dot("BKSH,BKRH->BKSR", key, query, wide)
+        products = columns_of(query, key, wide)
         products = products * layout.operands.scale if layout.narrow else products
         chosen = jax.tree.map(
             lambda total, x: None if total is None else x,

@@ -20,6 +20,7 @@ from jattn.blockwise.tiles import (
     loop,
     over_heads,
     over_tiles,
+    products_of,
     row_factors,
     sums_of,
 )
@@ -91,7 +92,7 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
         cut = lambda x: None if x is None else layout.cut(x, "BKS.", S=j).astype(wide)
         key, value, d_key, d_value = map(cut, (head.key, head.value, d_keys, d_values))
         view = Tile(layout, head.aligned, i, j)
-        products = dot("BKRH,BKSH->BKRS", query, key, wide)
+        products = products_of(layout, query, key)
         d_products = jnp.zeros_like(products)
         if d_query is not None:
             d_products += dot("BKRH,BKSH->BKRS", d_query, key, wide)

@@ -157,10 +157,43 @@ def row_factors(total):
     return inverse, jnp.where(total == 1, 0, inverse)
 
 
+# XLA's CPU sums up the products of one pair in their order where the last axis of the
+# result is a multiple of this, the numbers in a vector, and in another order elsewhere.
+LANES = 16
+
+
 def products_of(layout, query, key):
     """Each query by each key, BKRH and BKSH to BKRS."""
-    wide = layout.problem.wide
-    return dot("BKRH,BKSH->BKRS", query, key.astype(wide), wide)
+    wide, count = layout.problem.wide, key.shape[2]
+    key = key.astype(wide)
+    if _are_few(query):  # to pad keys is to copy them
+        return dot("BKRH,BKSH->BKRS", query, key, wide)
+    products = dot("BKRH,BKSH->BKRS", query, _whole_lanes(key), wide)
+    return lax.slice_in_dim(products, 0, count, axis=3)
+
+
+def columns_of(query, key, wide):
+    """What `products_of` gives, to the last bit, but BKSR.
+
+    So backward finds the very logits that forward has seen. Large ones would else differ
+    by more than a little: of 1e8 the last place is 8.
+    """
+    if _are_few(query):
+        return jnp.swapaxes(dot("BKRH,BKSH->BKRS", query, key, wide), 2, 3)
+    products = dot("BKSH,BKRH->BKSR", key, _whole_lanes(query), wide)
+    return lax.slice_in_dim(products, 0, query.shape[2], axis=3)
+
+
+def _are_few(rows) -> bool:
+    return isinstance(rows.shape[2], int) and rows.shape[2] < LANES
+
+
+def _whole_lanes(rows):
+    """Rows BKRH, and zeros up to a multiple of LANES; as they are in an unknown number."""
+    count = rows.shape[2]
+    if not isinstance(count, int) or count % LANES == 0:
+        return rows
+    return jnp.pad(rows, [(0, 0), (0, 0), (0, -count % LANES), (0, 0)])
 
 
 def sums_of(weights, value, allowed):

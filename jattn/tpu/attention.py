@@ -10,6 +10,7 @@ import numpy as np
 
 from jattn import skipping
 from jattn.blockwise import attention as anywhere
+from jattn.blockwise.tiles import row_factors
 from jattn.operation import Operation
 from jattn.problem import Operands, Problem
 from jattn.split import joint_equations
@@ -71,7 +72,7 @@ def attention_state(
     interpret: Any = False,
     resident: int = _RESIDENT,
 ) -> State:
-    """The output BTND in the dtype of the inputs, and the logsumexp BTN.
+    """The output BTND in float32, and the logsumexp BTN.
 
     `blocks` is how many columns and keys a block has, `tuning` how many keys and columns
     a part of it, where the counted table is not wanted. `interpret` emulates the kernels on
@@ -82,7 +83,7 @@ def attention_state(
     leaves, tree = jax.tree.flatten(operands)
     static = size, None, blocks, tuning, interpret, resident
     operation = Attention(problem, tree, *static)
-    return State(*operation(*leaves))
+    return anywhere.state_of(*operation(*leaves))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +157,8 @@ class Attention(anywhere.Attention):
     def _blockwise(self, spread: bool) -> anywhere.Attention:
         """The same without kernels.
 
-        It may take the logsumexp of a kernel, whose products keep all bits of float32.
+        It may take the maximum and sum of a kernel, whose products keep all bits of
+        float32.
         """
         problem = self.problem
         if not spread and problem.precision is None:
@@ -164,17 +166,18 @@ class Attention(anywhere.Attention):
         return anywhere.Attention(problem, self.tree, self.size)
 
     def by_kernel(self, operands: Operands):
-        """Output and logsumexp, wrong where a hidden key or value is not finite."""
+        """Output, maximum and sum, wrong where a hidden key or value is not finite."""
         from jattn.tpu.forward import forward
 
         call, arguments = self._call(operands, by_query=True)
         plan, sizes = call.plan, self.problem.sizes
         query, key, value = arguments.inputs
         arguments = arguments._replace(inputs=(query, key, jnp.swapaxes(value, 2, 3)))
-        output, logsumexp = forward(call, arguments)
+        output, top, total = forward(call, arguments)
         return (
             layout.unqueries(output, plan, sizes, (sizes.D,)),
-            layout.unqueries(logsumexp, plan, sizes, ()),
+            layout.unqueries(top, plan, sizes, ()),
+            layout.unqueries(total, plan, sizes, ()),
         )
 
     def pull_by_kernel(self, operands, wanted, outputs, cotangents):
@@ -190,16 +193,13 @@ class Attention(anywhere.Attention):
         ):
             return None
         sizes, wide = self.problem.sizes, self.problem.wide
-        output, logsumexp = outputs
-        d_output, d_logsumexp = cotangents
-        delta = jnp.sum(d_output.astype(wide) * output.astype(wide), axis=-1) - d_logsumexp
-        empty = logsumexp == -jnp.inf
-        unit = arguments.numbers[2]
-        unseen = jnp.where(empty, jnp.inf, logsumexp / unit)  # so that exp2 gives 0
+        output, top, total = outputs
+        d_output, _, d_total = cotangents
+        inverse, slope = row_factors(total)
+        delta = slope * jnp.sum(d_output * output, axis=-1) - d_total
         rows = (
-            layout.queries(d_output, plan),
-            layout.queries(unseen, plan, fill=jnp.inf),
-            layout.queries(jnp.where(empty, 0, delta), plan),
+            layout.queries(d_output.astype(self.problem.dtype), plan),
+            layout.queries(jnp.stack([top, inverse, slope, delta], axis=-1), plan),
         )
         arguments = arguments._replace(inputs=(*arguments.inputs, *rows))
         d_query, d_key, d_value, *d_read = in_segments(call, flags, arguments)
@@ -289,11 +289,12 @@ class Attention(anywhere.Attention):
         return xp.pad(kinds, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else kinds
 
     def _numbers(self, operands: Operands):
-        """What queries, products, exponents of 2 and maxima are multiplied by.
+        """What queries, products, and forward's exponents of 2 and maxima are multiplied by.
 
         The sign of the scale goes to the queries, so that the largest product is the
-        largest logit; in float32 all of it, so that backward finds the very logits whose
-        logsumexp is at hand. A query of bfloat16 would be rounded by it.
+        largest logit; in float32 all of it, as in blockwise. A query of bfloat16 would be
+        rounded by it. Maxima are multiplied as backward multiplies products, so that it
+        finds the very logits whose maximum is at hand.
         """
         scale = operands.scale
         if self.problem.dtype == jnp.float32:
