@@ -131,7 +131,9 @@ def attend(
         key = jnp.where(mask[:, None], key, 0)
         value = jnp.where(mask[:, None], value, 0)
     logits = scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
-    logits = logits if modifier is None else modifier(logits)
+    if modifier is not None:
+        # Where masked, of a number that suits most: 0 times an infinite derivative is NaN.
+        logits = modifier(logits if mask is None else jnp.where(mask, logits, 0.618))
     logits = logits if bias is None else logits + bias
     logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
     weights = softmax(logits, sink)

@@ -12,12 +12,24 @@ import jax.numpy as jnp
 from jattn.pointwise import Index
 from jattn.problem import Operands, Problem
 
+# Inside the domain of √x, log x, log(1 − x), asin x, atanh x and 1 / x, and no pole.
+HARMLESS = 0.618
+
 
 def allowed(problem: Problem, operands: Operands, index: Index) -> jax.Array | None:
     """Which pairs count, four axes that broadcast to BNTS; None where all do."""
     if problem.mask is None:
         return None
     return problem.mask(operands.mask, index)
+
+
+def harmless(products: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    """The products, with a number that suits most modifiers where pairs do not count.
+
+    The derivative of a modifier may be infinite for the logit of a masked pair, as that
+    of √logit is at 0, and 0 · ∞ is NaN: so it is taken at another logit there.
+    """
+    return products if allowed is None else jnp.where(allowed, products, HARMLESS)
 
 
 def isolate(array: jax.Array) -> tuple[jax.Array, jax.Array]:

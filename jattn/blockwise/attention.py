@@ -98,6 +98,16 @@ def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
     return problem, operands._replace(kinds=jnp.asarray(kinds), **arrays)
 
 
+def _is_felt_wide(problem: Problem, operands: Operands) -> bool:
+    """Whether something may have a cotangent that is not rounded as the inputs are.
+
+    Scale, bias, a sink and what a modifier reads are in the wide precision: a weight that
+    was rounded to bfloat16 would be seen in their gradients.
+    """
+    given = problem.given & {"bias", "scale", "logsumexp"}
+    return bool(given or operands.bias is not None or jax.tree.leaves(operands.modifier))
+
+
 def _nothing(problem: Problem) -> State:
     """The state of queries without keys."""
     B, N, T, _ = problem.sizes.BNTS
@@ -129,7 +139,8 @@ class Attention(Operation):
     top + log total, the logsumexp, alone.
 
     `widens` says that backward takes products of bfloat16 in float32: XLA's CPU does not
-    have all of them where `vmap` adds axes, and is no slower so.
+    have all of them where `vmap` adds axes, and is no slower so. Forward does the same
+    where a cotangent that starts from its output may be of float32.
     """
 
     problem: Problem
@@ -173,9 +184,9 @@ class Attention(Operation):
     @_precise
     def fast(self, *leaves, spread):
         """Tile by tile."""
-        return forward(
-            Layout(self.problem, self.tree.unflatten(leaves), self.plan(spread), False)
-        )
+        operands = self.tree.unflatten(leaves)
+        wide = self.widens and _is_felt_wide(self.problem, operands)
+        return forward(Layout(self.problem, operands, self.plan(spread), wide))
 
     @_precise
     def reference(self, *leaves):

@@ -107,6 +107,8 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
         products = columns_of(query, key, wide)
         products = products * layout.operands.scale if layout.narrow else products
+        if layout.problem.modifier is not None:
+            products = tile.harmless(products, allowed)
         chosen = jax.tree.map(
             lambda total, x: None if total is None else x,
             d_active,

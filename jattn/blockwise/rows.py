@@ -47,5 +47,8 @@ def row_logits(layout: Layout, view: Tile, key, i):
     query, query_poison = tile.isolate(query)  # the transpose of products mixes rows
     key, key_poison = tile.isolate(key)
     poison = query_poison[..., None] + key_poison[..., None, :]
-    logits = view.logits(products_of(layout, query, key), view.active)
+    products = products_of(layout, query, key)
+    if layout.problem.modifier is not None:
+        products = tile.harmless(products, allowed)
+    logits = view.logits(products, view.active)
     return jnp.where(allowed, logits + poison, -jnp.inf), allowed

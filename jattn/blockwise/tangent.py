@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jattn import tile
 from jattn.blockwise.layout import Layout, schedules
 from jattn.blockwise.tiles import (
     Active,
@@ -92,7 +93,11 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
         cut = lambda x: None if x is None else layout.cut(x, "BKS.", S=j).astype(wide)
         key, value, d_key, d_value = map(cut, (head.key, head.value, d_keys, d_values))
         view = Tile(layout, head.aligned, i, j)
-        products = products_of(layout, query, key)
+        products, allowed = products_of(layout, query, key), None
+        if masked:
+            allowed = view.allowed()
+            if layout.problem.modifier is not None:
+                products = tile.harmless(products, allowed)
         d_products = jnp.zeros_like(products)
         if d_query is not None:
             d_products += dot("BKRH,BKSH->BKRS", d_query, key, wide)
@@ -113,7 +118,6 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
         )
         weights = exponentials(logits, top[..., None])
         d_weights = weights * d_logits
-        allowed = view.allowed() if masked else None
         if allowed is not None:
             weights = jnp.where(allowed, weights, 0)
             d_weights = jnp.where(allowed, d_weights, 0)

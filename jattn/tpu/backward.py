@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jattn.tile import harmless
 from jattn.tpu import schedule as steps
 from jattn.tpu.call import Arguments, Call
 from jattn.tpu.layout import LANES, LOG2_E, kind
@@ -172,14 +173,16 @@ def _backward_block(call: Call, inputs, state, at, options):
             coming = products(following)
         tile = Tile(call, call.pairs, read, j, part)
         pull = None
+        allowed = tile.allowed(call.has_padding) if masked else None
         if not plain:
+            if call.pairs.modifier is not None:
+                logits = harmless(logits, allowed)
             chosen, fill = _choose(tile.active, (wanted.modifier, wanted.bias))
             logits, pull = jax.vjp(
                 lambda x, chosen, tile=tile, fill=fill: tile.logits(x, fill(chosen)),
                 logits,
                 chosen,
             )
-        allowed = tile.allowed(call.has_padding) if masked else None
         if allowed is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
         columns = (0, 0, slice(None), part.columns)
