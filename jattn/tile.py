@@ -32,6 +32,16 @@ def harmless(products: jax.Array, allowed: jax.Array | None) -> jax.Array:
     return products if allowed is None else jnp.where(allowed, products, HARMLESS)
 
 
+def rounded(logits: jax.Array) -> jax.Array:
+    """The logits of a modifier as numbers that are rounded wherever they are used.
+
+    Compilers join a multiplication and what is subtracted after it into one operation
+    that rounds once. So logit − top would differ from 0 at the maximum itself, by 4 for
+    a logit of 1e8. They do not look through a choice. An infinite logit is NaN in the end.
+    """
+    return jnp.where(logits < jnp.inf, logits, jnp.nan)
+
+
 def isolate(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The array with 0 for what is not finite, and NaN for each row that had some."""
     finite = jnp.isfinite(array)

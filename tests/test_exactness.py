@@ -189,15 +189,15 @@ def test_values_have_the_gradient_of_dense_at_any_size_of_logits(T, S, size):
 
     got, want = gradient("blockwise"), gradient("dense")
     # Logits of 1e4 are rounded, in either: by up to a thousandth.
-    np.testing.assert_allclose(got, want, atol=(1e-2 if size == 1e4 else 1e-5), rtol=0)
+    near = (1e-3 if size == 1e4 else 2e-6) * np.max(np.abs(want))
+    np.testing.assert_allclose(got, want, atol=near, rtol=0)
 
 
-@pytest.mark.parametrize("platform", ["old", "as one tile"])
+@pytest.mark.parametrize("tile", [(16, 16), (37, 64)])
 @pytest.mark.parametrize("S", [5, 33, 64])
-def test_no_weight_is_above_one(S, platform):
+def test_no_weight_is_above_one(S, tile):
     query = 1e8 * jax.random.normal(jax.random.key(0), (1, 37, 1, 8))
     key = jax.random.normal(jax.random.key(1), (1, S, 1, 8))
-    tile = (16, 16) if platform == "old" else (37, S)
     output = lambda v: by_blocks(tile, query, key, v).output
     _, pull = jax.vjp(output, jnp.ones((1, S, 1, 1)))
     (received,) = pull(jnp.ones((1, 37, 1, 1)))  # by each key; by all, one of each query

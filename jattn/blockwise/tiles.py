@@ -50,6 +50,7 @@ class Tile:
             arrays = Arrays(active.captured, tuple(map(self.lay, active.modifier)))
             logits = self.problem.modifier(arrays, self.index, products)
             logits = jnp.broadcast_to(logits, products.shape).astype(products.dtype)
+            logits = tile.rounded(logits)
         return logits if active.bias is None else logits + self.lay(active.bias)
 
     def allowed(self):

@@ -121,8 +121,14 @@ class Attention(anywhere.Attention):
         )
 
     def push(self, active, primals, outputs, tangents, spread):
-        """Blockwise."""
-        return self._blockwise(spread).push(active, primals, outputs, tangents, spread)
+        """Blockwise, from its own maximum and sum: those of kernels are of other products."""
+        blockwise = self._blockwise(spread)
+        if spread:  # and so was the forward pass
+            return blockwise.push(active, primals, outputs, tangents, spread)
+        own = blockwise.fast(*primals, spread=spread)
+        d_output, d_top, d_total = blockwise.push(active, primals, own, tangents, spread)
+        total = jnp.where(own[2] == 0, 1, own[2])
+        return d_output, d_top, d_total / total * outputs[2]
 
     def pull(self, active, primals, outputs, cotangents, spread):
         """By a kernel, whose own derivatives are blockwise."""
