@@ -6,8 +6,10 @@ operand, which is slow on CPUs.
 With eₛ = exp(logitₛ − top), which add up to the total, and d_x for cotangents:
 
     d_vₛ     = weightₛ d_output                     weightₛ = eₛ / total
-    d_logitₛ = weightₛ (vₛ · d_output − δ) + eₛ d_total
+    d_logitₛ = weightₛ (vₛ · d_output − δ + d_logsumexp)
     δ        = Σₛ weightₛ vₛ · d_output = output · d_output
+
+where d_logsumexp is total · d_total, as logsumexp = top + log total.
 
 Reference:
     Dao et al., 2022, arXiv:2205.14135, algorithm 4.
@@ -31,7 +33,7 @@ from jattn.blockwise.tiles import (
     loop,
     over_heads,
     over_tiles,
-    row_factors,
+    row_numbers,
 )
 from jattn.pointwise import Arrays
 from jattn.problem import Operands
@@ -41,11 +43,8 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     """The cotangents of the wanted operands; None for the others."""
     wide = layout.problem.wide
     _, by_key = schedules(layout)
-    output, top, total = outputs
-    d_output, _, d_total = cotangents
-    inverse, slope = row_factors(total)
-    delta = slope * jnp.sum(d_output * output, axis=-1) - d_total
-    rows = tuple(map(layout.queries, (d_output, top, inverse, slope, delta)))
+    numbers = row_numbers(outputs, cotangents)
+    rows = tuple(map(layout.queries, (cotangents[0], *numbers)))
     actives = _actives(layout)
     pick = lambda want, x: jnp.zeros(x.shape, wide) if want else None
     wants = Active(wanted.bias, wanted.modifier.captured, wanted.modifier.aligned)
@@ -100,7 +99,7 @@ def _backward_tile(layout, head, queries, keys, j, masked):
 
     def body(i, carry):
         d_rows, d_key, d_value, d_active = carry
-        query, d_output, top, inverse, slope, delta = (_at(x, i) for x in queries)
+        query, d_output, top, inverse, *deltas = (_at(x, i) for x in queries)
         key, value = keys
         view = Tile(layout, head.aligned, i, j, columns_first=True)
         allowed = view.allowed() if masked else None
@@ -125,10 +124,12 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         else:
             d_clean = d_output
         row = lambda x: x[..., None, :]
-        weights = keep_allowed(exponentials(logits, row(top)))
+        powers = exponentials(logits, row(top))
+        weights = keep_allowed(powers * row(inverse))
         d_weights = view.drop(dot("BKSD,BKRD->BKSR", value, d_output, wide))
-        d_logits = keep_allowed(weights * (row(slope) * d_weights - row(delta)))
-        weights = weights * row(inverse)
+        settled, delta, offset = map(row, deltas)
+        d_weights = jnp.where(powers > settled, delta, d_weights)
+        d_logits = keep_allowed(weights * (d_weights - offset))
         d_products, d_chosen = pull(d_logits)
         if layout.problem.modifier is not None:
             d_products = keep_allowed(d_products)
@@ -155,6 +156,13 @@ def _add_active(layout: Layout, whole: Active, part: Active, **at) -> Active:
     )
 
 
+def sum_all(array):
+    """The sum of all numbers, axis by axis: fewer roundings than one after the other."""
+    while array.ndim:
+        array = jnp.sum(array, axis=-1)
+    return array
+
+
 def _at(blocks, i):
     return lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)
 
@@ -165,7 +173,7 @@ def _cotangents(layout, wanted, d_query, d_key, d_value, d_active) -> Operands:
     d_query, d_scale = layout.unqueries(d_query), None
     if wanted.scale:
         finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
-        d_scale = jnp.sum(d_query * finite.astype(d_query.dtype))
+        d_scale = sum_all(d_query * finite.astype(d_query.dtype))
         d_query = d_query * operands.scale
     d_key = d_key[:, :S] * (operands.scale if layout.narrow else 1)
     unalign: Any = lambda d, x: None if d is None else layout.unalign(d, x)

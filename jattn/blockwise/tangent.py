@@ -77,7 +77,8 @@ def tangent(layout: Layout, outputs, tangents: Operands):
     start = zeros(layout.query.shape[:3])
     results = over_heads(layout, one_head, start)
     d_total, by_logits, by_values = map(layout.unqueries, results)
-    inverse, slope = row_factors(total)
+    inverse, settled = row_factors(total)
+    slope = jnp.where(settled < 1, 0, inverse)
     d_output = slope[..., None] * (by_logits - d_total[..., None] * output)
     return d_output + inverse[..., None] * by_values, jnp.zeros_like(total), d_total
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from jattn import skipping
 from jattn.blockwise import attention as anywhere
-from jattn.blockwise.tiles import row_factors
+from jattn.blockwise.backward import sum_all
+from jattn.blockwise.tiles import row_numbers
 from jattn.operation import Operation
 from jattn.problem import Operands, Problem
 from jattn.split import joint_equations
@@ -199,13 +200,10 @@ class Attention(anywhere.Attention):
         ):
             return None
         sizes, wide = self.problem.sizes, self.problem.wide
-        output, top, total = outputs
-        d_output, _, d_total = cotangents
-        inverse, slope = row_factors(total)
-        delta = slope * jnp.sum(d_output * output, axis=-1) - d_total
+        numbers = jnp.stack(row_numbers(outputs, cotangents), axis=-1)
         rows = (
-            layout.queries(d_output.astype(self.problem.dtype), plan),
-            layout.queries(jnp.stack([top, inverse, slope, delta], axis=-1), plan),
+            layout.queries(cotangents[0].astype(self.problem.dtype), plan),
+            layout.queries(numbers, plan),
         )
         arguments = arguments._replace(inputs=(*arguments.inputs, *rows))
         d_query, d_key, d_value, *d_read = in_segments(call, flags, arguments)
@@ -217,7 +215,7 @@ class Attention(anywhere.Attention):
             query=d_query * operands.scale,
             key=layout.unkeys(d_key, sizes) * arguments.numbers[0],
             value=layout.unkeys(d_value, sizes),
-            scale=jnp.sum(d_query * finite.astype(wide)),
+            scale=sum_all(d_query * finite.astype(wide)),
             bias=d_bias,
             modifier=d_modifier,
         )

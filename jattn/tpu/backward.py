@@ -26,9 +26,8 @@ _VMEM = 60 * 2**20
 def backward(call: Call, wanted, arguments: Arguments):
     """Cotangents of queries, keys and values in float32, and of the wanted extras.
 
-    The inputs are queries, keys, values, the output's cotangent, and as rows the maximum,
-    the factors that make weights and slopes of exponentials, and delta; all but keys and
-    values transposed. Cotangents of rows and columns are for each example and head, of
+    The inputs are queries, keys, values, the output's cotangent, and five rows of
+    numbers, see `row_numbers`; all but keys and values transposed. Cotangents of rows and columns are for each example and head, of
     tiles for each that they have.
     """
     call = call.of(arguments)
@@ -112,7 +111,7 @@ def backward(call: Call, wanted, arguments: Arguments):
             call.key_spec(sizes.H),
             call.key_spec(sizes.D),
             call.query_spec(sizes.D),
-            call.query_spec(4),
+            call.query_spec(5),
             call.extra_specs(arguments.extras),
         ),
         name="jattn_backward",
@@ -187,7 +186,7 @@ def _backward_block(call: Call, inputs, state, at, options):
             logits = jnp.where(allowed, logits, -jnp.inf)
         columns = (0, 0, slice(None), part.columns)
         row = lambda which: rows[0, 0, which : which + 1, part.columns]
-        top, inverse, slope, delta = map(row, range(4))
+        top, inverse, settled, delta, offset = map(row, range(5))
         # Never above 1, also where products were summed in another order than forward.
         exponentials = jnp.exp2(jnp.minimum(logits - top, 0) * LOG2_E)
         weights = exponentials * inverse
@@ -195,7 +194,8 @@ def _backward_block(call: Call, inputs, state, at, options):
         if kept is not None:
             d_weights = jnp.where(kept, d_weights * (1 / (1 - rate)), 0)
             dropped = jnp.where(kept, weights * (1 / (1 - rate)), 0)
-        d_logits = exponentials * (slope * d_weights - delta)
+        d_weights = jnp.where(exponentials > settled, delta, d_weights)
+        d_logits = weights * (d_weights - offset)
         if pull is not None:
             d_logits, d_chosen = pull(d_logits)
             if allowed is not None:
