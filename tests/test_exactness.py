@@ -34,7 +34,7 @@ class Call:
     options: str
     tile: tuple[int, int] | str
 
-    N, K, H, D = 4, 2, 12, 8
+    N, K, H, D = 4, 2, 16, 8
 
     def inputs(self, seed, size, dtype):
         """Inputs whose logits are about `size`."""

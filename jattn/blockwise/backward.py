@@ -67,7 +67,8 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     carry = tuple(
         jnp.zeros(x.shape, wide) for x in (layout.query, layout.key, layout.value)
     )
-    results = over_heads(layout, one_head, (*carry, d_active))
+    d_scale = jnp.zeros((), wide) if wanted.scale else None
+    results = over_heads(layout, one_head, (*carry, d_active, d_scale))
     return _cotangents(layout, wanted, *results)
 
 
@@ -78,18 +79,18 @@ def _actives(layout: Layout) -> Active:
 
 def _backward_block(layout, head, queries, by_key, j, carry):
     """All that one block of keys adds: a loop over the rows that see it."""
-    d_rows, d_key, d_value, d_active = carry
+    d_rows, d_key, d_value, *others = carry
     key = layout.narrowed(layout.cut(head.key, "BKS.", S=j))
     value = layout.narrowed(layout.cut(head.value, "BKS.", S=j))
     wide = layout.problem.wide
     body = functools.partial(_backward_tile, layout, head, queries, (key, value), j)
-    start = (d_rows, jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide), d_active)
+    start = (d_rows, jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide), *others)
     carry = over_tiles(by_key, head, j, layout.counts["T"], body, start)
-    d_rows, key_part, value_part, d_active = carry
+    d_rows, key_part, value_part, *others = carry
     put = lambda whole, part: layout.put(
         whole, jnp.moveaxis(part, 1, 2), "BSK.", S=j, **head.at
     )
-    return d_rows, put(d_key, key_part), put(d_value, value_part), d_active
+    return d_rows, put(d_key, key_part), put(d_value, value_part), *others
 
 
 def _backward_tile(layout, head, queries, keys, j, masked):
@@ -98,7 +99,7 @@ def _backward_tile(layout, head, queries, keys, j, masked):
     isolated = masked and layout.problem.mask is not None
 
     def body(i, carry):
-        d_rows, d_key, d_value, d_active = carry
+        d_rows, d_key, d_value, d_active, d_scale = carry
         query, d_output, top, inverse, *deltas = (_at(x, i) for x in queries)
         key, value = keys
         view = Tile(layout, head.aligned, i, j, columns_first=True)
@@ -133,6 +134,8 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         d_products, d_chosen = pull(d_logits)
         if layout.problem.modifier is not None:
             d_products = keep_allowed(d_products)
+        if d_scale is not None:  # times the scale
+            d_scale = d_scale + sum_all(keep_allowed(d_products * products))
         d_products = layout.narrowed(d_products)
         dropped = layout.narrowed(view.drop(weights))
         d_key = d_key + dot("BKSR,BKRH->BKSH", d_products, query, wide)
@@ -141,7 +144,7 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         d_row = _at(d_rows, i) + dot("BKHS,BKSR->BKHR", key, d_products, wide)
         d_rows = lax.dynamic_update_index_in_dim(d_rows, d_row, i, 0)
         d_active = _add_active(layout, d_active, d_chosen, T=i, S=j, **head.at)
-        return d_rows, d_key, d_value, d_active
+        return d_rows, d_key, d_value, d_active, d_scale
 
     return body
 
@@ -167,13 +170,16 @@ def _at(blocks, i):
     return lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)
 
 
-def _cotangents(layout, wanted, d_query, d_key, d_value, d_active) -> Operands:
+def _cotangents(layout, wanted, d_query, d_key, d_value, d_active, d_scale) -> Operands:
     """Sums over tiles as cotangents of the operands."""
     operands, S = layout.operands, layout.problem.sizes.S
-    d_query, d_scale = layout.unqueries(d_query), None
-    if wanted.scale:
+    d_query = layout.unqueries(d_query)
+    if d_scale is not None:
         finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
-        d_scale = sum_all(d_query * finite.astype(d_query.dtype))
+        at_zero = sum_all(d_query * finite.astype(d_query.dtype))  # where sums cancel more
+        is_zero = operands.scale == 0
+        d_scale = d_scale / jnp.where(is_zero, 1, operands.scale)
+        d_scale = jnp.where(is_zero, at_zero, d_scale)
         d_query = d_query * operands.scale
     d_key = d_key[:, :S] * (operands.scale if layout.narrow else 1)
     unalign: Any = lambda d, x: None if d is None else layout.unalign(d, x)
