@@ -122,7 +122,7 @@ class Attention(anywhere.Attention):
         )
 
     def push(self, active, primals, outputs, tangents, spread):
-        """Blockwise, from its own maximum and sum: those of kernels are of other products."""
+        """Blockwise, from its own maximum and sum: those of kernels fit other products."""
         blockwise = self._blockwise(spread)
         if spread:  # and so was the forward pass
             return blockwise.push(active, primals, outputs, tangents, spread)
@@ -293,7 +293,7 @@ class Attention(anywhere.Attention):
         return xp.pad(kinds, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else kinds
 
     def _numbers(self, operands: Operands):
-        """What queries, products, and forward's exponents of 2 and maxima are multiplied by.
+        """What queries, products, exponents of 2 in forward, and maxima are multiplied by.
 
         The sign of the scale goes to the queries, so that the largest product is the
         largest logit; in float32 all of it, as in blockwise. A query of bfloat16 would be

@@ -27,8 +27,8 @@ def backward(call: Call, wanted, arguments: Arguments):
     """Cotangents of queries, keys and values in float32, and of the wanted extras.
 
     The inputs are queries, keys, values, the output's cotangent, and five rows of
-    numbers, see `row_numbers`; all but keys and values transposed. Cotangents of rows and columns are for each example and head, of
-    tiles for each that they have.
+    numbers, see `row_numbers`; all but keys and values transposed. Cotangents of rows and
+    columns are for each example and head, of tiles for each that they have.
     """
     call = call.of(arguments)
     sizes, plan = call.problem.sizes, call.plan
@@ -185,8 +185,9 @@ def _backward_block(call: Call, inputs, state, at, options):
         if allowed is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
         columns = (0, 0, slice(None), part.columns)
-        row = lambda which: rows[0, 0, which : which + 1, part.columns]
-        top, inverse, settled, delta, offset = map(row, range(5))
+        top, inverse, settled, delta, offset = (
+            rows[0, 0, which : which + 1, part.columns] for which in range(5)
+        )
         # Never above 1, also where products were summed in another order than forward.
         exponentials = jnp.exp2(jnp.minimum(logits - top, 0) * LOG2_E)
         weights = exponentials * inverse
