@@ -75,7 +75,7 @@ def logits(problem: Problem, operands: Operands, index: Index, products) -> jax.
     """Modifier, then bias, on products that were scaled."""
     if problem.modifier is not None:
         modified = problem.modifier(operands.modifier, index, products)
-        products = modified.astype(products.dtype)
+        products = rounded(modified.astype(products.dtype))
     if operands.bias is not None:
         products = products + operands.bias
     return products

@@ -160,8 +160,11 @@ def assert_as_exact_as_dense(call: Call, which: str, size: float, dtype: str):
         got = derivatives(call, which)(*given(call, seed, size, dtype))
         add_errors(errors, got, exact[seed])
     for name, found in errors.items():
-        # The kernels sum the scale's gradient over heads and features, not over pairs.
-        budget = 4 if which == "kernels" and "scale" in name else 1
+        budget = 1.0
+        if which == "kernels" and "scale" in name:
+            budget = 4.0  # summed over heads and features, not over pairs
+        if name in ("d_output", "d_logsumexp"):
+            budget = 2.0  # summed in one pass: tangents of logits less their mean after it
         assert np.median(found) <= budget * allowed[name], (name, found, allowed[name])
 
 
