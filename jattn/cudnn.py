@@ -129,7 +129,7 @@ def attention_state(problem: Problem, operands: Operands) -> State:
     """
     problem, operands, size = anywhere.prepared(problem, operands)
     leaves, tree = jax.tree.flatten(operands)
-    return State(*Attention(problem, tree, size)(*leaves))
+    return anywhere.state_of(*Attention(problem, tree, size)(*leaves))
 
 
 class Attention(anywhere.Attention):
@@ -163,7 +163,7 @@ class Attention(anywhere.Attention):
 
     def pull(self, active, primals, outputs, cotangents, spread):
         """By cuDNN; nobody reads the logsumexp, so its cotangent is 0."""
-        if spread:  # and so was the forward pass, whose logsumexp is exact
+        if spread:  # and so was the forward pass, whose maximum and sum are exact
             return super().pull(active, primals, outputs, cotangents, spread)
         if any(active[3:]):
             function, chosen = restrict(self.on("any"), active, primals)
@@ -176,12 +176,14 @@ class Attention(anywhere.Attention):
 
     def _forward(self, query, key, value):
         output, logsumexp = self._call(query, key, value)
-        results = output, logsumexp.astype(self.problem.wide)
+        logsumexp = logsumexp.astype(self.problem.wide)  # the maximum, of a sum of 1
+        results = output.astype(logsumexp.dtype), logsumexp, jnp.ones_like(logsumexp)
         return self._finite(results, self._blockwise, query, key, value)
 
     def _backward(self, query, key, value, cotangent):
         arrays = query, key, value
         (_, logsumexp), pull = jax.vjp(self._call, *arrays)
+        cotangent = cotangent.astype(self.problem.dtype)
         results = pull((cotangent, jnp.zeros_like(logsumexp)))
         return self._finite(results, self._blockwise_backward, *arrays, cotangent)
 
@@ -204,7 +206,9 @@ class Attention(anywhere.Attention):
         _, operands = pose_mask("cudnn", sizes, problem.dtype, mask=_mask(problem))
         scale = jnp.asarray(sizes.H**-0.5).astype(problem.wide)
         operands = operands._replace(query=query, key=key, value=value, scale=scale)
-        return tuple(anywhere.attention_state(problem, operands))
+        problem, operands, size = anywhere.prepared(problem, operands)
+        leaves, tree = jax.tree.flatten(operands)
+        return anywhere.Attention(problem, tree, size)(*leaves)
 
     def _blockwise_backward(self, query, key, value, cotangent):
         function = lambda *xs: self._blockwise(*xs)[0]

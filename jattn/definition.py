@@ -20,6 +20,7 @@ from jattn.masks import as_mask
 from jattn.modifiers import as_modifier
 from jattn.shapes import (
     align,
+    check_range,
     flatten_batch,
     measure,
     positions,
@@ -131,7 +132,9 @@ def attend(
         key = jnp.where(mask[:, None], key, 0)
         value = jnp.where(mask[:, None], value, 0)
     logits = scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
-    logits = logits if modifier is None else modifier(logits)
+    if modifier is not None:
+        # Where masked, of a number that suits most: 0 times an infinite derivative is NaN.
+        logits = modifier(logits if mask is None else jnp.where(mask, logits, 0.618))
     logits = logits if bias is None else logits + bias
     logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
     weights = softmax(logits, sink)
@@ -179,10 +182,13 @@ def _attend_all(
     sink = jnp.full(sizes.N, -jnp.inf, wide) if sink is None else sink
     scale = None if scale is None else jnp.asarray(scale).astype(wide)
 
-    def position(name, position, axis):
-        checked = positions(where, name, position, sizes, axis)
-        length = getattr(sizes, axis)
-        return jnp.broadcast_to(spread_positions(checked, length), (sizes.B, length))
+    sides = (("query_position", query_position, "T"), ("key_position", key_position, "S"))
+    query_position, key_position, _ = check_range(
+        where, sizes, *(positions(where, name, x, sizes, axis) for name, x, axis in sides)
+    )
+
+    def everyone(position, length):  # the positions of each example
+        return jnp.broadcast_to(spread_positions(position, length), (sizes.B, length))
 
     def everywhere(array):  # an aligned array, for each example, head and query
         return jnp.broadcast_to(array, sizes.BNTS)
@@ -228,8 +234,8 @@ def _attend_all(
     answer = over_examples(
         jnp.arange(sizes.B, dtype=jnp.int32),
         jnp.arange(sizes.N, dtype=jnp.int32),
-        position("query_position", query_position, "T"),
-        position("key_position", key_position, "S"),
+        everyone(query_position, sizes.T),
+        everyone(key_position, sizes.S),
         flatten_batch(query, sizes),
         flatten_batch(key, sizes),
         flatten_batch(value, sizes),

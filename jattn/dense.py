@@ -42,6 +42,8 @@ def _logits(problem: Problem, operands: Operands) -> jax.Array:
         query, query_poison = tile.isolate(query)
         key, key_poison = tile.isolate(key)
         products = operands.scale * tile.products(query, key)
+        if problem.modifier is not None:
+            products = tile.harmless(products, allowed)
         logits = tile.logits(problem, operands, at, products)
         key_poison = jnp.repeat(key_poison, problem.sizes.G, axis=2)
         logits += _rows(query_poison) + _columns(key_poison)

@@ -12,12 +12,34 @@ import jax.numpy as jnp
 from jattn.pointwise import Index
 from jattn.problem import Operands, Problem
 
+# Inside the domain of √x, log x, log(1 − x), asin x, atanh x and 1 / x, and no pole.
+HARMLESS = 0.618
+
 
 def allowed(problem: Problem, operands: Operands, index: Index) -> jax.Array | None:
     """Which pairs count, four axes that broadcast to BNTS; None where all do."""
     if problem.mask is None:
         return None
     return problem.mask(operands.mask, index)
+
+
+def harmless(products: jax.Array, allowed: jax.Array | None) -> jax.Array:
+    """The products, with a number that suits most modifiers where pairs do not count.
+
+    The derivative of a modifier may be infinite for the logit of a masked pair, as that
+    of √logit is at 0, and 0 · ∞ is NaN: so it is taken at another logit there.
+    """
+    return products if allowed is None else jnp.where(allowed, products, HARMLESS)
+
+
+def rounded(logits: jax.Array) -> jax.Array:
+    """The logits of a modifier as numbers that are rounded wherever they are used.
+
+    Compilers join a multiplication and what is subtracted after it into one operation
+    that rounds once. So logit − top would differ from 0 at the maximum itself, by 4 for
+    a logit of 1e8. They do not look through a choice. An infinite logit is NaN in the end.
+    """
+    return jnp.where(logits < jnp.inf, logits, jnp.nan)
 
 
 def isolate(array: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -53,7 +75,7 @@ def logits(problem: Problem, operands: Operands, index: Index, products) -> jax.
     """Modifier, then bias, on products that were scaled."""
     if problem.modifier is not None:
         modified = problem.modifier(operands.modifier, index, products)
-        products = modified.astype(products.dtype)
+        products = rounded(modified.astype(products.dtype))
     if operands.bias is not None:
         products = products + operands.bias
     return products

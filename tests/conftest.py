@@ -8,7 +8,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # Most tests ask what is computed, and spend their time on compiling it: XLA leaves out
 # most of its optimizations for them. These measure errors, memory or compiling itself.
-OPTIMIZED = {"test_blockwise", "test_implementations", "test_gradients", "test_bench"}
+OPTIMIZED = {
+    "test_blockwise",
+    "test_implementations",
+    "test_gradients",
+    "test_exactness",
+    "test_bench",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn import tpu
-from jattn.blockwise.attention import prepared
+from jattn.blockwise.attention import prepared, state_of
 from jattn.problem import check_sink, pose
 from jattn.state import State, with_sink
 from jattn.tpu.attention import Attention
@@ -50,7 +50,7 @@ def kernels(query, key, value, *, interpret, sink=None, **options) -> State:
 
     @jax.custom_vjp
     def run(leaves):
-        return operation.by_kernel(tree.unflatten(leaves))
+        return tuple(operation.by_kernel(tree.unflatten(leaves)))
 
     def forward(leaves):
         results = run(leaves)
@@ -64,6 +64,6 @@ def kernels(query, key, value, *, interpret, sink=None, **options) -> State:
         return ([None if d is None else d.astype(x.dtype) for d, x in pairs],)
 
     run.defvjp(forward, backward)
-    state = State(*run(leaves))
+    state = state_of(*run(leaves))
     sink = check_sink("emulated_tpu", sink, problem.sizes)
     return state._replace(output=with_sink(state, sink).astype(problem.dtype))

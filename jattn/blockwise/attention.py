@@ -5,7 +5,7 @@ that ever exists of T × S. A table says which tiles a mask leaves empty, which 
 skipped, and which it leaves full, which then need no mask.
 
     forward    over the tiles of a query block: running maximum, sum and output
-    tangent    over the same tiles, with the logsumexp at hand
+    tangent    over the same tiles, with the maximum and sum of each row at hand
     backward   over the tiles of a key block, with logits as columns × rows, so that
                no product contracts the first axis of its left operand
 """
@@ -41,7 +41,7 @@ def refusal(problem: Problem, platform: str) -> str | None:
 def attention_state(
     problem: Problem, operands: Operands, tile: tuple[int, int] | None = None
 ) -> State:
-    """The output BTND in the dtype of the inputs, and the logsumexp BTN.
+    """The output BTND in the wide precision, and the logsumexp BTN.
 
     `tile` is how many queries and keys a tile has, where the measured rule is not wanted.
     """
@@ -50,7 +50,15 @@ def attention_state(
         return _nothing(problem)
     problem, operands, size = prepared(problem, operands, tile)
     leaves, tree = jax.tree.flatten(operands)
-    return State(*Attention(problem, tree, size, tile)(*leaves))
+    return state_of(*Attention(problem, tree, size, tile)(*leaves))
+
+
+def state_of(output, top, total) -> State:
+    """The state, of the outputs of `Attention`."""
+    empty = total == 0
+    # The maximum is a constant to derivatives: what it adds to them, the sum takes away.
+    logsumexp = jax.lax.stop_gradient(top) + jnp.log(jnp.where(empty, 1, total))
+    return State(output, jnp.where(empty, -jnp.inf, logsumexp))
 
 
 def prepared(problem: Problem, operands: Operands, tile: tuple[int, int] | None = None):
@@ -107,10 +115,20 @@ def _joint(program: Program, arrays: Arrays, at: Index) -> _Joint:
     return _Joint(arrays=arrays, program=program)
 
 
+def _is_felt_wide(problem: Problem, operands: Operands) -> bool:
+    """Whether something may have a cotangent that is not rounded as the inputs are.
+
+    Scale, bias, a sink and what a modifier reads are in the wide precision: a weight that
+    was rounded to bfloat16 would be seen in their gradients.
+    """
+    given = problem.given & {"bias", "scale", "logsumexp"}
+    return bool(given or operands.bias is not None or jax.tree.leaves(operands.modifier))
+
+
 def _nothing(problem: Problem) -> State:
     """The state of queries without keys."""
     B, N, T, _ = problem.sizes.BNTS
-    output = jnp.zeros((B, T, N, problem.sizes.D), problem.dtype)
+    output = jnp.zeros((B, T, N, problem.sizes.D), problem.wide)
     return State(output, jnp.full((B, T, N), -jnp.inf, problem.wide))
 
 
@@ -130,10 +148,16 @@ def _precise(method):
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Operation):
-    """The leaves of `Operands`, its rng made into words, to output and logsumexp.
+    """The leaves of `Operands`, its rng made into words, to output, maximum and sum.
+
+    `top` is the largest logit of a row, `total` Σₛ exp(logitₛ − top); both are 0 where a
+    row sees nothing. The three are in the wide precision: derivatives begin with them.
+    A derivative takes `top` for a constant, so it is right for functions of
+    top + log total, the logsumexp, alone.
 
     `widens` says that backward takes products of bfloat16 in float32: XLA's CPU does not
-    have all of them where `vmap` adds axes, and is no slower so.
+    have all of them where `vmap` adds axes, and is no slower so. Forward does the same
+    where a cotangent that starts from its output may be of float32.
     """
 
     problem: Problem
@@ -144,8 +168,8 @@ class Attention(Operation):
 
     @property
     def outputs(self) -> int:
-        """Output and logsumexp."""
-        return 2
+        """Output, maximum and sum."""
+        return 3
 
     @property
     def linear_in(self) -> frozenset[int]:
@@ -154,8 +178,8 @@ class Attention(Operation):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """For policies of `jax.checkpoint`."""
-        return "jattn_output", "jattn_logsumexp"
+        """For policies of `jax.checkpoint`; maximum and sum are two parts of one thing."""
+        return "jattn_output", "jattn_logsumexp", "jattn_logsumexp"
 
     def on(self, platform: str) -> Operation:
         """Itself, as the platform can compute it."""
@@ -181,21 +205,19 @@ class Attention(Operation):
         return 2 * B * K * G * T * S
 
     def types(self, *types):
-        """BTND and BTN."""
+        """BTND, and twice BTN."""
         B, N, T, _ = self.problem.sizes.BNTS
-        query = types[0]
+        query, wide = types[0], self.problem.wide
         spec = query.sharding.spec[:3]
-        return [
-            retype(query, (B, T, N, self.problem.sizes.D), spec=(*spec, None)),
-            retype(query, (B, T, N), self.problem.wide, spec),
-        ]
+        output = retype(query, (B, T, N, self.problem.sizes.D), wide, (*spec, None))
+        return [output, *[retype(query, (B, T, N), wide, spec)] * 2]
 
     @_precise
     def fast(self, *leaves, spread):
         """Tile by tile."""
-        return forward(
-            Layout(self.problem, self.tree.unflatten(leaves), self.plan(spread), False)
-        )
+        operands = self.tree.unflatten(leaves)
+        wide = self.widens and _is_felt_wide(self.problem, operands)
+        return forward(Layout(self.problem, operands, self.plan(spread), wide))
 
     @_precise
     def reference(self, *leaves):

@@ -3,6 +3,14 @@
 Logits are columns × rows here, so that no product contracts the first axis of its left
 operand, which is slow on CPUs.
 
+With eₛ = exp(logitₛ − top), which add up to the total, and d_x for cotangents:
+
+    d_vₛ     = weightₛ d_output                     weightₛ = eₛ / total
+    d_logitₛ = weightₛ (vₛ · d_output − δ + d_logsumexp)
+    δ        = Σₛ weightₛ vₛ · d_output = output · d_output
+
+where d_logsumexp is total · d_total, as logsumexp = top + log total.
+
 Reference:
     Dao et al., 2022, arXiv:2205.14135, algorithm 4.
 """
@@ -16,7 +24,17 @@ from jax import lax
 
 from jattn import tile
 from jattn.blockwise.layout import Layout, schedules
-from jattn.blockwise.tiles import Active, Tile, dot, loop, over_heads, over_tiles
+from jattn.blockwise.tiles import (
+    Active,
+    Tile,
+    columns_of,
+    dot,
+    exponentials,
+    loop,
+    over_heads,
+    over_tiles,
+    row_numbers,
+)
 from jattn.pointwise import Arrays
 from jattn.problem import Operands
 
@@ -25,13 +43,8 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     """The cotangents of the wanted operands; None for the others."""
     wide = layout.problem.wide
     _, by_key = schedules(layout)
-    output, logsumexp = outputs
-    d_output, d_logsumexp = cotangents
-    delta = jnp.sum(d_output.astype(wide) * output.astype(wide), axis=-1) - d_logsumexp
-    empty = logsumexp == -jnp.inf
-    delta = jnp.where(empty, 0, delta)
-    logsumexp = jnp.where(empty, jnp.inf, logsumexp)  # so that exp gives 0
-    rows = tuple(map(layout.queries, (d_output, logsumexp, delta)))
+    numbers = row_numbers(outputs, cotangents)
+    rows = tuple(map(layout.queries, (cotangents[0], *numbers)))
     actives = _actives(layout)
     pick = lambda want, x: jnp.zeros(x.shape, wide) if want else None
     wants = Active(wanted.bias, wanted.modifier.captured, wanted.modifier.aligned)
@@ -54,7 +67,8 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     carry = tuple(
         jnp.zeros(x.shape, wide) for x in (layout.query, layout.key, layout.value)
     )
-    results = over_heads(layout, one_head, (*carry, d_active))
+    d_scale = jnp.zeros((), wide) if wanted.scale else None
+    results = over_heads(layout, one_head, (*carry, d_active, d_scale))
     return _cotangents(layout, wanted, *results)
 
 
@@ -65,17 +79,17 @@ def _actives(layout: Layout) -> Active:
 
 def _backward_block(layout, head, queries, by_key, j, carry):
     """All that one block of keys adds: a loop over the rows that see it."""
-    d_rows, d_key, d_value, d_active = carry
+    d_rows, d_key, d_value, *others = carry
     key = layout.narrowed(layout.cut(head.key, "BKS.", S=j))
     value = layout.narrowed(layout.cut(head.value, "BKS.", S=j))
     wide = layout.problem.wide
     body = functools.partial(_backward_tile, layout, head, queries, (key, value), j)
-    start = (d_rows, jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide), d_active)
+    start = (d_rows, jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide), *others)
     carry = over_tiles(by_key, head, j, layout.counts["T"], body, start)
-    d_rows, key_part, value_part, d_active = carry
+    d_rows, key_part, value_part, *others = carry
     write = layout.add if layout.is_uneven else layout.put
     put = lambda whole, part: write(whole, jnp.moveaxis(part, 1, 2), "BSK.", S=j, **head.at)
-    return d_rows, put(d_key, key_part), put(d_value, value_part), d_active
+    return d_rows, put(d_key, key_part), put(d_value, value_part), *others
 
 
 def _backward_tile(layout, head, queries, keys, j, masked):
@@ -84,14 +98,16 @@ def _backward_tile(layout, head, queries, keys, j, masked):
     isolated = masked and layout.problem.mask is not None
 
     def body(i, carry):
-        d_rows, d_key, d_value, d_active = carry
-        query, d_output, logsumexp, delta = (_at(x, i) for x in queries)
+        d_rows, d_key, d_value, d_active, d_scale = carry
+        query, d_output, top, inverse, *deltas = (_at(x, i) for x in queries)
         key, value = keys
         view = Tile(layout, head.aligned, i, j, columns_first=True)
         allowed = view.allowed() if masked else None
         keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
-        products = dot("BKSH,BKRH->BKSR", key, query, wide)
+        products = columns_of(query, key, wide)
         products = products * layout.operands.scale if layout.narrow else products
+        if layout.problem.modifier is not None:
+            products = tile.harmless(products, allowed)
         chosen = jax.tree.map(
             lambda total, x: None if total is None else x,
             d_active,
@@ -104,15 +120,21 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         if isolated:  # what follows mixes rows, and columns, by products with zeros
             query, key = tile.isolate(query)[0], tile.isolate(key)[0]
             d_clean, poison = tile.isolate(d_output)
-            logsumexp = logsumexp + poison.astype(wide)
+            top = top + poison.astype(wide)
         else:
             d_clean = d_output
-        weights = keep_allowed(jnp.exp(logits - logsumexp[..., None, :]))
+        row = lambda x: x[..., None, :]
+        powers = exponentials(logits, row(top))
+        weights = keep_allowed(powers * row(inverse))
         d_weights = view.drop(dot("BKSD,BKRD->BKSR", value, d_output, wide))
-        d_logits = keep_allowed(weights * (d_weights - delta[..., None, :]))
+        settled, delta, offset = map(row, deltas)
+        d_weights = jnp.where(powers > settled, delta, d_weights)
+        d_logits = keep_allowed(weights * (d_weights - offset))
         d_products, d_chosen = pull(d_logits)
         if layout.problem.modifier is not None:
             d_products = keep_allowed(d_products)
+        if d_scale is not None:  # times the scale
+            d_scale = d_scale + sum_all(keep_allowed(d_products * products))
         d_products = layout.narrowed(d_products)
         dropped = layout.narrowed(view.drop(weights))
         d_key = d_key + dot("BKSR,BKRH->BKSH", d_products, query, wide)
@@ -121,7 +143,7 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         d_row = _at(d_rows, i) + dot("BKHS,BKSR->BKHR", key, d_products, wide)
         d_rows = lax.dynamic_update_index_in_dim(d_rows, d_row, i, 0)
         d_active = _add_active(layout, d_active, d_chosen, T=i, S=j, **head.at)
-        return d_rows, d_key, d_value, d_active
+        return d_rows, d_key, d_value, d_active, d_scale
 
     return body
 
@@ -136,17 +158,27 @@ def _add_active(layout: Layout, whole: Active, part: Active, **at) -> Active:
     )
 
 
+def sum_all(array):
+    """The sum of all numbers, axis by axis: fewer roundings than one after the other."""
+    while array.ndim:
+        array = jnp.sum(array, axis=-1)
+    return array
+
+
 def _at(blocks, i):
     return lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)
 
 
-def _cotangents(layout, wanted, d_query, d_key, d_value, d_active) -> Operands:
+def _cotangents(layout, wanted, d_query, d_key, d_value, d_active, d_scale) -> Operands:
     """Sums over tiles as cotangents of the operands."""
     operands, S = layout.operands, layout.problem.sizes.S
-    d_query, d_scale = layout.unqueries(d_query), None
-    if wanted.scale:
+    d_query = layout.unqueries(d_query)
+    if d_scale is not None:
         finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
-        d_scale = jnp.sum(d_query * finite.astype(d_query.dtype))
+        at_zero = sum_all(d_query * finite.astype(d_query.dtype))  # where sums cancel more
+        is_zero = operands.scale == 0
+        d_scale = d_scale / jnp.where(is_zero, 1, operands.scale)
+        d_scale = jnp.where(is_zero, at_zero, d_scale)
         d_query = d_query * operands.scale
     d_key = d_key[:, :S] * (operands.scale if layout.narrow else 1)
     unalign: Any = lambda d, x: None if d is None else layout.unalign(d, x)

@@ -1,4 +1,11 @@
-"""Output and logsumexp, tile by tile: running maximum, sum and output of each row.
+"""Output, maximum and sum, tile by tile: the running ones of each row.
+
+The maximum of a row's logits and the sum of their exponentials stay apart:
+
+    top = maxₛ logitₛ        total = Σₛ exp(logitₛ − top)
+
+for top + log total, rounded as a number of the size of top, would move every weight that
+is computed from it by that rounding.
 
 Reference:
     Dao et al., 2022, arXiv:2205.14135, algorithm 1; Milakov and Gimelshein, 2018,
@@ -25,7 +32,7 @@ from jattn.shapes import is_one, wide_dtype
 
 
 def forward(layout: Layout):
-    """The output BTND and the logsumexp BTN."""
+    """The output BTND in the wide precision; the maximum and the sum BTN."""
     if not layout.plan.folded:
         return _forward(layout)
     # Folded heads mix in products with zeros, which keep them apart while all is finite.
@@ -41,7 +48,7 @@ def _forward(layout: Layout):
     folded, scale = layout.plan.folded, layout.operands.scale
     by_query, _ = schedules(layout)
     shape = layout.query.shape[:3]
-    output = jnp.zeros((*shape, sizes.D), layout.problem.dtype)
+    output = jnp.zeros((*shape, sizes.D), wide)
 
     def one_head(head, carry):
         def one_block(i, carry):
@@ -65,9 +72,9 @@ def _forward(layout: Layout):
 
         return loop(layout.counts["T"], one_block, carry)
 
-    start = (output, jnp.zeros(shape, wide))
-    output, logsumexp = over_heads(layout, one_head, start, folded)
-    return layout.unqueries(output), layout.unqueries(logsumexp)
+    start = (output, jnp.zeros(shape, wide), jnp.zeros(shape, wide))
+    results = over_heads(layout, one_head, start, folded)
+    return tuple(map(layout.unqueries, results))
 
 
 def _forward_tile(layout, head, query, i, masked):
@@ -131,9 +138,7 @@ def _folded_sums(weights, value):
 
 
 def finish(row_max, row_sum, output):
-    """Output and logsumexp of rows that saw all their tiles."""
+    """Output, maximum and sum of rows that saw all their tiles; 0 where they saw none."""
     # The largest weight of a row that sees something is 1, so its sum is at least that.
     divisor = jnp.maximum(row_sum, 1)
-    empty = row_sum == 0
-    logsumexp = row_max + jnp.log(jnp.where(empty, 1, row_sum))
-    return output / divisor[..., None], jnp.where(empty, -jnp.inf, logsumexp)
+    return output / divisor[..., None], jnp.where(row_sum == 0, 0, row_max), row_sum

@@ -172,7 +172,7 @@ class Layout:
         # Products of bfloat16 are exact in float32; those of float16 are not to be had
         # everywhere, so these are widened, tile by tile.
         self.narrow = problem.dtype == jnp.bfloat16 and not wide
-        self.query = self.queries(operands.query)
+        self.query = self._pad(operands.query, {1: "T"})
         self.key, self.value = self.keys(operands.key), self.keys(operands.value)
         self.aligned = self._align()
 
@@ -209,7 +209,7 @@ class Layout:
 
     def queries(self, array, fill=0):
         """BTN… padded."""
-        return self._pad(array, {1: "T"}, fill)
+        return self._pad(array, {1: "T"}, fill, repeats=False)
 
     def unqueries(self, array):
         """BTN… without the padding."""
@@ -326,8 +326,12 @@ class Layout:
         )
         return jax.tree.map(self.align, aligned)
 
-    def _pad(self, array, axes, fill=0):
-        """The array with its axes T and S padded; those of size 1 stay."""
+    def _pad(self, array, axes, fill=0, repeats=True):
+        """The array with its axes T and S padded; those of size 1 stay.
+
+        Padding repeats the last query where it `repeats`, as far as its number is known:
+        what a modifier does there has no infinite derivative that the query has not.
+        """
         shape = list(array.shape)
         for axis, letter in axes.items():
             if not (isinstance(shape[axis], int) and shape[axis] == 1):
@@ -335,6 +339,14 @@ class Layout:
         if tuple(shape) == array.shape:
             return array
         whole = jnp.full(shape, fill, array.dtype)
+        for axis, letter in axes.items() if repeats else ():
+            count = array.shape[axis]
+            if letter == "T" and isinstance(count, int) and count != shape[axis]:
+                last = lax.slice_in_dim(array, count - 1, count, axis=axis)
+                rest = [(0, x - y, 0) for x, y in zip(shape, last.shape, strict=True)]
+                rest[axis] = (0, 0, 0)
+                last = lax.pad(last, jnp.array(fill, array.dtype), rest)
+                whole = jnp.broadcast_to(last, shape)
         return lax.dynamic_update_slice(whole, array, (0,) * array.ndim)
 
 

@@ -13,7 +13,7 @@ from jattn.problem import Operands, Problem
 
 
 def by_rows(problem: Problem, operands: Operands):
-    """Output and logsumexp, whole rows at a time: plain, for JAX to differentiate."""
+    """Output, maximum and sum, whole rows at a time: plain, for JAX to differentiate."""
     sizes, wide = problem.sizes, problem.wide
     layout = Layout(problem, operands, rows_plan(problem))
     key, value = (jnp.moveaxis(x.astype(wide), 2, 1) for x in (layout.key, layout.value))
@@ -28,19 +28,15 @@ def by_rows(problem: Problem, operands: Operands):
         total = jnp.sum(weights, axis=-1)
         output = sums_of(view.drop(weights), value, allowed)
         # Not `forward.finish`: its maximum has half a derivative where a row sees one key.
-        empty = total == 0
-        total = jnp.where(empty, 1, total)
-        logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-        return output / total[..., None], logsumexp
+        return output / jnp.where(total == 0, 1, total)[..., None], top, total
 
     results = lax.map(rows, jnp.arange(layout.counts["T"]))
     whole = (jnp.zeros((*layout.query.shape[:3], sizes.D), wide),)
-    whole = (*whole, jnp.zeros(layout.query.shape[:3], wide))
-    output, logsumexp = (
+    whole = (*whole, *[jnp.zeros(layout.query.shape[:3], wide)] * 2)
+    return tuple(
         layout.unqueries(layout.put_row_blocks(x, y))
         for x, y in zip(whole, results, strict=True)
     )
-    return output.astype(problem.dtype), logsumexp
 
 
 def row_logits(layout: Layout, view: Tile, key, i):
@@ -51,5 +47,8 @@ def row_logits(layout: Layout, view: Tile, key, i):
     query, query_poison = tile.isolate(query)  # the transpose of products mixes rows
     key, key_poison = tile.isolate(key)
     poison = query_poison[..., None] + key_poison[..., None, :]
-    logits = view.logits(products_of(layout, query, key), view.active)
+    products = products_of(layout, query, key)
+    if layout.problem.modifier is not None:
+        products = tile.harmless(products, allowed)
+    logits = view.logits(products, view.active)
     return jnp.where(allowed, logits + poison, -jnp.inf), allowed

@@ -1,21 +1,39 @@
-"""Tangents of output and logsumexp, tile by tile, with the logsumexp at hand."""
+"""Tangents, tile by tile, with the output, maximum and sum of each row at hand.
+
+With eₛ = exp(logitₛ − top), which add up to the total, and ′ for tangents:
+
+    total′  = Σₛ eₛ logitₛ′
+    output′ = (Σₛ eₛ logitₛ′ vₛ − total′ · output + Σₛ eₛ vₛ′) / total
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from jattn import tile
 from jattn.blockwise.layout import Layout, schedules
-from jattn.blockwise.tiles import Active, Tile, dot, loop, over_heads, over_tiles, sums_of
+from jattn.blockwise.tiles import (
+    Active,
+    Tile,
+    dot,
+    exponentials,
+    loop,
+    over_heads,
+    over_tiles,
+    products_of,
+    row_factors,
+    sums_of,
+)
 from jattn.problem import Operands
 
 
 def tangent(layout: Layout, outputs, tangents: Operands):
-    """The tangents of output and logsumexp, from those of operands; None is zero."""
+    """The tangents of output, maximum and sum, from those of operands; None is zero."""
     wide, scale = layout.problem.wide, layout.operands.scale
     by_query, _ = schedules(layout)
-    output, logsumexp = outputs
-    safe = layout.queries(jnp.where(logsumexp == -jnp.inf, jnp.inf, logsumexp))
+    output, top, total = outputs
+    top = layout.queries(top)
     terms = []
     if tangents.query is not None:
         terms.append(tangents.query.astype(wide) * scale)
@@ -33,6 +51,10 @@ def tangent(layout: Layout, outputs, tangents: Operands):
         tuple(map(align, tangents.modifier.aligned)),
     )
 
+    def zeros(rows):
+        sums = jnp.zeros((*rows, layout.problem.sizes.D), wide)
+        return jnp.zeros(rows, wide), sums, sums
+
     def one_head(head, carry):
         cut = lambda x: jnp.moveaxis(layout.cut(x, "BSK.", **head.at), 2, 1)
         d_head = (*jax.tree.map(cut, d_keys), _cut_active(layout, d_active, **head.at))
@@ -41,10 +63,9 @@ def tangent(layout: Layout, outputs, tangents: Operands):
             rows = lambda x: layout.rows(x, T=i, **head.at)
             query = layout.scaled(rows(layout.query))
             d_rows = None if d_query is None else rows(d_query)
-            given = (query, rows(safe), d_rows)
+            given = (query, rows(top), d_rows)
             body = functools.partial(_tangent_tile, layout, head, d_head, given, i)
-            D = layout.problem.sizes.D
-            start = jnp.zeros(query.shape[:3], wide), jnp.zeros((*query.shape[:3], D), wide)
+            start = zeros(query.shape[:3])
             parts = over_tiles(by_query, head, i, layout.counts["S"], body, start)
             return tuple(
                 layout.put_rows(whole, part, T=i, **head.at)
@@ -53,11 +74,13 @@ def tangent(layout: Layout, outputs, tangents: Operands):
 
         return loop(layout.counts["T"], one_block, carry)
 
-    shape = layout.query.shape[:3]
-    start = jnp.zeros(shape, wide), jnp.zeros((*shape, layout.problem.sizes.D), wide)
-    d_logsumexp, d_sum = map(layout.unqueries, over_heads(layout, one_head, start))
-    d_output = d_sum - d_logsumexp[..., None] * output.astype(wide)
-    return d_output.astype(output.dtype), d_logsumexp
+    start = zeros(layout.query.shape[:3])
+    results = over_heads(layout, one_head, start)
+    d_total, by_logits, by_values = map(layout.unqueries, results)
+    inverse, settled = row_factors(total)
+    slope = jnp.where(settled < 1, 0, inverse)
+    d_output = slope[..., None] * (by_logits - d_total[..., None] * output)
+    return d_output + inverse[..., None] * by_values, jnp.zeros_like(total), d_total
 
 
 def _tangent_tile(layout, head, d_head, given, i, masked):
@@ -66,12 +89,16 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
     d_keys, d_values, d_actives = d_head
 
     def body(j, carry):
-        total, output = carry
-        query, logsumexp, d_query = given
+        total, by_logits, by_values = carry
+        query, top, d_query = given
         cut = lambda x: None if x is None else layout.cut(x, "BKS.", S=j).astype(wide)
         key, value, d_key, d_value = map(cut, (head.key, head.value, d_keys, d_values))
         view = Tile(layout, head.aligned, i, j)
-        products = dot("BKRH,BKSH->BKRS", query, key, wide)
+        products, allowed = products_of(layout, query, key), None
+        if masked:
+            allowed = view.allowed()
+            if layout.problem.modifier is not None:
+                products = tile.harmless(products, allowed)
         d_products = jnp.zeros_like(products)
         if d_query is not None:
             d_products += dot("BKRH,BKSH->BKRS", d_query, key, wide)
@@ -90,16 +117,15 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
             (products, chosen),
             (d_products, d_active),
         )
-        weights = jnp.exp(logits - logsumexp[..., None])
+        weights = exponentials(logits, top[..., None])
         d_weights = weights * d_logits
-        allowed = view.allowed() if masked else None
         if allowed is not None:
             weights = jnp.where(allowed, weights, 0)
             d_weights = jnp.where(allowed, d_weights, 0)
-        output = output + sums_of(view.drop(d_weights), value, allowed)
+        by_logits = by_logits + sums_of(view.drop(d_weights), value, allowed)
         if d_value is not None:
-            output = output + sums_of(view.drop(weights), d_value, allowed)
-        return total + jnp.sum(d_weights, axis=-1), output
+            by_values = by_values + sums_of(view.drop(weights), d_value, allowed)
+        return total + jnp.sum(d_weights, axis=-1), by_logits, by_values
 
     return body
 

@@ -51,6 +51,7 @@ class Tile:
             arrays = Arrays(active.captured, tuple(map(self.lay, active.modifier)))
             logits = self.problem.modifier(arrays, self.index, products)
             logits = jnp.broadcast_to(logits, products.shape).astype(products.dtype)
+            logits = tile.rounded(logits)
         return logits if active.bias is None else logits + self.lay(active.bias)
 
     def allowed(self):
@@ -125,10 +126,81 @@ def dot(spec: str, x, y, wide):
     return jnp.einsum(spec, x, y, preferred_element_type=wide)
 
 
+@jax.custom_jvp
+def _at_most_zero(x):
+    return jnp.minimum(x, 0)
+
+
+# The derivative is that of x, also where `minimum` would have half of it or none.
+_at_most_zero.defjvp(lambda x, d: (_at_most_zero(*x), *d))
+
+
+def exponentials(logits, top):
+    """exp(logits − top), and never above 1.
+
+    `top` is the maximum of these logits or, where products were summed in another order
+    than forward, nearly so: of 1e8 the last place is 8, and exp(8) is 3000.
+    """
+    return jnp.exp(_at_most_zero(logits - top))
+
+
+def row_factors(total):
+    """What turns exponentials of a row into weights, and which of these are settled.
+
+    The first is 1 / total, and 0 where a row sees nothing. An exponential above the
+    second has all the weight, to the last place: there the softmax is constant. The
+    difference of v · d_output and δ, which are rounded apart, would not be 0 there.
+    """
+    inverse = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
+    return inverse, jnp.where(total == 1, jnp.array(0.5, total.dtype), 2)
+
+
+def row_numbers(outputs, cotangents):
+    """What backward needs of each row: top, the factors, δ, and δ less d_logsumexp."""
+    output, top, total = outputs
+    d_output, _, d_total = cotangents
+    inverse, settled = row_factors(total)
+    delta = jnp.sum(d_output * output, axis=-1)
+    return top, inverse, settled, delta, delta - d_total * total
+
+
+# XLA's CPU sums up the products of one pair in their order where the last axis of the
+# result is a multiple of this, the numbers in a vector, and in another order elsewhere.
+LANES = 16
+
+
 def products_of(layout, query, key):
     """Each query by each key, BKRH and BKSH to BKRS."""
-    wide = layout.problem.wide
-    return dot("BKRH,BKSH->BKRS", query, key.astype(wide), wide)
+    wide, count = layout.problem.wide, key.shape[2]
+    key = key.astype(wide)
+    if _are_few(query):  # to pad keys is to copy them
+        return dot("BKRH,BKSH->BKRS", query, key, wide)
+    products = dot("BKRH,BKSH->BKRS", query, _whole_lanes(key), wide)
+    return lax.slice_in_dim(products, 0, count, axis=3)
+
+
+def columns_of(query, key, wide):
+    """What `products_of` gives, to the last bit, but BKSR.
+
+    So backward finds the very logits that forward has seen. Large ones would else differ
+    by more than a little: of 1e8 the last place is 8.
+    """
+    if _are_few(query):
+        return jnp.swapaxes(dot("BKRH,BKSH->BKRS", query, key, wide), 2, 3)
+    products = dot("BKSH,BKRH->BKSR", key, _whole_lanes(query), wide)
+    return lax.slice_in_dim(products, 0, query.shape[2], axis=3)
+
+
+def _are_few(rows) -> bool:
+    return isinstance(rows.shape[2], int) and rows.shape[2] < LANES
+
+
+def _whole_lanes(rows):
+    """Rows BKRH, and zeros up to a multiple of LANES; as they are in an unknown number."""
+    count = rows.shape[2]
+    if not isinstance(count, int) or count % LANES == 0:
+        return rows
+    return jnp.pad(rows, [(0, 0), (0, 0), (0, -count % LANES), (0, 0)])
 
 
 def sums_of(weights, value, allowed):

@@ -10,6 +10,8 @@ import numpy as np
 
 from jattn import skipping
 from jattn.blockwise import attention as anywhere
+from jattn.blockwise.backward import sum_all
+from jattn.blockwise.tiles import row_numbers
 from jattn.operation import Operation, cond_any
 from jattn.problem import Operands, Problem
 from jattn.split import joint_equations
@@ -71,7 +73,7 @@ def attention_state(
     interpret: Any = False,
     resident: int = _RESIDENT,
 ) -> State:
-    """The output BTND in the dtype of the inputs, and the logsumexp BTN.
+    """The output BTND in float32, and the logsumexp BTN.
 
     `blocks` is how many columns and keys a block has, `tuning` how many keys and columns
     a part of it, where the counted table is not wanted. `interpret` emulates the kernels on
@@ -82,7 +84,7 @@ def attention_state(
     leaves, tree = jax.tree.flatten(operands)
     static = size, None, blocks, tuning, interpret, resident
     operation = Attention(problem, tree, *static)
-    return State(*operation(*leaves))
+    return anywhere.state_of(*operation(*leaves))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +122,14 @@ class Attention(anywhere.Attention):
         )
 
     def push(self, active, primals, outputs, tangents, spread):
-        """Blockwise."""
-        return self._blockwise(spread).push(active, primals, outputs, tangents, spread)
+        """Blockwise, from its own maximum and sum: those of kernels fit other products."""
+        blockwise = self._blockwise(spread)
+        if spread:  # and so was the forward pass
+            return blockwise.push(active, primals, outputs, tangents, spread)
+        own = blockwise.fast(*primals, spread=spread)
+        d_output, d_top, d_total = blockwise.push(active, primals, own, tangents, spread)
+        total = jnp.where(own[2] == 0, 1, own[2])
+        return d_output, d_top, d_total / total * outputs[2]
 
     def pull(self, active, primals, outputs, cotangents, spread):
         """By a kernel, whose own derivatives are blockwise."""
@@ -156,7 +164,8 @@ class Attention(anywhere.Attention):
     def _blockwise(self, spread: bool) -> anywhere.Attention:
         """The same without kernels.
 
-        It may take the logsumexp of a kernel, whose products keep all bits of float32.
+        It may take the maximum and sum of a kernel, whose products keep all bits of
+        float32.
         """
         problem = self.problem
         if not spread and problem.precision is None:
@@ -164,17 +173,18 @@ class Attention(anywhere.Attention):
         return anywhere.Attention(problem, self.tree, self.size)
 
     def by_kernel(self, operands: Operands):
-        """Output and logsumexp, wrong where a hidden key or value is not finite."""
+        """Output, maximum and sum, wrong where a hidden key or value is not finite."""
         from jattn.tpu.forward import forward
 
         call, arguments = self._call(operands, by_query=True)
         plan, sizes = call.plan, self.problem.sizes
         query, key, value = arguments.inputs
         arguments = arguments._replace(inputs=(query, key, jnp.swapaxes(value, 2, 3)))
-        output, logsumexp = forward(call, arguments)
+        output, top, total = forward(call, arguments)
         return (
             layout.unqueries(output, plan, sizes, (sizes.D,)),
-            layout.unqueries(logsumexp, plan, sizes, ()),
+            layout.unqueries(top, plan, sizes, ()),
+            layout.unqueries(total, plan, sizes, ()),
         )
 
     def pull_by_kernel(self, operands, wanted, outputs, cotangents):
@@ -190,16 +200,10 @@ class Attention(anywhere.Attention):
         ):
             return None
         sizes, wide = self.problem.sizes, self.problem.wide
-        output, logsumexp = outputs
-        d_output, d_logsumexp = cotangents
-        delta = jnp.sum(d_output.astype(wide) * output.astype(wide), axis=-1) - d_logsumexp
-        empty = logsumexp == -jnp.inf
-        unit = arguments.numbers[2]
-        unseen = jnp.where(empty, jnp.inf, logsumexp / unit)  # so that exp2 gives 0
+        numbers = jnp.stack(row_numbers(outputs, cotangents), axis=-1)
         rows = (
-            layout.queries(d_output, plan),
-            layout.queries(unseen, plan, fill=jnp.inf),
-            layout.queries(jnp.where(empty, 0, delta), plan),
+            layout.queries(cotangents[0].astype(self.problem.dtype), plan),
+            layout.queries(numbers, plan),
         )
         arguments = arguments._replace(inputs=(*arguments.inputs, *rows))
         d_query, d_key, d_value, *d_read = in_segments(call, flags, arguments)
@@ -211,7 +215,7 @@ class Attention(anywhere.Attention):
             query=d_query * operands.scale,
             key=layout.unkeys(d_key, sizes) * arguments.numbers[0],
             value=layout.unkeys(d_value, sizes),
-            scale=jnp.sum(d_query * finite.astype(wide)),
+            scale=sum_all(d_query * finite.astype(wide)),
             bias=d_bias,
             modifier=d_modifier,
         )
@@ -289,11 +293,12 @@ class Attention(anywhere.Attention):
         return xp.pad(kinds, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else kinds
 
     def _numbers(self, operands: Operands):
-        """What queries, products, exponents of 2 and maxima are multiplied by.
+        """What queries, products, exponents of 2 in forward, and maxima are multiplied by.
 
         The sign of the scale goes to the queries, so that the largest product is the
-        largest logit; in float32 all of it, so that backward finds the very logits whose
-        logsumexp is at hand. A query of bfloat16 would be rounded by it.
+        largest logit; in float32 all of it, as in blockwise. A query of bfloat16 would be
+        rounded by it. Maxima are multiplied as backward multiplies products, so that it
+        finds the very logits whose maximum is at hand.
         """
         scale = operands.scale
         if self.problem.dtype == jnp.float32:

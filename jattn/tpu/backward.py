@@ -14,9 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jattn.tile import harmless
 from jattn.tpu import schedule as steps
 from jattn.tpu.call import Arguments, Call
-from jattn.tpu.layout import LANES, kind
+from jattn.tpu.layout import LANES, LOG2_E, kind
 from jattn.tpu.tiles import Tile, parts
 
 _VMEM = 60 * 2**20
@@ -25,9 +26,9 @@ _VMEM = 60 * 2**20
 def backward(call: Call, wanted, arguments: Arguments):
     """Cotangents of queries, keys and values in float32, and of the wanted extras.
 
-    The inputs are queries, keys, values, the output's cotangent, and as rows the logsumexp
-    in the unit of products and delta; all but keys and values transposed. Cotangents of
-    rows and columns are for each example and head, of tiles for each that they have.
+    The inputs are queries, keys, values, the output's cotangent, and five rows of
+    numbers, see `row_numbers`; all but keys and values transposed. Cotangents of rows and
+    columns are for each example and head, of tiles for each that they have.
     """
     call = call.of(arguments)
     sizes, plan = call.problem.sizes, call.plan
@@ -58,7 +59,7 @@ def backward(call: Call, wanted, arguments: Arguments):
             raise TypeError(f"backward: has no place for the cotangent of a {what}.")
 
     def kernel(words, numbers, *refs):
-        given, refs = refs[:6], refs[6:]
+        given, refs = refs[:5], refs[5:]
         read, refs = refs[: tree.num_leaves], refs[tree.num_leaves :]
         read = jax.tree.unflatten(tree, read)
         (d_query, d_key, d_value), refs = refs[:3], refs[3:]
@@ -110,8 +111,7 @@ def backward(call: Call, wanted, arguments: Arguments):
             call.key_spec(sizes.H),
             call.key_spec(sizes.D),
             call.query_spec(sizes.D),
-            call.query_spec(1),
-            call.query_spec(1),
+            call.query_spec(5),
             call.extra_specs(arguments.extras),
         ),
         name="jattn_backward",
@@ -140,10 +140,10 @@ def backward(call: Call, wanted, arguments: Arguments):
 
 def _backward_block(call: Call, inputs, state, at, options):
     """Adds what one block of queries and one of keys have to do with each other."""
-    (query, key, value, d_output, logsumexp, delta), read, numbers = inputs
+    (query, key, value, d_output, rows), read, numbers = inputs
     d_query, key_sum, value_sum, key_transposed, into = state
     (i, j), (masked, wanted) = at, options
-    size, exponent, rate = numbers[0], numbers[1], call.problem.rate
+    size, rate = numbers[0], call.problem.rate
     plain = call.pairs.modifier is None and read.bias is None
 
     def dot(x, y, across=0):
@@ -166,27 +166,37 @@ def _backward_block(call: Call, inputs, state, at, options):
     coming = products(todo[0])
     for part, following in zip(todo, [*todo[1:], None], strict=True):
         logits, d_weights = coming
+        if call.problem.dtype != jnp.float32:  # else queries are scaled
+            logits = logits * size
         if following is not None:
             coming = products(following)
         tile = Tile(call, call.pairs, read, j, part)
         pull = None
+        allowed = tile.allowed(call.has_padding) if masked else None
         if not plain:
+            if call.pairs.modifier is not None:
+                logits = harmless(logits, allowed)
             chosen, fill = _choose(tile.active, (wanted.modifier, wanted.bias))
             logits, pull = jax.vjp(
                 lambda x, chosen, tile=tile, fill=fill: tile.logits(x, fill(chosen)),
-                logits * size,
+                logits,
                 chosen,
             )
-        allowed = tile.allowed(call.has_padding) if masked else None
         if allowed is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
         columns = (0, 0, slice(None), part.columns)
-        weights = jnp.exp2((logits - logsumexp[columns]) * exponent)
+        top, inverse, settled, delta, offset = (
+            rows[0, 0, which : which + 1, part.columns] for which in range(5)
+        )
+        # Never above 1, also where products were summed in another order than forward.
+        exponentials = jnp.exp2(jnp.minimum(logits - top, 0) * LOG2_E)
+        weights = exponentials * inverse
         kept, dropped = tile.kept(), weights
         if kept is not None:
             d_weights = jnp.where(kept, d_weights * (1 / (1 - rate)), 0)
             dropped = jnp.where(kept, weights * (1 / (1 - rate)), 0)
-        d_logits = weights * (d_weights - delta[columns])
+        d_weights = jnp.where(exponentials > settled, delta, d_weights)
+        d_logits = weights * (d_weights - offset)
         if pull is not None:
             d_logits, d_chosen = pull(d_logits)
             if allowed is not None:

@@ -1,4 +1,4 @@
-"""Output and logsumexp, block by block, on TPU.
+"""Output, maximum and sum, block by block, on TPU.
 
 Logits are keys × columns, so the running maximum and sum of each query are one row. The
 product of the next part of a block is asked for before the softmax of the present one, so
@@ -20,7 +20,7 @@ _VMEM = 48 * 2**20
 
 
 def forward(call: Call, arguments: Arguments):
-    """Output B × heads × D × columns, and logsumexp B × heads × 1 × columns.
+    """Output B × heads × D × columns; maximum and sum B × heads × 1 × columns.
 
     `inputs` are queries, transposed, keys, and values, transposed: B × K × D × S.
     """
@@ -31,7 +31,7 @@ def forward(call: Call, arguments: Arguments):
 
     def kernel(words, numbers, query, key, value, *rest):
         refs = jax.tree.unflatten(tree, rest[: tree.num_leaves])
-        output, logsumexp, top, total, sums = rest[tree.num_leaves :]
+        output, row_max, row_sum, top, total, sums = rest[tree.num_leaves :]
         word = call.word(words)
         size, exponent = numbers[0], numbers[1]
 
@@ -55,9 +55,9 @@ def forward(call: Call, arguments: Arguments):
             empty = total[...] == 0
             safe = jnp.where(empty, 1, total[...])
             share = 1 / (safe * (1 - call.problem.rate))
-            output[0, 0] = (sums[...] * share).astype(output.dtype)
-            unit = numbers[2]
-            logsumexp[0, 0] = jnp.where(empty, -jnp.inf, top[...] * unit + jnp.log(safe))
+            output[0, 0] = sums[...] * share
+            row_max[0, 0] = jnp.where(empty, 0, top[...] * numbers[2])
+            row_sum[0, 0] = total[...]
 
     return call.run(
         kernel,
@@ -69,9 +69,10 @@ def forward(call: Call, arguments: Arguments):
             call.extra_specs(arguments.extras),
         ),
         name="jattn_forward",
-        out_specs=(call.query_spec(sizes.D), call.query_spec(1)),
+        out_specs=(call.query_spec(sizes.D), call.query_spec(1), call.query_spec(1)),
         out_shape=(
-            call.result((sizes.D, length), call.problem.dtype),
+            call.result((sizes.D, length)),
+            call.result((1, length)),
             call.result((1, length)),
         ),
         scratch_shapes=[

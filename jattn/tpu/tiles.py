@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jattn.dropout import keep
+from jattn.tile import rounded
 from jattn.tpu.layout import Extras, Pairs, Plan, kind
 from jattn.tpu.pairs import evaluate, spread
 
@@ -63,6 +64,7 @@ class Tile:
             small = (3, 4) if self.pairs.counts else ()  # t and s
             logits = evaluate(self.pairs.modifier.jaxpr, inputs, small)
             logits = spread(logits.astype(products.dtype), self.shape)
+            logits = rounded(logits) if self.call.interpret else logits
         return logits if bias is None else logits + bias
 
     def allowed(self, has_padding: bool):
