@@ -1,11 +1,11 @@
 """Derivatives are as exact as those of `dense`, from logits of 1 to logits of 1e8.
 
 An error is the largest difference from the definition in float64: for one seed, and of
-several seeds the median, for where two logits are nearly equal one row decides, and luck
-decides in that row. It may be 1.5 times that of `dense`. Where `dense` is exact by luck,
-or because it happens to sum in the better order, there is a floor: what moving the inputs
-by a rounding of float32 changes, and two units in the last place of the largest number, as
-in `jattn.testing`.
+several seeds the median or the largest, for where two logits are nearly equal one row
+decides, and luck decides in that row. It may be 1.5 times that of `dense`. Where `dense`
+is exact by luck, or because it happens to sum in the better order, there is a floor: what
+moving the inputs by a rounding of float32 changes, and two units in the last place of the
+largest number, as in `jattn.testing`.
 """
 
 import dataclasses
@@ -131,10 +131,12 @@ def expected(call: Call, size: float, dtype: str):
         add_errors(near, got, exact[-1])
     allowed = {}
     for name in near:
-        largest = np.median([np.max(np.abs(x[name])) for x in exact])
-        floor = 2 * float(jnp.finfo(kinds[name]).eps) * largest
-        error = max(np.median(near[name]), np.median(moved[name]))
-        allowed[name] = 1.5 * error + floor
+        eps = float(jnp.finfo(kinds[name]).eps)
+        sizes = [np.max(np.abs(x[name])) for x in exact]
+        allowed[name] = [
+            1.5 * max(over(near[name]), over(moved[name])) + 2 * eps * over(sizes)
+            for over in (np.median, np.max)
+        ]
     return exact, allowed
 
 
@@ -161,11 +163,15 @@ def assert_as_exact_as_dense(call: Call, which: str, size: float, dtype: str):
         add_errors(errors, got, exact[seed])
     for name, found in errors.items():
         budget = 1.0
-        if which == "kernels" and "scale" in name:
-            budget = 4.0  # summed over heads and features, not over pairs
-        if name in ("d_output", "d_logsumexp"):
-            budget = 2.0  # summed in one pass: tangents of logits less their mean after it
-        assert np.median(found) <= budget * allowed[name], (name, found, allowed[name])
+        if "scale" in name:
+            budget = 4.0  # one number, so luck; kernels sum it over features, not pairs
+        elif call.options == "everything":
+            # Sums of what cancels in a row but for δ, or the mean of the tangents, which
+            # are rounded apart from it: 1.5 to 3 times the error of `dense`.
+            budget = 2.0
+        errors = np.median(found), np.max(found)
+        holds = [x <= budget * y for x, y in zip(errors, allowed[name], strict=True)]
+        assert any(holds), (name, errors, allowed[name])
 
 
 # Rows and columns of tiles are no multiples of what a processor computes at once.
