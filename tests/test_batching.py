@@ -13,6 +13,8 @@ from jattn import definition, masks, modifiers
 from jattn.operation import cond_any
 from tests import small_tiles
 
+pytestmark = pytest.mark.slow
+
 SLICES, B, T, S, N, K, H, D = 3, 2, 6, 9, 4, 2, 3, 5
 rng = np.random.default_rng(0)
 

@@ -23,6 +23,8 @@ from jattn.problem import check_sink, pose
 from jattn.state import State, with_sink
 from tests import emulated_tpu
 
+pytestmark = pytest.mark.slow
+
 LOGITS = (1.0, 18.0, 1e2, 1e4, 1e6, 1e8)
 SEEDS = 7
 

@@ -11,6 +11,8 @@ from jattn import skipping
 from jattn.modifiers import as_modifier
 from jattn.problem import pose
 
+pytestmark = pytest.mark.slow
+
 T = 64
 QUERY = jnp.zeros((1, T, 1, 4))
 TABLES = jnp.arange(48 * T).reshape(48, T) % 7

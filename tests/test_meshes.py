@@ -14,6 +14,8 @@ from jattn import masks, modifiers
 from jattn.counted import counted_from
 from jattn.problem import pose
 
+pytestmark = pytest.mark.slow
+
 P = PartitionSpec
 B, T, N, K, H = 4, 8, 4, 2, 8
 RNG = jax.random.key(0)
