@@ -183,8 +183,8 @@ class Attention(anywhere.Attention):
     def _backward(self, query, key, value, cotangent):
         arrays = query, key, value
         (_, logsumexp), pull = jax.vjp(self._call, *arrays)
-        cotangent = cotangent.astype(self.problem.dtype)
-        results = pull((cotangent, jnp.zeros_like(logsumexp)))
+        narrow = cotangent.astype(self.problem.dtype)
+        results = pull((narrow, jnp.zeros_like(logsumexp)))
         return self._finite(results, self._blockwise_backward, *arrays, cotangent)
 
     def _call(self, query, key, value):

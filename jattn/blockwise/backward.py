@@ -43,8 +43,12 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     """The cotangents of the wanted operands; None for the others."""
     wide = layout.problem.wide
     _, by_key = schedules(layout)
-    numbers = row_numbers(outputs, cotangents)
-    rows = tuple(map(layout.queries, (cotangents[0], *numbers)))
+    top, inverse, settled, *deltas = row_numbers(outputs, cotangents)
+    d_output = cotangents[0]
+    if not layout.narrow:  # once for each row, not for each pair
+        d_output, *deltas = d_output * inverse[..., None], *(inverse * x for x in deltas)
+    rows = (d_output, top, inverse, settled, *deltas)
+    rows = tuple(map(layout.queries, rows))
     actives = _actives(layout)
     pick = lambda want, x: jnp.zeros(x.shape, wide) if want else None
     wants = Active(wanted.bias, wanted.modifier.captured, wanted.modifier.aligned)
@@ -125,7 +129,8 @@ def _backward_tile(layout, head, queries, keys, j, masked):
             d_clean = d_output
         row = lambda x: x[..., None, :]
         powers = exponentials(logits, row(top))
-        weights = keep_allowed(powers * row(inverse))
+        weights = powers * row(inverse) if layout.narrow else powers
+        weights = keep_allowed(weights)
         d_weights = view.drop(dot("BKSD,BKRD->BKSR", value, d_output, wide))
         settled, delta, offset = map(row, deltas)
         d_weights = jnp.where(powers > settled, delta, d_weights)
