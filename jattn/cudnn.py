@@ -23,10 +23,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.extend.core import Literal
 
 from jattn.blockwise import attention as anywhere
-from jattn.masks import Causal, Window
+from jattn.masks import And, Causal, Window
 from jattn.operation import cond_any, restrict
 from jattn.problem import Operands, Problem, pose_mask
 from jattn.state import State
@@ -231,26 +230,23 @@ def _words(problem: Problem) -> dict | None:
     return {"is_causal": True, "local_window_size": (mask.left, mask.right)}
 
 
-@functools.lru_cache(maxsize=1024)
 def _mask(problem: Problem) -> Causal | Window | None:
-    """One of `jattn.masks` that is this mask, of those that cuDNN has too."""
-    if problem.mask is None:
+    """Gives the mask as one that cuDNN has too, or None.
+
+    Its numbers are in cuDNN's program, so they must be known: see `Problem.named`.
+    """
+    named = problem.named
+    both = (named.left, named.right) if isinstance(named, And) else (named,)
+    windows = [x for x in both if isinstance(x, Window)]
+    causal = [x for x in both if isinstance(x, Causal)]
+    if len(windows) > 1 or len(causal) > 1 or len(windows + causal) < len(both):
         return None
-    if problem.mask == _program(problem, Causal()):
+    if any(x.offset != 0 for x in causal) or any(x.right != 0 for x in windows):
+        return None
+    if not windows or windows[0].left is None:
         return Causal()
-    atoms = [x for equation in problem.mask.jaxpr.eqns for x in equation.invars]
-    numbers = [x.val for x in atoms if isinstance(x, Literal)]
-    for left in numbers:
-        if jnp.result_type(left) == jnp.int32 and left >= 0:
-            window = Window(int(left), 0)
-            same = window, Causal() & window, window & Causal()
-            if problem.mask in [_program(problem, mask) for mask in same]:
-                return Causal() if left >= problem.sizes.S - 1 else window
-    return None
-
-
-def _program(problem: Problem, mask):
-    return pose_mask("cudnn", problem.sizes, problem.dtype, mask=mask)[0].mask
+    left = int(windows[0].left)
+    return Causal() if left >= problem.sizes.S - 1 else Window(left, 0)
 
 
 def _joined(function):
