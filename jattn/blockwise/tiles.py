@@ -186,7 +186,9 @@ def columns_of(query, key, wide):
     by more than a little: of 1e8 the last place is 8.
     """
     if _are_few(query):
-        return jnp.swapaxes(dot("BKRH,BKSH->BKRS", query, key, wide), 2, 3)
+        # XLA would make one product of both, which sums in another order.
+        rows = lax.optimization_barrier(dot("BKRH,BKSH->BKRS", query, key, wide))
+        return jnp.swapaxes(rows, 2, 3)
     products = dot("BKSH,BKRH->BKSR", key, _whole_lanes(query), wide)
     return lax.slice_in_dim(products, 0, query.shape[2], axis=3)
 
