@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.pointwise import pytree
-from jattn.shapes import Sizes, align, check_array, check_integers, saturate
+from jattn.shapes import Sizes, align, check_array, check_integers, is_known, saturate
 
 __all__ = [
     "Causal",
@@ -124,7 +124,7 @@ class Causal(Mask):
 
     def __call__(self, b, n, t, s):
         """The same, by the number itself."""
-        return s - t <= _int32(self.offset)
+        return self.allows(b, n, t, s, _int32(self.offset))
 
 
 @pytree("left", "right")
@@ -200,7 +200,8 @@ class Prefix(Mask):
     def __call__(self, b, n, t, s):
         """The same, where one length serves all examples."""
         length: Any = self.length
-        return s < (length[b] if jnp.ndim(length) else _int32(length))
+        length = length[b] if jnp.ndim(length) else _int32(length)
+        return self.allows(b, n, t, s, length)
 
 
 class _ByRow(Mask):
@@ -417,7 +418,7 @@ def _padding_id(where: str, value, dtype):
     """The id of padding as 1111, in the type of the ids."""
     number = check_array(where, "padding_id", value) if hasattr(value, "dtype") else value
     ends = jnp.iinfo(dtype)
-    known = not isinstance(number, jax.core.Tracer)
+    known = is_known(number)
     if known and not ends.min <= int(number) <= ends.max:
         raise ValueError(
             f"{where}: `padding_id` must be one of the numbers that ids of {dtype} can "
