@@ -2,11 +2,19 @@
 
 With eₛ = exp(logitₛ − top), which add up to the total, and ′ for tangents:
 
-    total′  = Σₛ eₛ logitₛ′
-    output′ = (Σₛ eₛ logitₛ′ vₛ − total′ · output + Σₛ eₛ vₛ′) / total
+    mean    = Σₛ eₛ logitₛ′ / total
+    total′  = total · mean
+    output′ = (Σₛ eₛ (logitₛ′ − mean) vₛ + Σₛ eₛ vₛ′) / total
+
+The mean is subtracted from each logit′ before the sum, as the difference of two sums would
+lose what cancels in it. It is a running mean: where a tile moves it by a step, the sum so
+far becomes
+
+    Σₛ eₛ (logitₛ′ − mean − step) vₛ = Σₛ eₛ (logitₛ′ − mean) vₛ − step · Σₛ eₛ vₛ
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +40,7 @@ def tangent(layout: Layout, outputs, tangents: Operands):
     """The tangents of output, maximum and sum, from those of operands; None is zero."""
     wide, scale = layout.problem.wide, layout.operands.scale
     by_query, _ = schedules(layout)
-    output, top, total = outputs
+    _, top, total = outputs
     top = layout.queries(top)
     terms = []
     if tangents.query is not None:
@@ -52,8 +60,8 @@ def tangent(layout: Layout, outputs, tangents: Operands):
     )
 
     def zeros(rows):
-        sums = jnp.zeros((*rows, layout.problem.sizes.D), wide)
-        return jnp.zeros(rows, wide), sums, sums
+        numbers, sums = jnp.zeros(rows, wide), jnp.zeros((*rows, layout.problem.sizes.D), wide)
+        return Sums(numbers, numbers, sums, sums, sums)
 
     def one_head(head, carry):
         cut = lambda x: jnp.moveaxis(layout.cut(x, "BSK.", **head.at), 2, 1)
@@ -66,7 +74,8 @@ def tangent(layout: Layout, outputs, tangents: Operands):
             given = (query, rows(top), d_rows)
             body = functools.partial(_tangent_tile, layout, head, d_head, given, i)
             start = zeros(query.shape[:3])
-            parts = over_tiles(by_query, head, i, layout.counts["S"], body, start)
+            sums = over_tiles(by_query, head, i, layout.counts["S"], body, start)
+            parts = sums.mean, sums.by_logits + sums.by_values
             return tuple(
                 layout.put_rows(whole, part, T=i, **head.at)
                 for whole, part in zip(carry, parts, strict=True)
@@ -75,12 +84,20 @@ def tangent(layout: Layout, outputs, tangents: Operands):
         return loop(layout.counts["T"], one_block, carry)
 
     start = zeros(layout.query.shape[:3])
-    results = over_heads(layout, one_head, start)
-    d_total, by_logits, by_values = map(layout.unqueries, results)
-    inverse, settled = row_factors(total)
-    slope = jnp.where(settled < 1, 0, inverse)
-    d_output = slope[..., None] * (by_logits - d_total[..., None] * output)
-    return d_output + inverse[..., None] * by_values, jnp.zeros_like(total), d_total
+    results = over_heads(layout, one_head, (start.mean, start.by_values))
+    mean, d_output = map(layout.unqueries, results)
+    inverse, _ = row_factors(total)
+    return inverse[..., None] * d_output, jnp.zeros_like(total), total * mean
+
+
+class Sums(NamedTuple):
+    """What the tiles of a query block have added up to."""
+
+    total: jax.Array  # Σₛ eₛ, BKR
+    mean: jax.Array  # of the logits' tangents, BKR
+    by_logits: jax.Array  # Σₛ eₛ (logitₛ′ − mean) vₛ, BKRD
+    by_values: jax.Array  # Σₛ eₛ vₛ′, BKRD
+    output: jax.Array  # Σₛ eₛ vₛ, BKRD
 
 
 def _tangent_tile(layout, head, d_head, given, i, masked):
@@ -89,7 +106,7 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
     d_keys, d_values, d_actives = d_head
 
     def body(j, carry):
-        total, by_logits, by_values = carry
+        total, mean, by_logits, by_values, output = carry
         query, top, d_query = given
         cut = lambda x: None if x is None else layout.cut(x, "BKS.", S=j).astype(wide)
         key, value, d_key, d_value = map(cut, (head.key, head.value, d_keys, d_values))
@@ -117,15 +134,20 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
             (products, chosen),
             (d_products, d_active),
         )
-        weights = exponentials(logits, top[..., None])
-        d_weights = weights * d_logits
+        weights, d_logits = exponentials(logits, top[..., None]), d_logits - mean[..., None]
         if allowed is not None:
             weights = jnp.where(allowed, weights, 0)
-            d_weights = jnp.where(allowed, d_weights, 0)
+            d_logits = jnp.where(allowed, d_logits, 0)
+        total = total + jnp.sum(weights, axis=-1)
+        step = jnp.sum(weights * d_logits, axis=-1) / jnp.where(total == 0, 1, total)
+        d_weights = weights * (d_logits - step[..., None])
+        by_logits = by_logits - step[..., None] * output
         by_logits = by_logits + sums_of(view.drop(d_weights), value, allowed)
+        dropped = view.drop(weights)
+        output = output + sums_of(dropped, value, allowed)
         if d_value is not None:
-            by_values = by_values + sums_of(view.drop(weights), d_value, allowed)
-        return total + jnp.sum(d_weights, axis=-1), by_logits, by_values
+            by_values = by_values + sums_of(dropped, d_value, allowed)
+        return Sums(total, mean + step, by_logits, by_values, output)
 
     return body
 
