@@ -16,7 +16,7 @@ import numpy as np
 import jattn
 from bench.measure import Pass, Work, compiled
 from bench.plain import mask_and_bias, plainly
-from jattn import dispatch
+from jattn.implementations import dispatch
 
 PASSES = ("forward", "forward+backward")
 INPUTS = ("query", "key", "value")

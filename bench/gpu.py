@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 import jattn
-from jattn import cudnn
+from jattn.implementations import cudnn
 from jattn.masks import Causal, Segments, Window
 
 TARGET = pathlib.Path(__file__).with_name("h100.txtpb")

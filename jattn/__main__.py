@@ -10,8 +10,8 @@ import jax
 
 import jattn
 from jattn.command import attend, mask, welcome
+from jattn.command.expression import MASKS, signature
 from jattn.command.refusal import Refusal
-from jattn.expression import MASKS, signature
 
 _ALLOWED = f"""A mask expression holds {", ".join(map(signature, MASKS))},
 with whole numbers, None and lists of whole numbers, joined by &, |, ~ and parentheses."""

@@ -8,10 +8,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jattn import blockwise, dense, dispatch, explanation
-from jattn.explanation import Explanation
-from jattn.meshes import across
-from jattn.problem import (
+from jattn import explanation
+from jattn.call.problem import (
     Operands,
     Problem,
     apart,
@@ -22,6 +20,9 @@ from jattn.problem import (
     pose_mask,
     select_rows,
 )
+from jattn.explanation import Explanation
+from jattn.implementations import blockwise, dense, dispatch
+from jattn.meshes import across
 from jattn.shapes import Sizes, check_array
 from jattn.state import State, with_sink
 

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jattn.blocks.block_table import BlockTable
 from jattn.dropout import Dropout, Numbered
 from jattn.masks import Mask, as_mask
 from jattn.modifiers import Modifier
-from jattn.pointwise import pytree
+from jattn.pytree import pytree
 from jattn.shapes import Sizes
-from jattn.tables import BlockTable
 
 __all__ = ["counted_from"]
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.pointwise import pytree
+from jattn.pytree import pytree
 
 __all__ = ["Dropout", "Numbered", "keep", "words"]
 

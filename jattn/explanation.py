@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 
-from jattn import skipping, tables
-from jattn.dispatch import block_sizes, choose, refusals
-from jattn.problem import Operands, Problem
+from jattn.blocks import of_call
+from jattn.blocks.kinds import EMPTY, PARTIAL, percent, spread
+from jattn.call.problem import Operands, Problem
+from jattn.implementations.dispatch import block_sizes, choose, refusals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Blocks:
         text = f"{_times(self.counts)} blocks of {_times(self.sizes)}"
         if self.empty is None or self.partial is None:
             return f"known when it runs (of {text})"
-        empty, partial = tables.percent(self.empty), tables.percent(self.partial)
+        empty, partial = percent(self.empty), percent(self.partial)
         return f"{empty} skipped, {partial} partial (of {text})"
 
 
@@ -114,28 +115,28 @@ def explain(
 def _blocks(problem: Problem, operands: Operands | None, name: str) -> Blocks | None:
     """What is skipped, if there is anything that could be."""
     B, N, T, S = problem.sizes.BNTS
-    if not skipping.skips(problem, operands) or 0 in (B, N, T, S):
+    if not of_call.skips(problem, operands) or 0 in (B, N, T, S):
         return None
     sizes = block_sizes(problem, operands, name)
     if sizes is None:
         return None
     counts = -(-T // sizes[0]), -(-S // sizes[1])
-    kinds = None if operands is None else skipping.block_table(problem, operands, *sizes)
+    kinds = None if operands is None else of_call.block_table(problem, operands, *sizes)
     if kinds is None or isinstance(kinds, jax.core.Tracer):
         return Blocks(sizes, counts)
-    kinds = tables.spread(np.asarray(kinds), (T, S), sizes)
-    if problem.mask is None and not np.any(kinds == tables.EMPTY):
+    kinds = spread(np.asarray(kinds), (T, S), sizes)
+    if problem.mask is None and not np.any(kinds == EMPTY):
         return None  # a modifier that skips nothing is not about blocks
     rows, columns = (
         np.minimum(size, length - size * np.arange(count))
         for size, length, count in zip(sizes, (T, S), counts, strict=True)
     )
-    pairs = int(np.sum((kinds != tables.EMPTY) * rows[:, None] * columns))
+    pairs = int(np.sum((kinds != EMPTY) * rows[:, None] * columns))
     return Blocks(
         sizes,
         counts,
-        empty=float(np.mean(kinds == tables.EMPTY)),
-        partial=float(np.mean(kinds == tables.PARTIAL)),
+        empty=float(np.mean(kinds == EMPTY)),
+        partial=float(np.mean(kinds == PARTIAL)),
         pairs=pairs * (B // kinds.shape[0]) * (N // kinds.shape[1]),
     )
 

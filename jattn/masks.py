@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.pointwise import pytree
+from jattn.pytree import pytree
 from jattn.shapes import Sizes, align, check_array, check_integers, is_known, saturate
 
 __all__ = [
@@ -52,6 +52,14 @@ class Mask:
     def __call__(self, b, n, t, s):
         """The same, for a mask that reads positions only."""
         return self.allows(b, n, t, s, ())
+
+    def known_blocks(self, where: str, sizes: Sizes, positions: tuple[bool, bool]) -> Any:
+        """Gives the blocks and their kinds that the mask brings with it; None as a rule.
+
+        `positions` says whether those of queries and of keys were given. The blocks are
+        how many queries and keys one has, the kinds as `jattn.blocks.kinds` has them.
+        """
+        del where, sizes, positions
 
     def __and__(self, other) -> "Mask":
         return And(self, as_mask(other))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.pointwise import pytree
+from jattn.pytree import pytree
 from jattn.shapes import Sizes, align, check_array
 
 __all__ = [

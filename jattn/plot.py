@@ -13,11 +13,11 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from jattn.paint import paint
-from jattn.panels import INK, panels, side
-from jattn.picture import EMPTY, FULL, PARTIAL, by_layer, cells, pool, shown_of
-from jattn.tables import BlockTable
-from jattn.text_figure import received
+from jattn.blocks.block_table import BlockTable
+from jattn.pictures.colours import paint
+from jattn.pictures.numbers import EMPTY, FULL, PARTIAL, by_layer, cells, pool, shown_of
+from jattn.pictures.panels import INK, panels, side
+from jattn.pictures.words import received
 
 __all__ = ["entropy", "mask", "received", "weights"]
 

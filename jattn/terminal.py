@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jattn.picture import by_layer, cells, grid, heads_of, pool, printable, shown_of
+from jattn.pictures.numbers import (
+    by_layer,
+    cells,
+    grid,
+    heads_of,
+    pool,
+    printable,
+    shown_of,
+)
 
 __all__ = ["entropy", "mask", "received", "weights"]
 

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jattn import blockwise
-from jattn.blockwise import views
-from jattn.blockwise.strongest import strongest
+from jattn.call.problem import Operands, Problem, apart, check_sink, pose
+from jattn.implementations import blockwise
+from jattn.implementations.blockwise import summaries
+from jattn.implementations.blockwise.strongest import strongest
 from jattn.meshes import across
-from jattn.problem import Operands, Problem, apart, check_sink, pose
+from jattn.operations.varying import locally
 from jattn.shapes import check_array, flatten_batch
-from jattn.varying import locally
 
 __all__ = ["StrongestKeys", "attention_entropy", "attention_received", "strongest_keys"]
 
@@ -281,18 +281,18 @@ def _entropy(problem: Problem, average: bool, arrays, tile=None):
     operands, spoil = apart(arrays[0])
     _, sink, logsumexp = arrays
     normalizer = _normalizer(problem, operands, sink, logsumexp)
-    entropy = views.entropy(problem, operands, views.closed(normalizer), tile)
+    entropy = summaries.entropy(problem, operands, summaries.closed(normalizer), tile)
     if sink is not None:
         sink = jnp.broadcast_to(sink.astype(problem.wide), normalizer.shape)
-        entropy += views.surprise(sink - views.closed(normalizer))
+        entropy += summaries.surprise(sink - summaries.closed(normalizer))
     return spoil(jnp.mean(entropy, axis=2) if average else entropy)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _received(problem: Problem, average: bool, arrays, tile=None):
     operands, spoil = apart(arrays[0])
-    normalizer = views.closed(_normalizer(problem, operands, *arrays[1:]))
-    received = views.received(problem, operands, normalizer, tile)
+    normalizer = summaries.closed(_normalizer(problem, operands, *arrays[1:]))
+    received = summaries.received(problem, operands, normalizer, tile)
     return spoil(jnp.mean(received, axis=2) if average else received)
 
 
@@ -304,7 +304,7 @@ def _strongest(problem: Problem, k: int, average: bool, arrays, tile=None):
 def _found(problem: Problem, k: int, average: bool, tile, arrays):
     """The indices and the weights of the strongest keys."""
     operands, spoil = apart(arrays[0])
-    normalizer = views.closed(_normalizer(problem, operands, *arrays[1:]))
+    normalizer = summaries.closed(_normalizer(problem, operands, *arrays[1:]))
     indices, weights = strongest(problem, operands, normalizer, k, average, tile)
     unknown = jnp.isnan(spoil(normalizer))
     unknown = (jnp.any(unknown, axis=2) if average else unknown)[..., None]

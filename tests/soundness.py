@@ -10,13 +10,14 @@ import time
 
 import hypothesis
 
-from tests import expressions, test_blocks
+from tests import test_blocks
+from tests.helpers import random_masks
 
 
 def check(function, examples: int, seed: int | None) -> None:
     """Runs one check on that many random masks."""
     start = time.perf_counter()
-    test = hypothesis.given(expressions.problems())(function)
+    test = hypothesis.given(random_masks.problems())(function)
     test = test_blocks.fuzz(max_examples=examples)(test)
     if seed is not None:
         test = hypothesis.seed(seed)(test)

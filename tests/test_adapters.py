@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax import export
 
-import jattn
 from jattn import definition
 from jattn.adapters.jax_nn import dot_product_attention
+from jattn.implementations import dispatch
 
 B, T, S, N, K, H = 2, 7, 9, 4, 2, 8
 
@@ -338,7 +338,7 @@ def test_float16_runs_under_jit():
 # Implementations and errors.
 
 
-@pytest.mark.parametrize("name", [None, "xla", *jattn.dispatch.DEFAULT_ORDER])
+@pytest.mark.parametrize("name", [None, "xla", *dispatch.DEFAULT_ORDER])
 def test_implementations_of_both_libraries_are_taken(name):
     got = dot_product_attention(*inputs(), is_causal=True, implementation=name)
     assert_close(got, quick_theirs(*inputs(), is_causal=True))

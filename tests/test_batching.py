@@ -10,8 +10,8 @@ from jax import export
 
 import jattn
 from jattn import definition, masks, modifiers
-from jattn.operation import cond_any
-from tests import small_tiles
+from jattn.operations.mapped import cond_any
+from tests.helpers import small_tiles
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jattn.blocks import graph, intervals
-from jattn.blocks.table import classify, dead_blocks, evaluate
-from jattn.blocks.table import grid as cut_grid
-from tests import expressions
+from jattn.blocks.classify import classify, dead_blocks, evaluate
+from jattn.blocks.classify import grid as cut_grid
+from tests.helpers import random_masks
 
 SCALAR = jax.ShapeDtypeStruct((), jnp.int32)
 EXAMPLES = int(os.environ.get("EXAMPLES", "300"))
@@ -65,7 +65,7 @@ def dense_table(pairs, grid):
     return table
 
 
-def make_grid(shape, positions, cut, batch=expressions.B, heads=expressions.N):
+def make_grid(shape, positions, cut, batch=random_masks.B, heads=random_masks.N):
     return cut_grid((batch, heads, *shape), cut, *positions)
 
 
@@ -100,20 +100,20 @@ def check_soundness_traced(problem):
 
 
 @fuzz(max_examples=EXAMPLES)
-@hypothesis.given(expressions.problems())
+@hypothesis.given(random_masks.problems())
 def test_every_table_is_sound(problem):
     check_soundness(problem)
 
 
 @fuzz(max_examples=EXAMPLES // 5)
-@hypothesis.given(expressions.problems())
+@hypothesis.given(random_masks.problems())
 def test_every_table_is_sound_from_intervals_alone(problem):
     with unittest.mock.patch.object(graph, "_MAX_SIZE", 4):
         check_soundness(problem)
 
 
 @fuzz(max_examples=EXAMPLES // 20)
-@hypothesis.given(expressions.problems())
+@hypothesis.given(random_masks.problems())
 def test_every_table_is_sound_when_traced(problem):
     check_soundness_traced(problem)
 

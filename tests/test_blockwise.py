@@ -13,10 +13,11 @@ import pytest
 from jax import export
 
 import jattn
-from jattn import blockwise, definition, dense, masks, modifiers
-from jattn.blockwise import forward
-from jattn.problem import pose
-from tests import small_tiles
+from jattn import definition, masks, modifiers
+from jattn.call.problem import pose
+from jattn.implementations import blockwise, dense
+from jattn.implementations.blockwise import forward
+from tests.helpers import small_tiles
 
 blockwise_attention = functools.partial(jattn.attention, implementation="blockwise")
 dense_attention = functools.partial(jattn.attention, implementation="dense")

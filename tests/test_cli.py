@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import dense, dispatch, picture
 from jattn.__main__ import main
 from jattn.command import attend, welcome
+from jattn.implementations import dense, dispatch
 from jattn.masks import Causal, Window
+from jattn.pictures import numbers
 
 
 @pytest.fixture
@@ -289,7 +290,7 @@ def test_mask_is_drawn_as_a_picture(tmp_path, capsys):
 
 def test_blocks_of_a_mask_are_drawn_as_text(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "30")
-    monkeypatch.setattr(picture, "allowed", None)  # no pair is asked
+    monkeypatch.setattr(numbers, "allowed", None)  # no pair is asked
     options = ["--length", "512", "--blocks", "128"]
     assert main(["mask", "Causal() & Window(130, 0)", *options]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -315,7 +316,7 @@ def test_many_blocks_are_drawn_in_cells_of_whole_blocks(monkeypatch, capsys):
 
 
 def test_blocks_of_a_mask_are_drawn_as_a_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(picture, "allowed", None)
+    monkeypatch.setattr(numbers, "allowed", None)
     target = str(tmp_path / "m.svg")
     options = ["--length", "131072", "--blocks", "128", "--plot", target]
     assert main(["mask", "Causal()", *options]) == 0

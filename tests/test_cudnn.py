@@ -18,9 +18,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jattn
-from jattn import cudnn
+from jattn.call.problem import asking_logsumexp, pose
+from jattn.implementations import cudnn
 from jattn.masks import Causal, Lengths, Window
-from jattn.problem import asking_logsumexp, pose
 
 FORWARD, BACKWARD = "@__cudnn$fmhaSoftmax(", "@__cudnn$fmhaSoftmaxBackward("
 B, T, N, K, H = 2, 64, 4, 2, 8

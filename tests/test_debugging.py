@@ -149,12 +149,12 @@ def test_export_for_several_platforms_in_either_order(platforms):
 
 
 def test_eager_operations_are_compiled_once():
-    from jattn import operation
+    from jattn.operations import rules
 
     jax.vmap(lambda q: jattn.attention(q, K[0], V[0]))(Q)
-    before = operation._compiled._cache_size()
+    before = rules._compiled._cache_size()
     jax.vmap(lambda q: jattn.attention(q, K[0], V[0]))(2 * Q)
-    assert operation._compiled._cache_size() == before
+    assert rules._compiled._cache_size() == before
 
 
 def test_explain_knows_of_a_bias_that_hides_keys():

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import blockwise, definition
+from jattn import definition
+from jattn.call.problem import check_sink, pose
+from jattn.implementations import blockwise
 from jattn.masks import Causal
-from jattn.problem import check_sink, pose
 from jattn.state import State, with_sink
-from tests import emulated_tpu
+from tests.helpers import emulated_tpu
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jattn import masks
-from jattn.expression import MASKS, parse, signature
+from jattn.command.expression import MASKS, parse, signature
 from jattn.masks import Causal, Lengths, Prefix, Segments, Window
-from jattn.picture import allowed
+from jattn.pictures.numbers import allowed
 
 SAME = {
     "Causal()": Causal(),

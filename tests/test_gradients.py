@@ -9,7 +9,7 @@ import pytest
 
 import jattn
 from jattn import definition
-from jattn.dispatch import DEFAULT_ORDER
+from jattn.implementations.dispatch import DEFAULT_ORDER
 from jattn.testing import CASES, check_gradients
 
 # Cases that differ only in sizes or in how a mask is written have the same derivatives.

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jattn import skipping
+from jattn.blocks import of_call
+from jattn.call.problem import pose
 from jattn.modifiers import as_modifier
-from jattn.problem import pose
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +98,7 @@ def of_table(count, **option):
 
     def table(xs):
         problem, operands = pose("test", QUERY, QUERY, QUERY, **{name: make(list(xs))})
-        return skipping.block_table(problem, operands, 8, 8)
+        return of_call.block_table(problem, operands, 8, 8)
 
     return equations(jax.make_jaxpr(table)(TABLES[:count]).jaxpr)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.dispatch import DEFAULT_ORDER
+from jattn.implementations.dispatch import DEFAULT_ORDER
 from jattn.testing import CASES, assert_matches_definition, errors
-from tests import small_tiles
+from tests.helpers import small_tiles
 
 # Cases of one name go to one process, where they share what is compiled.
 cases = [

@@ -18,22 +18,23 @@ def listed(package: str) -> list[str]:
     return re.findall(r"^`(\w+)` {2,}\S", page, re.MULTILINE)
 
 
-def order() -> list[str]:
+def order(package: str = "") -> list[str]:
     """All modules in the order of the contents pages; a package comes after its modules."""
     found = []
-    for name in listed(""):
-        is_package = (ROOT / name).is_dir()
-        inner = listed(name) if is_package else []
-        found += [f"{name}.{module}" for module in inner] + [name]
+    for module in listed(package):
+        name = f"{package}.{module}".lstrip(".")
+        inner = order(name) if (ROOT / name.replace(".", "/")).is_dir() else []
+        found += [*inner, name]
     return found
 
 
 LEVEL = {module: level for level, module in enumerate(order())}
-PACKAGES = {name for name in LEVEL if (ROOT / name).is_dir()}
+PACKAGES = {name for name in LEVEL if (ROOT / name.replace(".", "/")).is_dir()}
 MODULES = sorted(set(LEVEL) - PACKAGES)
 OUTSIDE = {"jax", "jaxlib", "chex", "numpy"}
+PICTURES = [f"pictures.{name}" for name in ("panels", "colours", "words")]
 EXTRAS = {
-    **{name: {"matplotlib"} for name in ("paint", "panels", "plot", "text_figure")},
+    **{name: {"matplotlib"} for name in ("plot", *PICTURES)},
     **{f"adapters.{name}": {"flax"} for name in ("nnx", "linen")},
     **{f"adapters.{name}": {name} for name in ("equinox", "haiku", "keras")},
 }

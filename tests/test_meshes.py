@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jattn
 from jattn import masks, modifiers
+from jattn.call.problem import pose
 from jattn.counted import counted_from
-from jattn.problem import pose
 
 pytestmark = pytest.mark.slow
 
@@ -431,8 +431,8 @@ def test_counting_needs_a_rule():
 
 
 def test_an_unknown_way_of_lowering_is_named():
-    from jattn import operation
+    from jattn.operations import lowering
 
-    for function in (operation._alone, operation._is_spread):
+    for function in (lowering._alone, lowering._is_spread):
         with pytest.raises(TypeError, match="Unknown"):
             function(type("Unknown", (), {})())

@@ -6,7 +6,7 @@ import numpy as np
 
 import jattn
 from jattn.api import _state
-from jattn.pointwise import trace
+from jattn.call.program import Index, trace
 
 QUERY = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
 
@@ -80,7 +80,7 @@ def test_result_spreads_over_the_axes_it_depends_on_only():
     }.items():
         traced, arrays = trace("test", function, ())
         sizes = enumerate((2, 3, 4, 5))
-        index = jattn.pointwise.Index(
+        index = Index(
             *(
                 jnp.arange(size).reshape([-1 if i == j else 1 for j in range(4)])
                 for i, size in sizes

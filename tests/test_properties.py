@@ -12,7 +12,7 @@ import pytest
 import jattn
 from jattn.masks import Causal, Lengths, Prefix, Segments, Window
 from jattn.modifiers import ALiBi, SoftCap
-from tests import small_tiles
+from tests.helpers import small_tiles
 
 dense = functools.partial(jattn.attention_state, implementation="dense")
 

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 import jattn
+from jattn.implementations import dispatch
 
 PUBLIC = {
     "jattn": {
@@ -90,7 +91,7 @@ def test_version_is_the_installed_one():
 def test_explain_names_the_implementation_and_the_cost():
     struct = jax.ShapeDtypeStruct((2, 128, 8, 64), "bfloat16")
     found = jattn.explain(struct, struct, struct, mask=jattn.masks.Causal())
-    assert found.implementation in jattn.dispatch.IMPLEMENTATIONS
+    assert found.implementation in dispatch.IMPLEMENTATIONS
     assert found.flops == 2 * 2 * 8 * 128 * 128 * (64 + 64)
     assert found.logits_bytes == 4 * 2 * 8 * 128 * 128
     assert found.bytes_moved == 2 * 4 * 2 * 128 * 8 * 64
@@ -118,7 +119,7 @@ def test_explain_refuses_what_attention_refuses():
 
 
 def test_refusal_of_a_named_implementation_is_raised(monkeypatch):
-    dense = jattn.dispatch.IMPLEMENTATIONS["dense"]
+    dense = dispatch.IMPLEMENTATIONS["dense"]
     monkeypatch.setattr(dense, "refusal", lambda problem, platform: "it is too hot.")
     query = jax.numpy.zeros((2, 1, 2))
     with pytest.raises(

@@ -11,9 +11,9 @@ import pytest
 
 import jattn
 from jattn import Dropout
-from jattn.dispatch import DEFAULT_ORDER
+from jattn.implementations.dispatch import DEFAULT_ORDER
 from jattn.masks import Causal, Explicit, Lengths
-from tests import small_tiles
+from tests.helpers import small_tiles
 
 rng = np.random.default_rng(0)
 B, T, S, N, K, H, D = 2, 5, 6, 4, 2, 8, 3

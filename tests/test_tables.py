@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import skipping, tables
 from jattn.api import _state
+from jattn.blocks import of_call
+from jattn.blocks.kinds import EMPTY, FULL, PARTIAL, resize, spread
+from jattn.call.problem import pose
 from jattn.masks import Causal, Explicit, Lengths, Segments, Window
 from jattn.modifiers import ALiBi, Bias, SoftCap
-from jattn.problem import pose
-from jattn.tables import EMPTY, FULL, PARTIAL
 
 T, B, N = 1100, 2, 2
 INPUTS = [jax.random.normal(jax.random.key(i), (B, T, N, 4)) for i in range(3)]
@@ -56,7 +56,7 @@ def dense(mask):
 @pytest.mark.parametrize("name", MASKS)
 def test_table_of_a_mask_is_that_of_its_pairs(name):
     table = make(MASKS[name], block=(128, 256))
-    found = tables.spread(table.kinds, table.lengths, table.blocks)
+    found = spread(table.kinds, table.lengths, table.blocks)
     expected = in_blocks(dense(MASKS[name]), 128, 256)
     np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)
 
@@ -81,7 +81,7 @@ def test_resized_table_says_no_more_than_the_pairs(seed, lengths, blocks, wanted
     pairs = np.repeat(rng.integers(0, 2, (lengths[0], 1 + lengths[1] // 5)) > 0, 5, 1)
     pairs = pairs[:, : lengths[1]]
     kinds, truth = in_blocks(pairs, *blocks), in_blocks(pairs, *wanted)
-    found = tables.resize(kinds, lengths, blocks, wanted)
+    found = resize(kinds, lengths, blocks, wanted)
     assert ((found == truth) | (found == PARTIAL)).all()
     if all(want % have == 0 for have, want in zip(blocks, wanted, strict=True)):
         np.testing.assert_array_equal(found == EMPTY, truth == EMPTY)
@@ -91,15 +91,15 @@ def test_resized_table_says_no_more_than_the_pairs(seed, lengths, blocks, wanted
 def test_resized_table_is_the_same_in_the_graph():
     kinds = np.random.default_rng(0).integers(0, 3, (2, 1, 9, 7)).astype(np.int8)
     options = {"lengths": (35, 21), "blocks": (4, 3), "wanted": (10, 2)}
-    resize = functools.partial(tables.resize, **options)
-    found = jax.jit(resize)(kinds)
+    resized = functools.partial(resize, **options)
+    found = jax.jit(resized)(kinds)
     assert found.dtype == np.int8
-    np.testing.assert_array_equal(found, resize(kinds))
+    np.testing.assert_array_equal(found, resized(kinds))
 
 
 def test_attention_asks_the_table_and_not_the_mask(monkeypatch):
     table = make(Causal())
-    monkeypatch.setattr(skipping.table, "classify", None)
+    monkeypatch.setattr(of_call.classify, "classify", None)
     found = attention(*INPUTS, mask=table, scale=0.75)
     np.testing.assert_allclose(
         found,
@@ -192,7 +192,7 @@ def results(mask):
 def test_output_gradients_and_tangent_skip_the_same_blocks(monkeypatch):
     expected = results(lambda b, n, t, s: (t >= s) & (t // 512 == s // 512))
     jax.clear_caches()
-    monkeypatch.setattr(skipping, "block_table", wrong_table)
+    monkeypatch.setattr(of_call, "block_table", wrong_table)
     found = results(Causal() & Segments(jnp.zeros(1536, jnp.int32)))
     jax.clear_caches()
     for have, want in zip(found, expected, strict=True):
@@ -362,12 +362,12 @@ def hidden(shape):
 @pytest.mark.parametrize("shape", [(1, 1, 1, T), (1, 1, T, 1), (B, 1, 1, T), (1, N, 1, T)])
 def test_table_knows_of_a_concrete_one_sided_bias(shape):
     problem, operands = pose("test", *INPUTS, bias=hidden(shape))
-    assert skipping.skips(problem, operands)
-    table = skipping.block_table(problem, operands, 110, 110)
+    assert of_call.skips(problem, operands)
+    table = of_call.block_table(problem, operands, 110, 110)
     assert isinstance(table, np.ndarray)
     assert np.mean(table == EMPTY) == 0.5
     traced = jax.jit(
-        lambda bias: skipping.block_table(*pose("x", *INPUTS, bias=bias), 110, 110)
+        lambda bias: of_call.block_table(*pose("x", *INPUTS, bias=bias), 110, 110)
     )
     np.testing.assert_array_equal(traced(hidden(shape)), table)
 
@@ -391,7 +391,7 @@ PLAIN = {
 @pytest.mark.parametrize("name", SINKS)
 def test_modifiers_hide_blocks_of_traced_arrays(name):
     bias = hidden((1, 1, 1, T)).ravel()
-    make = lambda x: skipping.block_table(
+    make = lambda x: of_call.block_table(
         *pose("x", *INPUTS, modifier=SINKS[name](x)), 110, 110
     )
     for table in (make(bias), jax.jit(make)(bias)):
@@ -405,7 +405,7 @@ def test_modifiers_that_hide_nothing_have_a_table_before_they_run(name):
     @jax.jit
     def run(x):
         problem, operands = pose("x", *INPUTS, modifier=PLAIN[name](x))
-        kinds.append(skipping.block_table(problem, operands, 110, 110))
+        kinds.append(of_call.block_table(problem, operands, 110, 110))
         return x
 
     run(jnp.ones(T))
@@ -415,9 +415,9 @@ def test_modifiers_that_hide_nothing_have_a_table_before_they_run(name):
 
 def test_a_table_is_made_once_for_what_is_hoisted(monkeypatch):
     asked = []
-    real = skipping.table.dead_blocks
+    real = of_call.classify.dead_blocks
     monkeypatch.setattr(
-        skipping.table, "dead_blocks", lambda *args: asked.append(args) or real(*args)
+        of_call.classify, "dead_blocks", lambda *args: asked.append(args) or real(*args)
     )
     x = hidden((1, 1, 1, T)).ravel()
     modifier = lambda logit, b, n, t, s: logit + jnp.exp(x[t] * 0.5) + x[s]

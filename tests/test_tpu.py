@@ -11,13 +11,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jattn
 from jattn import definition
+from jattn.call.problem import pose
+from jattn.implementations.tpu import refusal
+from jattn.implementations.tpu.pairs import evaluate
 from jattn.masks import Causal, Lengths, Segments, Window
-from jattn.problem import pose
 from jattn.shapes import Sizes
 from jattn.testing import CASES, assert_matches_definition, errors, random_inputs
-from jattn.tpu import refusal
-from jattn.tpu.pairs import evaluate
-from tests import emulated_tpu
+from tests.helpers import emulated_tpu
 
 NAMED = {case.name: case for case in CASES}
 # Those that take paths of their own through the kernels.

@@ -9,7 +9,7 @@ import pytest
 from jax import export
 
 import jattn
-from jattn.dispatch import DEFAULT_ORDER
+from jattn.implementations.dispatch import DEFAULT_ORDER
 from jattn.masks import Causal, Segments
 from jattn.modifiers import ALiBi, SoftCap
 

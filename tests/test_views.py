@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import blockwise, definition, masks, views
+from jattn import definition, masks, views
+from jattn.implementations import blockwise
 from jattn.testing import CASES, random_inputs
 
 TILE = (4, 4)  # small, so that small inputs have many
@@ -300,7 +301,7 @@ def test_empty_tiles_are_skipped(monkeypatch, run):
         return original(*args)
 
     original = views.views.products_of
-    monkeypatch.setattr(views.views, "products_of", counted)
+    monkeypatch.setattr(views.summaries, "products_of", counted)
     x = normal(64, 1, 3)
     problem, arrays = views._pose("test", x, x, None, x[..., 0], mask=masks.Causal())
     jax.block_until_ready(run(problem, False, arrays, (16, 16)))

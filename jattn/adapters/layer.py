@@ -13,7 +13,7 @@ from jax import lax
 from jattn.api import attention, attention_weights
 from jattn.dropout import Dropout
 from jattn.masks import Causal, Mask, as_mask
-from jattn.pointwise import pytree
+from jattn.pytree import pytree
 from jattn.shapes import check_array
 
 

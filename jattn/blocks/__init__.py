@@ -1,4 +1,4 @@
-"""Which blocks of a mask are empty, partial or full, from its jaxpr alone.
+"""Which blocks count: those of a mask that are empty, partial or full, from its jaxpr.
 
 `intervals`     what a primitive does to a range of values: a table of rules
 `rules`         the rules of logic and arithmetic
@@ -7,5 +7,8 @@
 `formulas`      Booleans as disjunctions of conjunctions, where these are short
 `bounds`        bounds that a conjunction sets on t − s
 `decide`        Booleans decided on all blocks at once
-`table`         the table, for a grid of blocks
+`classify`      the kinds of the blocks of a grid
+`kinds`         empty, partial or full, as small arrays
+`of_call`       which blocks of a call can be skipped, for every implementation
+`block_table`   a table made ahead of a call, to keep and reuse
 """

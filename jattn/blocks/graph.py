@@ -28,7 +28,7 @@ from jattn.blocks.intervals import (
     point,
     unknown,
 )
-from jattn.pointwise import _structure
+from jattn.call.keys import structure
 
 QUERY, KEY = 2, 3  # The axes of the two sides.
 
@@ -227,7 +227,7 @@ def _division(name: str, avals) -> Hashable:
         jax.ShapeDtypeStruct((), aval.dtype, weak_type=aval.weak_type) for aval in avals
     ]
     (eqn,) = jax.make_jaxpr(_DIVISIONS[name])(*operands).eqns
-    return _structure(eqn.params["jaxpr"].jaxpr)
+    return structure(eqn.params["jaxpr"].jaxpr)
 
 
 def _is_division(eqn, avals) -> bool:
@@ -240,7 +240,7 @@ def _is_division(eqn, avals) -> bool:
         return False
     if any(a.shape or not jnp.issubdtype(a.dtype, jnp.integer) for a in avals):
         return False
-    return _structure(eqn.params["jaxpr"].jaxpr) == _division(name, avals)
+    return structure(eqn.params["jaxpr"].jaxpr) == _division(name, avals)
 
 
 def _folded(eqn, operands: list[Node]) -> list[Node] | None:

@@ -1,10 +1,11 @@
 """The parts of `python -m jattn`: each prints to stdout and returns an exit code.
 
-`refusal`   what a command says instead of running
-`files`     reading and writing files without losing any
-`check`     every implementation against the definition
-`timing`    how long a call takes
-`attend`    attention of arrays in files
-`mask`      a mask, drawn
-`welcome`   what is printed without arguments
+`expression`    masks written as text
+`refusal`       what a command says instead of running
+`files`         reading and writing files without losing any
+`check`         every implementation against the definition
+`timing`        how long a call takes
+`attend`        attention of arrays in files
+`mask`          a mask, drawn
+`welcome`       what is printed without arguments
 """

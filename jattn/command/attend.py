@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 import jattn
+from jattn.call.problem import pose
+from jattn.command.expression import parse
 from jattn.command.files import check_picture, check_target, read, replacing, save_picture
 from jattn.command.refusal import Refusal
-from jattn.expression import parse
-from jattn.picture import bar
-from jattn.problem import pose
+from jattn.pictures.numbers import bar
 
 SUMMARY = "attend with your own arrays"
 _NAMES = ("query", "key", "value")

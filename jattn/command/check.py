@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jattn
-from jattn import definition, dispatch
-from jattn.testing import CASES, Case, random_inputs
+from jattn import definition
+from jattn.implementations import dispatch
+from jattn.testing.cases import CASES, Case, random_inputs
 
 CHECKS = (
     ("causal", "float32"),

@@ -76,7 +76,7 @@ def check_picture(path: str) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise Refusal("--plot needs matplotlib; pip install 'jattn[plot]'.")
-    from jattn.panels import kinds
+    from jattn.pictures.panels import kinds
 
     if _kind(path) not in kinds():
         raise Refusal(f"{path}: the ending must be one of {', '.join(kinds())}.")

@@ -7,12 +7,12 @@ import shutil
 import jax
 import numpy as np
 
+from jattn.blocks.block_table import BlockTable, block_table
+from jattn.blocks.kinds import shares, spread
+from jattn.command.expression import parse
 from jattn.command.files import check_picture, check_target, replacing, save_picture
 from jattn.command.refusal import Refusal
-from jattn.expression import parse
-from jattn.picture import cells, grid
-from jattn.tables import BlockTable, shares, spread
-from jattn.tabulate import block_table
+from jattn.pictures.numbers import cells, grid
 
 SUMMARY = "draw a mask"
 _MOST_PAIRS = 2**34  # which take minutes

@@ -10,7 +10,7 @@ import jattn
 from jattn import definition
 from jattn.command.check import CHECKS, Result, check, implementations
 from jattn.command.timing import compare
-from jattn.picture import bar
+from jattn.pictures.numbers import bar
 
 
 def run() -> int:

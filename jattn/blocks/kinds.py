@@ -1,0 +1,92 @@
+"""Kinds of blocks: empty, partial or full, as small arrays.
+
+A kind is 0 where no pair of a block may attend, 1 where some may or nothing is known, and
+2 where all may. Kinds are int8, B or 1 × N or 1 × query blocks × key blocks; an axis of
+blocks may be 1 too, where they are all of one kind. Nothing here is ever wrong by being 1.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+_MOST_CELLS = 20  # along each side of a picture
+_GLYPHS = " ░█"
+
+
+def resize(kinds, lengths, blocks, wanted):
+    """Kinds for blocks of another size, sound and as precise as they can be had.
+
+    A block inside another one inherits its kind; one that overlaps several is empty or
+    full if all of these are.
+
+    Args:
+        kinds: Of the blocks at hand; NumPy's or in the graph, and so is the result.
+        lengths: T and S.
+        blocks: The size of the blocks at hand.
+        wanted: The size of those asked for.
+
+    Returns:
+        The kinds, int8; an axis of blocks is 1 where it was.
+    """
+    low = high = kinds
+    for axis, length, have, want in zip((-2, -1), lengths, blocks, wanted, strict=True):
+        if kinds.shape[axis] == 1 or have == want:
+            continue
+        overlaps = _overlaps(length, have, want)
+        low = _over(low, overlaps, axis, "min")
+        high = _over(high, overlaps, axis, "max")
+    xp = _module(kinds)
+    return xp.where(low == high, low, PARTIAL).astype(np.int8)
+
+
+def _overlaps(length: int, have: int, want: int) -> np.ndarray:
+    """For each block wanted, which ones it overlaps; the last is repeated."""
+    first = np.arange(0, length, want)
+    start, last = first // have, (np.minimum(first + want, length) - 1) // have
+    most = np.max(last - start, initial=0) + 1
+    return np.minimum(start[:, None] + np.arange(most), last[:, None])
+
+
+def _over(kinds, overlaps, axis, extreme):
+    xp = _module(kinds)
+    parts = xp.take(kinds, overlaps.reshape(-1), axis=axis)
+    shape = list(kinds.shape)
+    shape[kinds.ndim + axis : kinds.ndim + axis + 1] = overlaps.shape
+    return getattr(xp, extreme)(parts.reshape(shape), axis=kinds.ndim + axis + 1)
+
+
+def spread(kinds, lengths, blocks):
+    """The kinds with their two last axes in full."""
+    counts = [-(-length // block) for length, block in zip(lengths, blocks, strict=True)]
+    return _module(kinds).broadcast_to(kinds, (*kinds.shape[:-2], *counts))
+
+
+def shares(kinds: np.ndarray) -> list[str]:
+    """Which share of the blocks is of each kind, as text."""
+    names = {"empty": EMPTY, "partial": PARTIAL, "full": FULL}
+    whole = max(kinds.size, 1)
+    return [
+        f"{percent(np.count_nonzero(kinds == kind) / whole)} {name}"
+        for name, kind in names.items()
+    ]
+
+
+def percent(share: float) -> str:
+    """A share as text, which says 0 % and 100 % only of none and all."""
+    if share in (0, 1):
+        return f"{share:.0%}".replace("%", " %")
+    return f"{min(max(100 * share, 0.1), 99.9):.3g} %"
+
+
+def draw(kinds: np.ndarray) -> list[str]:
+    """Draws kinds as at most 20 × 20 characters: █ full, ░ partial, blank empty."""
+    wanted = [-(-count // _MOST_CELLS) for count in kinds.shape]
+    cells = resize(kinds, kinds.shape, (1, 1), wanted)
+    cells = np.broadcast_to(
+        cells, [-(-n // w) for n, w in zip(kinds.shape, wanted, strict=True)]
+    )
+    return ["".join(_GLYPHS[kind] for kind in row).rstrip() for row in cells]
+
+
+def _module(kinds):
+    return np if isinstance(kinds, np.ndarray) else jnp

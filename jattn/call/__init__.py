@@ -1,0 +1,7 @@
+"""What is asked: one call, as data.
+
+`keys`          keys of traced functions: two with one key compute the same
+`program`       masks and modifiers made into data that compare by structure
+`problem`       one call, taken apart: static facts and operands
+`hoist`         what of a mask or modifier reads one side, evaluated once for each row
+"""

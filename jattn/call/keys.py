@@ -1,0 +1,123 @@
+"""Keys of traced functions: two functions with one key compute the same."""
+
+import dataclasses
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from jattn.pytree import Same, bits, by_content
+
+# How many derivatives of a function with its own rules a key tells apart. Some rules call
+# their function again, `exp` is one such, so there is no last one.
+_ORDERS = 4
+_RULES = ("custom_jvp_call", "custom_vjp_call")
+
+
+def structure(jaxpr, orders: int = _ORDERS) -> Hashable:
+    """Makes a key of a jaxpr: equal ones compute the same from equal inputs.
+
+    Every key in this library is made of the following, so that two programs with one key
+    are one program. Nothing is known by its printed text, for two numbers may print alike.
+
+        type of a value     shape, dtype, weak type, sharding: the abstract value itself
+        literal             its type and its bits
+        array of an inner   its type and its bits; a traced one only equals itself
+          jaxpr
+        inner jaxpr         its own key
+        parameter           number: type and bits; container: its items; else by `==`
+        function with its   the keys of its jaxpr and of the jaxpr of its derivative, and
+          own derivative    so on for `orders` derivatives
+
+    Only a function without a jaxpr, such as a callback, is known by its identity.
+    """
+    numbers: dict[Any, int] = {}
+
+    def atom(x):
+        if isinstance(x, Literal):
+            return "literal", x.aval, bits(x.val, getattr(x.aval, "dtype", None))
+        return numbers.setdefault(x, len(numbers)), x.aval
+
+    def equation(eqn):
+        params = eqn.params
+        if eqn.primitive.name in _RULES:
+            params = {"call": eqn.params["call_jaxpr"], "rule": _Rule(eqn)}
+        return (
+            eqn.primitive,
+            tuple(map(atom, eqn.invars)),
+            tuple((name, _parameter(params[name], orders)) for name in sorted(params)),
+            tuple(map(atom, eqn.outvars)),
+        )
+
+    inputs = tuple(map(atom, (*jaxpr.constvars, *jaxpr.invars)))
+    return inputs, tuple(map(equation, jaxpr.eqns)), tuple(map(atom, jaxpr.outvars))
+
+
+def _parameter(value, orders: int) -> Hashable:
+    """Makes a key of an equation's parameter, as `structure` says."""
+    if isinstance(value, _Rule):
+        return value.structure(orders - 1) if orders else None
+    if hasattr(value, "jaxpr") and hasattr(value, "consts"):
+        return structure(value.jaxpr, orders), tuple(map(by_content, value.consts))
+    if hasattr(value, "eqns"):
+        return structure(value, orders)
+    if isinstance(value, tuple | list):
+        return type(value), tuple(_parameter(x, orders) for x in value)
+    if isinstance(value, dict):
+        items = tuple((key, _parameter(x, orders)) for key, x in value.items())
+        return type(value), items
+    if isinstance(value, float | complex | np.ndarray | np.generic | jax.Array):
+        return type(value), by_content(value)
+    try:
+        hash(value)
+    except TypeError:
+        return Same(value)
+    return type(value), value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rule:
+    """The derivative that a function brings with it, as an equation calls it."""
+
+    equation: Any
+
+    def structure(self, orders: int) -> Hashable:
+        """Makes a key of the derivative's jaxpr."""
+        types = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in self.inputs]
+        try:
+            derivative = jax.make_jaxpr(self._derivative)(*types)
+        except Exception:  # noqa: BLE001  whatever the user's rule raises; it may be unused
+            return Same(self.equation)
+        constants = tuple(map(by_content, derivative.consts))
+        return structure(derivative.jaxpr, orders), constants
+
+    @property
+    def inputs(self):
+        """The inputs of the call, then what is to be pushed or pulled through it."""
+        real = lambda x: jnp.issubdtype(x.aval.dtype, jnp.inexact)
+        forward = self.equation.primitive.name == "custom_jvp_call"
+        ends = self.equation.invars if forward else self.equation.outvars
+        return [*self.equation.invars, *filter(real, ends)]
+
+    def _derivative(self, *arrays):
+        """Pushes tangents through the call, or pulls cotangents."""
+        primitive, count = self.equation.primitive, len(self.equation.invars)
+        params = primitive.get_bind_params(self.equation.params)
+        primals, rest = arrays[:count], arrays[count:]
+        real = [jnp.issubdtype(x.dtype, jnp.inexact) for x in primals]
+
+        def call(*chosen):
+            chosen = iter(chosen)
+            given = [
+                next(chosen) if flag else x for x, flag in zip(primals, real, strict=True)
+            ]
+            outputs = primitive.bind(*given, **params)
+            return [x for x in outputs if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+        chosen = tuple(x for x, flag in zip(primals, real, strict=True) if flag)
+        if primitive.name == "custom_jvp_call":
+            return jax.jvp(call, chosen, rest)[1]
+        return jax.vjp(call, *chosen)[1](list(rest))

@@ -1,0 +1,9 @@
+"""Who computes: every implementation of attention, and which one runs.
+
+`shared`        the logits of some queries by some keys
+`dense`         attention in one tile
+`blockwise`     attention in many tiles: forward, backward, tangent
+`tpu`           attention on TPU, by Pallas kernels
+`cudnn`         attention on NVIDIA GPUs by cuDNN, where it is the same function
+`dispatch`      which implementation runs, and why
+"""

@@ -1,0 +1,417 @@
+"""A call, laid out so that blocks can be cut from it.
+
+Tiles are cut in two steps: a head, some examples and key/value heads over the whole
+length, and from it a tile. A tile has four axes: examples, key/value heads, and then rows
+and columns in either order. Rows are the queries of all G heads that share a key/value
+head; columns are keys.
+"""
+
+import copy
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jattn.blocks import of_call
+from jattn.call.problem import Operands, Problem, index
+from jattn.call.program import Index
+
+
+class Plan(NamedTuple):
+    """How much a tile holds."""
+
+    B: int  # examples
+    K: int  # key/value heads
+    G: int  # query heads for each of these: all
+    T: int  # queries
+    S: int  # keys
+    folded: bool = False  # whether the forward pass takes heads as one
+
+    @property
+    def N(self) -> int:
+        """Query heads."""
+        return self.K * self.G
+
+
+# With as few rows to a key/value head, reading the keys is what takes time.
+FEW_ROWS = 8
+
+
+# How many queries and keys a tile has, at most, measured on XLA's CPU: large tiles are
+# faster, by this much a pair, and small ones leave out more of what a mask hides.
+COARSE, FINE = 1024, 512
+FINE_COST = 1.25
+
+
+def granularity(problem: Problem, operands: Operands | None) -> int:
+    """COARSE or FINE, by what is left to visit under a mask that reads no arrays."""
+    if problem.size is not None:
+        return problem.size
+    if problem.mask is None:
+        return COARSE
+    if operands is None or not problem.sizes.are_known:
+        return FINE
+    if not _has_known_numbers(operands):
+        return FINE
+    alone = dataclasses.replace(problem, modifier=None), operands._replace(bias=None)
+    coarse, fine = (
+        np.mean(of_call.block_table(*alone, *tile) != of_call.EMPTY)
+        for tile in (tile_sizes(problem, COARSE), tile_sizes(problem, FINE))
+    )
+    return COARSE if coarse <= fine * FINE_COST else FINE
+
+
+def decided(problem: Problem, operands: Operands) -> Problem:
+    """The problem with the size of its tiles, where the mask's numbers are known.
+
+    Inside `jit` they are not, for they are operands.
+    """
+    if problem.mask is None or not problem.sizes.are_known:
+        return problem
+    if 0 in (*problem.sizes.BNTS, problem.sizes.K) or not _has_known_numbers(operands):
+        return problem
+    return dataclasses.replace(problem, size=granularity(problem, operands))
+
+
+def _has_known_numbers(operands: Operands) -> bool:
+    """Whether all that decides what is skipped are numbers of Python or NumPy."""
+    where = operands.query_position, operands.key_position
+    arrays = jax.tree.leaves((operands.mask, where))
+    return operands.kinds is None and all(
+        isinstance(x, np.ndarray | np.generic) and x.size == 1 for x in arrays
+    )
+
+
+def tile_sizes(problem: Problem, size: int) -> tuple[int, int]:
+    """How many queries and keys are skipped at once."""
+    rule = plan(problem, spread=False, size=size)
+    return rule.T, rule.S
+
+
+def plan(
+    problem: Problem, spread: bool, size: int, tile: tuple[int, int] | None = None
+) -> Plan:
+    """The sizes of tiles, by those of the problem; `tile` overrides queries and keys."""
+    sizes = problem.sizes
+    if tile is not None:
+        return Plan(1, 1, sizes.G, min(tile[0], sizes.T), min(tile[1], sizes.S))
+    if not sizes.are_known:
+        return Plan(1, 1, sizes.G, 256, 512)
+    T = _even(sizes.T, max(size // sizes.G, 1))
+    S = _even(sizes.S, size, 64)
+    if spread:  # all examples and heads, for a loop over them would cut a divided axis
+        return Plan(sizes.B, sizes.K, sizes.G, T, S)
+    if sizes.G * sizes.T <= FEW_ROWS and sizes.K > 1:
+        K = _divisor(sizes.K, 64 // (sizes.G * sizes.T))
+        # To cut keys is to copy them, which takes longer than to read them.
+        S = sizes.S if problem.mask is None else _even(sizes.S, 8192)
+        B = sizes.B if K == sizes.K else 1
+        return Plan(B, K, sizes.G, T, S, folded=True)
+    fit = max(1, 2**19 // (T * S * sizes.G))
+    K = _divisor(sizes.K, fit)
+    B = _divisor(sizes.B, fit // K) if K == sizes.K else 1
+    return Plan(B, K, sizes.G, T, S)
+
+
+def rows_plan(problem: Problem) -> Plan:
+    """Tiles of whole rows: few enough that they stay small."""
+    sizes = problem.sizes
+    if not sizes.are_known:
+        return Plan(sizes.B, sizes.K, sizes.G, 16, sizes.S)
+    row = sizes.B * sizes.N * sizes.S
+    return Plan(sizes.B, sizes.K, sizes.G, _even(sizes.T, max(1, 2**20 // row)), sizes.S)
+
+
+def _even(length: int, block: int, multiple: int = 16) -> int:
+    """The size of blocks, at most `block` or so, that leaves the last nearly full."""
+    count = -(-length // block)
+    size = -(-length // count)
+    return size if count == 1 else -(-size // multiple) * multiple
+
+
+def _divisor(number: int, most: int) -> int:
+    return max(x for x in range(1, number + 1) if number % x == 0 and x <= max(most, 1))
+
+
+class Aligned(NamedTuple):
+    """What is read by row and column: BKGTS with any axis 1, or a part of it."""
+
+    bias: jax.Array | None
+    mask: Any
+    modifier: Any
+    index: Index
+    words: Any
+
+
+class Layout:
+    """The arrays of a call, queries padded to whole blocks.
+
+    Queries are BTN…, keys and values BSK…, and all that is aligned BKGTS.
+
+    Keys are not padded, for a cache of them may be most of what there is. Where the last
+    block would reach beyond them it starts earlier instead, and some of its columns are
+    another block's too: `is_own` says which are not. Only of a symbolic number of keys,
+    which may be less than a block, is there a padded copy.
+    """
+
+    def __init__(self, problem: Problem, operands: Operands, plan: Plan, wide=True):
+        sizes = problem.sizes
+        self.problem, self.operands, self.plan = problem, operands, plan
+        count = lambda length, size: 1 if size is length else -(-length // size)
+        self.counts = {x: count(getattr(sizes, x), getattr(plan, x)) for x in "BKTS"}
+        self.padded = {x: self.counts[x] * getattr(plan, x) for x in "TS"}
+        if isinstance(sizes.S, int):
+            self.padded["S"] = sizes.S
+        self.extent = {x: getattr(plan, x) for x in "BKNTS"}  # of what is cut
+        self.is_uneven = not (
+            plan.S is sizes.S or (isinstance(sizes.S, int) and sizes.S % plan.S == 0)
+        )
+        # Products of bfloat16 are exact in float32; those of float16 are not to be had
+        # everywhere, so these are widened, tile by tile.
+        self.narrow = problem.dtype == jnp.bfloat16 and not wide
+        self.query = self._pad(operands.query, {1: "T"})
+        self.key, self.value = self.keys(operands.key), self.keys(operands.value)
+        self.aligned = self._align()
+
+    def ragged(self) -> "Layout":
+        """The layout of the last block of keys, if it alone is partial, with its own."""
+        if self.problem.mask is not None or not self.problem.sizes.are_known:
+            return self
+        last = copy.copy(self)
+        left = self.problem.sizes.S - (self.counts["S"] - 1) * self.plan.S
+        last.extent, last.is_uneven = self.extent | {"S": left}, False
+        return last
+
+    def first_key(self, j):
+        """The column at which block `j` of the keys starts."""
+        start = jnp.asarray(j, jnp.int32) * self.plan.S
+        known = isinstance(self.problem.sizes.S, int)
+        return jnp.minimum(start, self.problem.sizes.S - self.plan.S) if known else start
+
+    def is_own(self, j):
+        """Which columns of block `j` are its own, 1111S: no padding, no other block's."""
+        column = self.first_key(j) + jnp.arange(self.plan.S, dtype=jnp.int32)
+        start = jnp.asarray(j, jnp.int32) * self.plan.S
+        own = (column >= start) & (column < self.problem.sizes.S)
+        return own.reshape(1, 1, 1, 1, self.plan.S)
+
+    def narrowed(self, array):
+        """The array in the dtype that products are taken of."""
+        return array.astype(self.problem.dtype if self.narrow else self.problem.wide)
+
+    def scaled(self, query):
+        """Scaled queries; narrow ones stay, and their products are scaled."""
+        query = self.narrowed(query)
+        return query if self.narrow else query * self.operands.scale
+
+    def queries(self, array, fill=0):
+        """BTN… padded."""
+        return self._pad(array, {1: "T"}, fill, repeats=False)
+
+    def unqueries(self, array):
+        """BTN… without the padding."""
+        return array[:, : self.problem.sizes.T]
+
+    def keys(self, array):
+        """BSK…, padded where its length is symbolic."""
+        return self._pad(array, {1: "S"})
+
+    def align(self, array):
+        """BNTS to BKGTS, its queries padded."""
+        sizes = self.problem.sizes
+        B, N, T, S = array.shape
+        heads = (1, 1) if N == 1 and sizes.N != 1 else (sizes.K, sizes.G)
+        return self._pad(array.reshape(B, *heads, T, S), {3: "T", 4: "S"})
+
+    def unalign(self, array, like):
+        """BKGTS to the shape BNTS of `like`."""
+        return array[:, :, :, : like.shape[2], : like.shape[3]].reshape(like.shape)
+
+    def cut(self, array, axes: str, **at):
+        """The part of an array at the blocks `at`; axes of 1 and others stay whole.
+
+        Where the last block would reach beyond the array, it starts earlier instead.
+        """
+        at = self._with_heads(at)
+        starts, sizes = [], []
+        for letter, length in zip(axes, array.shape, strict=True):
+            size = self.extent[letter] if letter in at else length
+            whole = isinstance(length, int) and (length == 1 or length == size)
+            stride = 0 if letter not in at or whole else getattr(self.plan, letter)
+            starts.append(stride and at[letter] * stride)
+            sizes.append(length if whole else size)
+        if tuple(sizes) == array.shape:
+            return array
+        return lax.dynamic_slice(array, _indices(starts), sizes)
+
+    def put(self, array, part, axes: str, **at):
+        """Writes what `cut` reads."""
+        if part.shape == array.shape:
+            return part.astype(array.dtype)
+        at = self._with_heads(at)
+        starts = [
+            0 if x not in at or size == 1 else at[x] * getattr(self.plan, x)
+            for x, size in zip(axes, array.shape, strict=True)
+        ]
+        return lax.dynamic_update_slice(array, part.astype(array.dtype), _indices(starts))
+
+    def add(self, array, part, axes: str, **at):
+        """Adds to what `cut` reads."""
+        total = self.cut(array, axes, **at) + part.astype(array.dtype)
+        return self.put(array, total, axes, **at)
+
+    def rows(self, array, **at):
+        """The rows of a tile, BTN… to BK(GT)…."""
+        array = self.cut(array, "BTN" + "." * (array.ndim - 3), **at)
+        B, T, N, *rest = array.shape
+        G = self.plan.G
+        array = jnp.moveaxis(array.reshape(B, T, N // G, G, *rest), 1, 3)
+        return array.reshape(B, N // G, G * T, *rest)
+
+    def put_rows(self, array, part, **at):
+        """Writes what `rows` reads."""
+        B, K, GT, *rest = part.shape
+        G, T = self.plan.G, GT // self.plan.G
+        part = jnp.moveaxis(part.reshape(B, K, G, T, *rest), 3, 1)
+        part = part.reshape(B, T, K * G, *rest)
+        return self.put(array, part, "BTN" + "." * len(rest), **at)
+
+    def row_blocks(self, array, **at):
+        """All rows of a head, BTN… to blocks × BK(GT)…."""
+        array = self.cut(array, "BTN" + "." * (array.ndim - 3), **at)
+        B, _, N, *rest = array.shape
+        G, blocks = self.plan.G, (self.counts["T"], self.plan.T)
+        array = array.reshape(B, *blocks, N // G, G, *rest)
+        array = jnp.moveaxis(array, (1, 2), (0, 4))
+        return array.reshape(blocks[0], B, N // G, G * blocks[1], *rest)
+
+    def put_row_blocks(self, array, part, **at):
+        """Writes what `row_blocks` reads."""
+        count, B, K, _, *rest = part.shape
+        G, T = self.plan.G, self.plan.T
+        part = jnp.moveaxis(part.reshape(count, B, K, G, T, *rest), (0, 4), (1, 2))
+        part = part.reshape(B, count * T, K * G, *rest)
+        return self.put(array, part, "BTN" + "." * len(rest), **at)
+
+    def by_head(self, array):
+        """The rows of a tile by query head, BK(GT)… to BKGT…."""
+        B, K, _, *rest = array.shape
+        return array.reshape(B, K, self.plan.G, self.plan.T, *rest)
+
+    def lay(self, array, columns_first: bool = False):
+        """An aligned part, BKGTS, as four axes: its G and T become rows."""
+        B, K, G, T, S = array.shape
+        if G == 1 and T == 1:
+            array = array.reshape(B, K, 1, S)
+        else:
+            G, T = self.plan.G, self.plan.T
+            array = jnp.broadcast_to(array, (B, K, G, T, S)).reshape(B, K, G * T, S)
+        return jnp.swapaxes(array, 2, 3) if columns_first else array
+
+    def _with_heads(self, at):
+        """Blocks of N go with those of K."""
+        return at | {"N": at["K"]} if "K" in at else at
+
+    def _align(self) -> Aligned:
+        operands = self.operands
+        aligned = Aligned(
+            operands.bias,
+            operands.mask.aligned,
+            operands.modifier.aligned,
+            index(self.problem, operands),
+            operands.rng,
+        )
+        return jax.tree.map(self.align, aligned)
+
+    def _pad(self, array, axes, fill=0, repeats=True):
+        """The array with its axes T and S padded; those of size 1 stay.
+
+        Padding repeats the last query where it `repeats`, as far as its number is known:
+        what a modifier does there has no infinite derivative that the query has not.
+        """
+        shape = list(array.shape)
+        for axis, letter in axes.items():
+            if not (isinstance(shape[axis], int) and shape[axis] == 1):
+                shape[axis] = self.padded[letter]
+        if tuple(shape) == array.shape:
+            return array
+        whole = jnp.full(shape, fill, array.dtype)
+        for axis, letter in axes.items() if repeats else ():
+            count = array.shape[axis]
+            if letter == "T" and isinstance(count, int) and count != shape[axis]:
+                last = lax.slice_in_dim(array, count - 1, count, axis=axis)
+                rest = [(0, x - y, 0) for x, y in zip(shape, last.shape, strict=True)]
+                rest[axis] = (0, 0, 0)
+                last = lax.pad(last, jnp.array(fill, array.dtype), rest)
+                whole = jnp.broadcast_to(last, shape)
+        return lax.dynamic_update_slice(whole, array, (0,) * array.ndim)
+
+
+def _indices(starts):
+    return [jnp.asarray(x, jnp.int32) for x in starts]
+
+
+class Schedule(NamedTuple):
+    """Which tiles to visit, for each step in B and K and each block of one side.
+
+    The first `full` of `order` are full, those from there to `live` partial.
+    """
+
+    order: jax.Array
+    full: jax.Array
+    live: jax.Array
+    masked: bool  # whether a partial tile has a mask to apply; else a modifier hides it
+
+    def at(self, b, k, i):
+        """Of one block: its order, and where the full and the partial ones end."""
+        b = 0 if self.full.shape[0] == 1 else b
+        k = 0 if self.full.shape[1] == 1 else k
+        return self.order[b, k, i], self.full[b, k, i], self.live[b, k, i]
+
+    def in_order(self) -> "Schedule":
+        """The same tiles in the order in which they lie, each as if it were partial."""
+        places = lax.broadcasted_iota(jnp.int32, self.order.shape, self.order.ndim - 1)
+        last = self.order.shape[-1]
+        order = jnp.sort(jnp.where(places < self.live[..., None], self.order, last))
+        return self._replace(order=order, full=jnp.zeros_like(self.full))
+
+
+def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
+    """By query block over key blocks, and by key block over query blocks."""
+    problem, plan = layout.problem, layout.plan
+    if not (of_call.skips(problem, layout.operands) or layout.is_uneven):
+        return None, None
+    table = of_call.block_table(problem, layout.operands, plan.T, plan.S)
+    xp = np if isinstance(table, np.ndarray) else jnp
+    table = xp.broadcast_to(
+        table, (*table.shape[:2], layout.counts["T"], layout.counts["S"])
+    )
+    table = _common(xp, _common(xp, table, 0, plan.B), 1, plan.K * plan.G)
+    if problem.mask is None:  # what a modifier empties for some heads needs no mask
+        table = xp.where(table == of_call.EMPTY, table, xp.full_like(table, of_call.FULL))
+    if layout.is_uneven:
+        last = xp.arange(table.shape[-1]) == table.shape[-1] - 1
+        table = xp.where(last, xp.minimum(table, of_call.PARTIAL), table)
+    masked = problem.mask is not None or layout.is_uneven
+    return _schedule(xp, table, masked), _schedule(xp, xp.swapaxes(table, 2, 3), masked)
+
+
+def _common(xp, table, axis, size):
+    """One kind for each group of `size`: partial where they differ."""
+    if (isinstance(size, int) and size == 1) or table.shape[axis] == 1:
+        return table
+    shape = list(table.shape)
+    shape[axis : axis + 1] = [table.shape[axis] // size, size]
+    table = table.reshape(shape)
+    low, high = xp.min(table, axis + 1), xp.max(table, axis + 1)
+    return xp.where(low == high, low, xp.full_like(low, of_call.PARTIAL))
+
+
+def _schedule(xp, table, masked: bool) -> Schedule:
+    order = xp.argsort(of_call.FULL - table, axis=-1, stable=True).astype(xp.int32)
+    full = xp.sum(table == of_call.FULL, axis=-1, dtype=xp.int32)
+    live = xp.sum(table != of_call.EMPTY, axis=-1, dtype=xp.int32)
+    return Schedule(jnp.asarray(order), jnp.asarray(full), jnp.asarray(live), masked)

@@ -1,0 +1,77 @@
+"""The strongest weights of each query, tile by tile: a running list of the best.
+
+A tile's weights and those found before it are ranked together, and the best stay. Tiles
+come in the order of their keys, so that of equal weights the first key wins.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from jattn.call.problem import Operands, Problem
+from jattn.implementations.blockwise.layout import Layout, Plan, granularity, plan
+from jattn.implementations.blockwise.summaries import is_nothing, sweep
+
+
+def strongest(
+    problem: Problem, operands: Operands, normalizer, k: int, average: bool, tile=None
+):
+    """The k largest weights of each query, descending, and the indices of their keys.
+
+    Of equal ones the first key comes first. Where fewer keys have any weight, the index
+    is −1 and the weight 0.
+
+    Returns:
+        Indices, int32, and weights: BTNk, or BTk of the weights averaged over heads.
+    """
+    B, N, T, _ = problem.sizes.BNTS
+    if k == 0 or is_nothing(problem):
+        shape = (B, T, k) if average else (B, T, N, k)
+        return jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, problem.wide)
+    usual = plan(problem, False, granularity(problem, operands), tile)
+    usual = usual._replace(folded=False)
+    layout = Layout(problem, operands, _plan(problem, average, usual, tile))
+    B, K, G, T, *_ = layout.plan
+    rows, whole = (B, K, G * T), layout.query.shape[:3]
+    if average:
+        rows, whole = (B, T), layout.query.shape[:2]
+    nothing = lambda shape: (
+        jnp.zeros((*shape, k), problem.wide),
+        jnp.full((*shape, k), -1, jnp.int32),
+    )
+
+    def step(part, logs, at):
+        weights = jnp.exp(logs)
+        if average:
+            weights = jnp.mean(layout.by_head(weights), axis=(1, 2))
+        return _merge(part, weights, layout.first_key(at.j))
+
+    def finish(whole, part, i, at):
+        put = lambda x, y: layout.put_rows(x, y, T=i, **at)
+        if average:
+            put = lambda x, y: layout.put(x, y, "BT.", T=i, **at)
+        return tuple(map(put, whole, part))
+
+    start = lambda whole: nothing(rows)
+    results = sweep(layout, normalizer, nothing(whole), start, step, finish, ordered=True)
+    cut = (lambda x: x[:, : problem.sizes.T]) if average else layout.unqueries
+    weights, indices = map(cut, results)
+    return jnp.where(weights > 0, indices, -1), weights
+
+
+def _merge(best, weights, first):
+    """The k largest weights, of those found so far and of a tile that lies after them."""
+    columns = first + lax.broadcasted_iota(jnp.int32, weights.shape, weights.ndim - 1)
+    weights = jnp.where(weights > 0, weights, 0)  # NaN is nothing
+    candidates = zip(best, (weights, columns), strict=True)
+    weights, columns = (jnp.concatenate(x, axis=-1) for x in candidates)
+    weights, places = lax.top_k(weights, best[0].shape[-1])  # of equal ones, the first
+    return weights, jnp.take_along_axis(columns, places, axis=-1)
+
+
+def _plan(problem: Problem, average: bool, usual: Plan, tile) -> Plan:
+    """How much a tile holds: all heads where their weights are averaged."""
+    K = problem.sizes.K
+    if not average or usual.K == K:
+        return usual
+    T = usual.T if tile is not None else max(usual.T * usual.K // K, 1)
+    return usual._replace(B=1, K=K, T=T)

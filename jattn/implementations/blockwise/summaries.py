@@ -1,0 +1,251 @@
+"""A look at the weights, tile by tile: their entropy, and what each key receives.
+
+The weights of a tile are exp(logits − normalizer). The normalizer of a query is its
+logsumexp, sink included, and +∞ where it sees nothing, which makes its weights 0.
+
+Both are operations, and have derivatives of every order.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn.call.problem import Operands, Problem
+from jattn.implementations.blockwise.join import join
+from jattn.implementations.blockwise.layout import (
+    Layout,
+    Plan,
+    granularity,
+    plan,
+    rows_plan,
+    schedules,
+)
+from jattn.implementations.blockwise.tiles import (
+    Tile,
+    loop,
+    over_heads,
+    over_tiles,
+    products_of,
+)
+from jattn.implementations.blockwise.whole_rows import row_logits
+from jattn.operations.join import Joined, Leading
+from jattn.operations.operation import Operation, retype
+
+
+def entropy(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.Array:
+    """−Σₛ weightₛ log weightₛ, BTN; the sink's share is left to the caller."""
+    B, N, T, _ = problem.sizes.BNTS
+    if is_nothing(problem):
+        return jnp.zeros((B, T, N), problem.wide)
+    leaves, tree = jax.tree.flatten(operands)
+    return Entropy(problem, tree, granularity(problem, operands), tile)(
+        *leaves, normalizer
+    )[0]
+
+
+def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.Array:
+    """The weights of each key, summed over queries, BSN."""
+    B, N, _, S = problem.sizes.BNTS
+    if is_nothing(problem):
+        return jnp.zeros((B, S, N), problem.wide)
+    leaves, tree = jax.tree.flatten(operands)
+    return Received(problem, tree, granularity(problem, operands), tile)(
+        *leaves, normalizer
+    )[0]
+
+
+def closed(normalizer):
+    """+∞ where a query sees nothing, which makes its weights 0."""
+    return jnp.where(normalizer == -jnp.inf, jnp.inf, normalizer)
+
+
+def is_nothing(problem: Problem) -> bool:
+    """Whether there is no query or no key, as far as sizes are known."""
+    sizes = problem.sizes
+    return any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S))
+
+
+def log_weights(logits, allowed, normalizer):
+    """The logarithms of the weights of a tile; −∞ where a pair does not count."""
+    logits = logits - normalizer[..., None]
+    return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+
+
+def surprise(log_weights):
+    """−weight · log weight, and 0 where the weight is 0."""
+    weights = jnp.exp(log_weights)
+    none = weights == 0
+    return jnp.where(none, 0, -weights * jnp.where(none, 0, log_weights))
+
+
+class At(NamedTuple):
+    """Which tile of which heads."""
+
+    head: dict
+    i: Any
+    j: Any
+
+
+def sweep(layout: Layout, normalizer, carry, start, step, finish, ordered=False):
+    """Takes the log weights of every tile that is not empty, a query block at a time.
+
+        part = start(carry)
+        part = step(part, log_weights, at)      for each tile of the query block
+        carry = finish(carry, part, i, head)
+
+    `ordered` says that tiles must come in the order of their keys.
+    """
+    by_query, _ = schedules(layout)
+    by_query = by_query.in_order() if ordered and by_query is not None else by_query
+    normalizer = layout.queries(normalizer, fill=jnp.inf)  # so that padding weighs 0
+
+    def one_head(head, carry):
+        def one_block(i, carry):
+            query = layout.scaled(layout.rows(layout.query, T=i, **head.at))
+            rows = layout.rows(normalizer, T=i, **head.at)
+
+            def body(masked):
+                def one_tile(j, part):
+                    view = Tile(layout, head.aligned, i, j)
+                    key = layout.cut(head.key, "BKS.", S=j)
+                    logits = view.logits(products_of(layout, query, key), view.active)
+                    allowed = view.allowed() if masked else None
+                    logs = log_weights(logits, allowed, rows)
+                    return step(part, logs, At(head.at, i, j))
+
+                return one_tile
+
+            count = layout.counts["S"]
+            part = over_tiles(by_query, head, i, count, body, start(carry))
+            return finish(carry, part, i, head.at)
+
+        return loop(layout.counts["T"], one_block, carry)
+
+    return over_heads(layout, one_head, carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class _View(Operation):
+    """Takes the leaves of `Operands`, and the normalizer BTN."""
+
+    problem: Problem
+    tree: Any
+    size: int
+    tile: tuple[int, int] | None = None
+
+    @property
+    def elements(self) -> int:
+        """Two tiles."""
+        B, K, G, T, S, *_ = plan(self.problem, False, self.size, self.tile)
+        return 2 * B * K * G * T * S
+
+    def joined(self, size, mapped, apart):
+        """A call with more examples, unless slices share their keys."""
+        found = join(self.problem, self.tree, size, mapped[:-1], apart[:-1])
+        if found is None:
+            return None
+        problem, slots = found
+        whole = Leading(size, self.problem.sizes.B, apart=True)
+        operation = dataclasses.replace(self, problem=problem)
+        return Joined(operation, (*slots, whole), (whole,))
+
+    def lay(self, leaves, plan: Plan):
+        """The layout of a call, and the normalizer."""
+        *leaves, normalizer = leaves
+        return Layout(self.problem, self.tree.unflatten(leaves), plan), normalizer
+
+    def by_rows(self, leaves, function):
+        """The layout in whole rows, and `function` of the log weights of a block of them.
+
+        These are computed again backward, so that nothing of T × S is kept.
+        """
+        layout, normalizer = self.lay(leaves, rows_plan(self.problem))
+        key = jnp.moveaxis(layout.key.astype(self.problem.wide), 2, 1)
+        normalizer = layout.queries(normalizer, fill=jnp.inf)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def of_block(i):
+            view = Tile(layout, layout.aligned, i, 0)
+            logits, allowed = row_logits(layout, view, key, i)
+            return function(log_weights(logits, allowed, layout.rows(normalizer, T=i)))
+
+        return layout, of_block
+
+
+class Entropy(_View):
+    """The entropy of each query's weights."""
+
+    def types(self, *types):
+        """BTN."""
+        query, (B, N, T, _) = types[0], self.problem.sizes.BNTS
+        return [retype(query, (B, T, N), self.problem.wide, query.sharding.spec[:3])]
+
+    def fast(self, *leaves, spread):
+        """Tile by tile."""
+        layout, normalizer = self.lay(
+            leaves, plan(self.problem, spread, self.size, self.tile)
+        )
+        rows = (layout.plan.B, layout.plan.K, layout.plan.G * layout.plan.T)
+        total = sweep(
+            layout,
+            normalizer,
+            jnp.zeros(layout.query.shape[:3], self.problem.wide),
+            start=lambda total: jnp.zeros(rows, total.dtype),
+            step=lambda part, logs, at: part + jnp.sum(surprise(logs), axis=-1),
+            finish=lambda total, part, i, at: layout.put_rows(total, part, T=i, **at),
+        )
+        return [layout.unqueries(total)]
+
+    def reference(self, *leaves):
+        """A few whole rows at a time."""
+        layout, of_block = self.by_rows(leaves, lambda x: jnp.sum(surprise(x), axis=-1))
+        parts = jax.lax.map(of_block, jnp.arange(layout.counts["T"]))
+        whole = jnp.zeros(layout.query.shape[:3], self.problem.wide)
+        return [layout.unqueries(layout.put_row_blocks(whole, parts))]
+
+
+class Received(_View):
+    """The weights of each key, summed over queries."""
+
+    def types(self, *types):
+        """BSN."""
+        key, (B, N, _, S) = types[1], self.problem.sizes.BNTS
+        return [retype(key, (B, S, N), self.problem.wide, key.sharding.spec[:3])]
+
+    def fast(self, *leaves, spread):
+        """Tile by tile."""
+        layout, normalizer = self.lay(
+            leaves, plan(self.problem, spread, self.size, self.tile)
+        )
+        total = self.nothing(layout)
+        add = lambda total, logs, at: layout.add(
+            total, self.columns(layout, logs), "BKGS", S=at.j, **at.head
+        )
+        keep = lambda total, part, i, at: part
+        total = sweep(layout, normalizer, total, lambda total: total, add, keep)
+        return [self.as_keys(total)]
+
+    def reference(self, *leaves):
+        """A few whole rows at a time."""
+        layout, of_block = self.by_rows(leaves, lambda x: self.columns(layout, x))
+        step = lambda total, i: (total + of_block(i), None)
+        total, _ = lax.scan(step, self.nothing(layout), jnp.arange(layout.counts["T"]))
+        return [self.as_keys(total)]
+
+    def nothing(self, layout: Layout):
+        """Zeros BKGS, padded as the keys are."""
+        B, K, G = self.problem.sizes.B, self.problem.sizes.K, self.problem.sizes.G
+        return jnp.zeros((B, K, G, layout.padded["S"]), self.problem.wide)
+
+    def columns(self, layout: Layout, log_weights):
+        """The weights of a tile BK(GT)S, summed over its queries, BKGS."""
+        return jnp.sum(layout.by_head(jnp.exp(log_weights)), axis=3)
+
+    def as_keys(self, total):
+        """BKGS, without padding, to BSN."""
+        B, N, _, S = self.problem.sizes.BNTS
+        return jnp.swapaxes(total[..., :S].reshape(B, N, S), 1, 2)

@@ -1,0 +1,225 @@
+"""One tile: its logits, mask and dropout, its products; and the loops over tiles."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn.call.program import Arrays, Index
+from jattn.dropout import keep
+from jattn.implementations import shared
+from jattn.implementations.blockwise.layout import Aligned, Layout
+from jattn.operations.mapped import cond_any
+from jattn.shapes import is_one, wide_dtype
+
+
+class Active(NamedTuple):
+    """What the logits of a tile depend on beside the products; None where constant."""
+
+    bias: Any
+    captured: Any
+    modifier: Any
+
+    def fill(self, other: "Active") -> "Active":
+        """The other's arrays where this one has None."""
+        pick = lambda mine, other: other if mine is None else mine
+        return jax.tree.map(pick, self, other, is_leaf=lambda x: x is None)
+
+
+class Tile:
+    """One tile's logits, mask and dropout, for rows × columns or columns × rows."""
+
+    def __init__(self, layout: Layout, aligned: Aligned, i, j, columns_first=False):
+        cut = lambda x: layout.cut(x, "BKGTS", T=i, S=j)
+        self.layout, self.problem, self.j = layout, layout.problem, j
+        self.part = jax.tree.map(cut, aligned)
+        self.lay = functools.partial(layout.lay, columns_first=columns_first)
+        self.index = Index(*map(self.lay, self.part.index))
+
+    @property
+    def active(self) -> Active:
+        """All of it."""
+        captured = self.layout.operands.modifier.captured
+        return Active(self.part.bias, captured, self.part.modifier)
+
+    def logits(self, products, active: Active):
+        """Modifier, then bias, on products that were scaled."""
+        logits = products
+        if self.problem.modifier is not None:
+            arrays = Arrays(active.captured, tuple(map(self.lay, active.modifier)))
+            logits = self.problem.modifier(arrays, self.index, products)
+            logits = jnp.broadcast_to(logits, products.shape).astype(products.dtype)
+            logits = shared.rounded(logits)
+        return logits if active.bias is None else logits + self.lay(active.bias)
+
+    def allowed(self):
+        """Which pairs count: the mask's, and no key of another block."""
+        allowed = None
+        if self.problem.mask is not None:
+            captured = self.layout.operands.mask.captured
+            arrays = Arrays(captured, tuple(map(self.lay, self.part.mask)))
+            allowed = self.problem.mask(arrays, self.index)
+        if self.layout.is_uneven:
+            own = self.lay(self.layout.is_own(self.j))
+            allowed = own if allowed is None else allowed & own
+        return allowed
+
+    def drop(self, weights):
+        """The weights that dropout keeps, scaled up."""
+        if self.part.words is None:
+            return weights
+        queries, keys = map(self.lay, self.part.words)
+        kept = keep(queries, keys, self.problem.rate)
+        return jnp.where(kept, weights / (1 - self.problem.rate), 0)
+
+
+class Head(NamedTuple):
+    """Some examples and key/value heads of a call."""
+
+    at: dict
+    key: jax.Array  # BKSH
+    value: jax.Array  # BKSD
+    aligned: Aligned
+
+
+def over_heads(layout: Layout, body, carry, folded=False):
+    """Runs `body(head, carry)` for every step in B and K; folded keys stay BSK…."""
+    counts = layout.counts
+
+    def step(index, carry):
+        b, k = index // counts["K"], index % counts["K"]
+        cut = lambda x, axes: layout.cut(x, axes, B=b, K=k)
+        aligned = jax.tree.map(lambda x: cut(x, "BKGTS"), layout.aligned)
+        key, value = cut(layout.key, "BSK."), cut(layout.value, "BSK.")
+        if not folded:
+            key, value = jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1)
+        return body(Head({"B": b, "K": k}, key, value, aligned), carry)
+
+    return loop(counts["B"] * counts["K"], step, carry)
+
+
+def loop(count, body, carry):
+    """A loop; none for a single turn."""
+    if is_one(count):
+        return body(0, carry)
+    return lax.fori_loop(0, count, body, carry)
+
+
+def over_tiles(schedule, head: Head, i, count, body, carry):
+    """Runs `body(masked)(j, carry)` over the tiles of block `i` that are not empty."""
+    if schedule is None:
+        return loop(count, body(False), carry)
+    if is_one(count):  # applies the mask, rather than to ask whether it must
+        return body(schedule.masked)(0, carry)
+    order, full, live = schedule.at(head.at["B"], head.at["K"], i)
+    at = lambda masked: lambda turn, carry: body(masked)(order[turn], carry)
+    if not schedule.masked:
+        return lax.fori_loop(0, live, at(False), carry)
+    carry = lax.fori_loop(0, full, at(False), carry)
+    return lax.fori_loop(full, live, at(True), carry)
+
+
+def dot(spec: str, x, y, wide):
+    """A product that is summed in the wide precision."""
+    return jnp.einsum(spec, x, y, preferred_element_type=wide)
+
+
+@jax.custom_jvp
+def _at_most_zero(x):
+    return jnp.minimum(x, 0)
+
+
+# The derivative is that of x, also where `minimum` would have half of it or none.
+_at_most_zero.defjvp(lambda x, d: (_at_most_zero(*x), *d))
+
+
+def exponentials(logits, top):
+    """exp(logits − top), and never above 1.
+
+    `top` is the maximum of these logits or, where products were summed in another order
+    than forward, nearly so: of 1e8 the last place is 8, and exp(8) is 3000.
+    """
+    return jnp.exp(_at_most_zero(logits - top))
+
+
+def row_factors(total):
+    """What turns exponentials of a row into weights, and which of these are settled.
+
+    The first is 1 / total, and 0 where a row sees nothing. An exponential above the
+    second has all the weight, to the last place: there the softmax is constant. The
+    difference of v · d_output and δ, which are rounded apart, would not be 0 there.
+    """
+    inverse = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
+    return inverse, jnp.where(total == 1, jnp.array(0.5, total.dtype), 2)
+
+
+def row_numbers(outputs, cotangents):
+    """What backward needs of each row: top, the factors, δ, and δ less d_logsumexp."""
+    output, top, total = outputs
+    d_output, _, d_total = cotangents
+    inverse, settled = row_factors(total)
+    delta = jnp.sum(d_output * output, axis=-1)
+    return top, inverse, settled, delta, delta - d_total * total
+
+
+# XLA's CPU sums up the products of one pair in their order where the last axis of the
+# result is a multiple of this, the numbers in a vector, and in another order elsewhere.
+LANES = 16
+
+
+def products_of(layout, query, key):
+    """Each query by each key, BKRH and BKSH to BKRS."""
+    wide, count = layout.problem.wide, key.shape[2]
+    key = key.astype(wide)
+    if _are_few(query):  # to pad keys is to copy them
+        return dot("BKRH,BKSH->BKRS", query, key, wide)
+    products = dot("BKRH,BKSH->BKRS", query, _whole_lanes(key), wide)
+    return lax.slice_in_dim(products, 0, count, axis=3)
+
+
+def columns_of(query, key, wide):
+    """What `products_of` gives, to the last bit, but BKSR.
+
+    So backward finds the very logits that forward has seen. Large ones would else differ
+    by more than a little: of 1e8 the last place is 8.
+    """
+    if _are_few(query):
+        # XLA would make one product of both, which sums in another order.
+        rows = lax.optimization_barrier(dot("BKRH,BKSH->BKRS", query, key, wide))
+        return jnp.swapaxes(rows, 2, 3)
+    products = dot("BKSH,BKRH->BKSR", key, _whole_lanes(query), wide)
+    return lax.slice_in_dim(products, 0, query.shape[2], axis=3)
+
+
+def _are_few(rows) -> bool:
+    return isinstance(rows.shape[2], int) and rows.shape[2] < LANES
+
+
+def _whole_lanes(rows):
+    """Rows BKRH, and zeros up to a multiple of LANES; as they are in an unknown number."""
+    count = rows.shape[2]
+    if not isinstance(count, int) or count % LANES == 0:
+        return rows
+    return jnp.pad(rows, [(0, 0), (0, 0), (0, -count % LANES), (0, 0)])
+
+
+def sums_of(weights, value, allowed):
+    """The values BKSD in proportion to weights BKRS.
+
+    What is not finite in a value counts as 0 where there is a mask, for 0 · NaN is NaN;
+    a row that sees some gets NaN after the sum.
+    """
+    wide = wide_dtype(weights.dtype)
+    if allowed is None:
+        return dot("BKRS,BKSD->BKRD", weights, value, wide)
+    value, poison = shared.isolate(value)
+    poison = poison.astype(wide)
+    total = dot("BKRS,BKSD->BKRD", weights, value, wide)
+
+    def spoil(total):
+        seen = jnp.where(allowed, poison[..., None, :], 0)
+        return total + jnp.sum(seen, axis=-1)[..., None]
+
+    return cond_any(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)

@@ -1,0 +1,54 @@
+"""A few whole rows at a time: plain, for JAX to differentiate."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn.call.problem import Operands, Problem
+from jattn.implementations import shared
+from jattn.implementations.blockwise.layout import Layout, rows_plan
+from jattn.implementations.blockwise.tiles import Tile, products_of, sums_of
+
+
+def by_rows(problem: Problem, operands: Operands):
+    """Output, maximum and sum, whole rows at a time: plain, for JAX to differentiate."""
+    sizes, wide = problem.sizes, problem.wide
+    layout = Layout(problem, operands, rows_plan(problem))
+    key, value = (jnp.moveaxis(x.astype(wide), 2, 1) for x in (layout.key, layout.value))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def rows(i):
+        view = Tile(layout, layout.aligned, i, 0)
+        logits, allowed = row_logits(layout, view, key, i)
+        top = lax.stop_gradient(jnp.max(logits, axis=-1))
+        top = jnp.where(top == -jnp.inf, 0, top)
+        weights = jnp.exp(logits - top[..., None])
+        total = jnp.sum(weights, axis=-1)
+        output = sums_of(view.drop(weights), value, allowed)
+        # Not `forward.finish`: its maximum has half a derivative where a row sees one key.
+        return output / jnp.where(total == 0, 1, total)[..., None], top, total
+
+    results = lax.map(rows, jnp.arange(layout.counts["T"]))
+    whole = (jnp.zeros((*layout.query.shape[:3], sizes.D), wide),)
+    whole = (*whole, *[jnp.zeros(layout.query.shape[:3], wide)] * 2)
+    return tuple(
+        layout.unqueries(layout.put_row_blocks(x, y))
+        for x, y in zip(whole, results, strict=True)
+    )
+
+
+def row_logits(layout: Layout, view: Tile, key, i):
+    """The logits of whole rows by all keys BKSH, and which of these count."""
+    query, allowed = layout.scaled(layout.rows(layout.query, T=i)), view.allowed()
+    if allowed is None:
+        return view.logits(products_of(layout, query, key), view.active), None
+    query, query_poison = shared.isolate(query)  # the transpose of products mixes rows
+    key, key_poison = shared.isolate(key)
+    poison = query_poison[..., None] + key_poison[..., None, :]
+    products = products_of(layout, query, key)
+    if layout.problem.modifier is not None:
+        products = shared.harmless(products, allowed)
+    logits = view.logits(products, view.active)
+    return jnp.where(allowed, logits + poison, -jnp.inf), allowed

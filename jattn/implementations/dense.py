@@ -1,0 +1,106 @@
+"""Attention in one tile: all logits at once, T × S of them.
+
+The plainest implementation: right for small inputs, for looking at logits and weights,
+and for checking others. JAX differentiates it as it stands, to any order.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jattn.call.problem import Operands, Problem, index, kept
+from jattn.implementations import shared
+from jattn.operations.varying import locally
+from jattn.state import State
+
+
+def refusal(problem: Problem, platform: str) -> str | None:
+    """Takes everything, anywhere."""
+    del problem, platform
+    return None
+
+
+def block_sizes(problem: Problem, operands: Operands | None) -> None:
+    """Skips nothing."""
+    del problem, operands
+
+
+def attention_logits(problem: Problem, operands: Operands) -> jax.Array:
+    """The logits BNTS: scaled, modified, biased, and −∞ where the mask says no."""
+    return locally(_logits, (problem,), operands)
+
+
+def _logits(problem: Problem, operands: Operands) -> jax.Array:
+    at = index(problem, operands)
+    allowed = shared.allowed(problem, operands, at)
+    query = operands.query.astype(problem.wide)
+    key = operands.key.astype(problem.wide)
+    if allowed is None:
+        products = operands.scale * shared.products(query, key)
+        logits = shared.logits(problem, operands, at, products)
+    else:
+        query, query_poison = shared.isolate(query)
+        key, key_poison = shared.isolate(key)
+        products = operands.scale * shared.products(query, key)
+        if problem.modifier is not None:
+            products = shared.harmless(products, allowed)
+        logits = shared.logits(problem, operands, at, products)
+        key_poison = jnp.repeat(key_poison, problem.sizes.G, axis=2)
+        logits += _rows(query_poison) + _columns(key_poison)
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    logits = jnp.broadcast_to(logits, problem.sizes.BNTS)
+    chex.assert_type(logits, problem.wide)
+    return logits
+
+
+def attention_weights(problem: Problem, operands: Operands):
+    """The weights BNTS, before dropout, and their logsumexp BNT."""
+    return locally(_weights, (problem,), operands)
+
+
+def _weights(problem: Problem, operands: Operands):
+    logits = _logits(problem, operands)
+    top = jnp.max(logits, axis=-1, initial=-jnp.inf)
+    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+    exponentials = jnp.exp(logits - top[..., None])
+    total = jnp.sum(exponentials, axis=-1)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    return exponentials / total[..., None], logsumexp
+
+
+def drop(problem: Problem, operands: Operands, weights: jax.Array) -> jax.Array:
+    """The weights BNTS that are used: all, or those that dropout keeps, scaled up."""
+    keep = kept(problem, operands, index(problem, operands))
+    if keep is None:
+        return weights
+    return jnp.where(keep, weights / (1 - problem.rate), 0)
+
+
+def attention_state(problem: Problem, operands: Operands) -> State:
+    """The output BTND, in the wide precision, and the logsumexp BTN."""
+    return locally(_state, (problem,), operands)
+
+
+def _state(problem: Problem, operands: Operands) -> State:
+    weights, logsumexp = _weights(problem, operands)
+    weights = drop(problem, operands, weights)
+    value = operands.value.astype(problem.wide)
+    allowed = shared.allowed(problem, operands, index(problem, operands))
+    if allowed is None:
+        output = shared.sums(weights, value)
+    else:
+        value, poison = shared.isolate(value)
+        poison = _columns(jnp.repeat(poison, problem.sizes.G, axis=2))
+        seen = jnp.sum(jnp.where(allowed, poison, 0), axis=-1)  # 0 or NaN, BNT
+        output = shared.sums(weights, value) + jnp.swapaxes(seen, 1, 2)[..., None]
+    return State(output, jnp.swapaxes(logsumexp, 1, 2))
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, 1, 2)[..., :, None]  # BTN to BNT1
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, 1, 2)[..., None, :]  # BSN to BN1S

@@ -1,0 +1,16 @@
+"""Attention on TPU, by Pallas kernels; nothing here needs a TPU to be read or tested.
+
+`schedule`      which blocks meet, in which order, as one integer a step
+`pairs`         masks and modifiers evaluated on a tile inside a kernel
+`layout`        arrays as the kernels read them
+`call`          how blocks are cut from them, and a kernel is called
+`tiles`         a part of a block inside a kernel
+`forward`       output and logsumexp
+`backward`      cotangents
+`segments`      cotangents in several kernels, where one cannot hold those of all queries
+`attention`     all of them as one operation, and what it refuses
+"""
+
+from jattn.implementations.tpu.attention import attention_state as attention_state
+from jattn.implementations.tpu.attention import block_sizes as block_sizes
+from jattn.implementations.tpu.attention import refusal as refusal

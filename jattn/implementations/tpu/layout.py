@@ -1,0 +1,183 @@
+"""How a call is laid out for the kernels.
+
+Logits are keys × queries there: a query is a lane, so what belongs to it, its maximum and
+its sum, is one number of a row, and no reduction crosses lanes. Queries come and outputs
+go transposed, heads first, and all G heads that share a key/value head are the columns of
+one block: `fold`. Where an array reads keys together with heads or queries, heads stay
+apart instead and read the block of keys that they share.
+
+    queries   B × heads × H × columns        columns = blocks × fold × block_q
+    keys      B × K × S × H
+    values    B × K × D × S
+    arrays    B or 1 × heads or 1 × 1 × columns (rows), 1 × S (columns) or S × columns
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jattn.call.hoist import split
+from jattn.call.problem import Operands, Problem, index
+from jattn.call.program import Program
+
+LANES = 128
+LOG2_E = math.log2(math.e)
+
+
+class Plan(NamedTuple):
+    """How much a block holds, and how many there are."""
+
+    fold: int  # query heads in one block
+    heads: int  # that the grid counts
+    block_q: int  # queries, of each folded head
+    block_kv: int
+    queries: int  # blocks
+    keys: int
+    halves: int = 1  # of a block of keys, that may be empty by themselves
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block."""
+        return self.fold * self.block_q
+
+    @property
+    def joined(self) -> "Plan":
+        """With two blocks of keys as the halves of one, where there are two."""
+        if self.keys == 1:
+            return self
+        keys = -(-self.keys // 2)
+        return self._replace(block_kv=2 * self.block_kv, keys=keys, halves=2)
+
+
+def plan(sizes, fold: bool, blocks: tuple[int, int]) -> Plan:
+    """Blocks of about so many columns and keys."""
+    G = sizes.G if fold else 1
+    lanes = LANES // math.gcd(G, LANES)
+    most = max(blocks[0] // (G * lanes), 1) * lanes
+    block_q = min(most, -(-sizes.T // lanes) * lanes)
+    block_kv = min(blocks[1], -(-sizes.S // LANES) * LANES)
+    return Plan(
+        G, sizes.N // G, block_q, block_kv, -(-sizes.T // block_q), -(-sizes.S // block_kv)
+    )
+
+
+class Extras(NamedTuple):
+    """What masks, modifiers, bias and dropout read, aligned with BNTS; None if nothing."""
+
+    index: tuple  # b, n, t, s
+    mask: tuple
+    modifier: tuple
+    bias: jax.Array | None
+    words: Any  # of dropout, for queries and for keys
+
+
+class Pairs(NamedTuple):
+    """The programs of what joins a query and a key, and what is counted from 0."""
+
+    mask: Program | None
+    modifier: Program | None
+    counts_keys: bool
+    counts: bool  # both queries and keys
+
+
+def extras(problem: Problem, operands: Operands) -> tuple[Pairs, Extras]:
+    """Splits the call's functions; differentiable in the operands."""
+    at = index(problem, operands)
+    mask, modifier, used = None, None, (False,) * 4
+    mask_arrays = modifier_arrays = ()
+    if problem.mask is not None:
+        mask, arrays = split(problem.mask, operands.mask, at)
+        mask_arrays, used = arrays.aligned, mask.used[:4]
+    if problem.modifier is not None:
+        modifier, arrays = split(problem.modifier, operands.modifier, at)
+        modifier_arrays = arrays.aligned
+        used = tuple(x or y for x, y in zip(used, modifier.used[1:5], strict=True))
+    counts_keys = operands.key_position is None
+    used = (*used[:3], used[3] and not counts_keys)
+    at = tuple(x if flag else None for x, flag in zip(at, used, strict=True))
+    counts = counts_keys and operands.query_position is None
+    pairs = Pairs(mask, modifier, counts_keys, counts)
+    return pairs, Extras(at, mask_arrays, modifier_arrays, operands.bias, operands.rng)
+
+
+def kind(array) -> str:
+    """Whether an array aligned with BNTS is a row, a column or a tile of each block."""
+    if array.shape[3] == 1:
+        return "row"
+    return "column" if array.shape[2] == 1 else "tile"
+
+
+def folds(arrays) -> bool:
+    """Whether heads can be the columns of one block."""
+    return all(
+        kind(x) == "row" or (kind(x) == "column" and x.shape[1] == 1)
+        for x in jax.tree.leaves(arrays)
+    )
+
+
+def arrange(array, plan: Plan):
+    """An array aligned with BNTS as the kernels read it, in a dtype that they store."""
+    what = kind(array)
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.int8 if what == "tile" else jnp.int32)
+    if array.dtype == jnp.bfloat16 and what != "tile":
+        array = array.astype(jnp.float32)
+    B, N, T = array.shape[:3]
+    if what == "row":
+        array = array[..., 0]
+        array = array.reshape(B, plan.heads, plan.fold, T) if N > 1 else array[:, :, None]
+        length = plan.block_q if T == 1 else plan.queries * plan.block_q
+        shape = (*array.shape[:2], plan.fold, length)
+        array = jnp.broadcast_to(array if T == 1 else _pad(array, 3, length), shape)
+        return _columns(array, plan)
+    array = _pad(array, 3, plan.keys * plan.block_kv)
+    if what == "column":
+        return array
+    return jnp.swapaxes(_pad(array, 2, plan.queries * plan.block_q), 2, 3)
+
+
+def queries(array, plan: Plan, fill=0):
+    """BTN… to B × heads × … × columns, padded with `fill`."""
+    array = _pad(array, 1, plan.queries * plan.block_q, fill)
+    B, T, _, *rest = array.shape
+    array = array.reshape(B, plan.queries, plan.block_q, plan.heads, plan.fold, *rest)
+    array = jnp.moveaxis(array, (3, 1, 4, 2), (1, -3, -2, -1))
+    return array.reshape(B, plan.heads, *(rest or [1]), T * plan.fold)
+
+
+def unqueries(array, plan: Plan, sizes, rest: tuple):
+    """Back to BTN…."""
+    B = array.shape[0]
+    blocks = (plan.queries, plan.fold, plan.block_q)
+    array = array.reshape(B, plan.heads, *rest, *blocks)
+    array = jnp.moveaxis(array, (1, -3, -2, -1), (3, 1, 4, 2))
+    array = array.reshape(B, plan.queries * plan.block_q, sizes.N, *rest)
+    return array[:, : sizes.T]
+
+
+def keys(array, plan: Plan):
+    """BSK… to BKS…, padded with zeros."""
+    return jnp.moveaxis(_pad(array, 1, plan.keys * plan.block_kv), 2, 1)
+
+
+def unkeys(array, sizes):
+    """B × heads × S… back to BSK…, the heads that share one summed."""
+    B, heads, S, size = array.shape
+    array = array.reshape(B, sizes.K, heads // sizes.K, S, size)
+    array = array[:, :, 0] if heads == sizes.K else jnp.sum(array, axis=2)
+    return jnp.moveaxis(array, 1, 2)[:, : sizes.S]
+
+
+def _columns(array, plan: Plan):
+    """B × heads × fold × T to B × heads × 1 × columns, block by block."""
+    B, heads, fold, T = array.shape
+    array = array.reshape(B, heads, fold, T // plan.block_q, plan.block_q)
+    return jnp.swapaxes(array, 2, 3).reshape(B, heads, 1, fold * T)
+
+
+def _pad(array, axis: int, length: int, fill=0):
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, length - array.shape[axis])
+    return jnp.pad(array, widths, constant_values=fill) if widths[axis][1] else array

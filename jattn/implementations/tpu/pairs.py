@@ -1,0 +1,131 @@
+"""A pointwise function of pairs, evaluated on a tile inside a kernel.
+
+Mosaic takes operations on arrays of two axes. So a value here is a tile of keys × queries,
+one row of it, one column, or a single number, and an operation first spreads its operands
+to one shape. What a kernel cannot evaluate, `objection` says before.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Literal
+
+from jattn.call.hoist import CALLS
+
+# What Mosaic takes of two axes, in float32 and int32.
+_ARITHMETIC = {"abs", "add", "div", "max", "min", "mul", "neg", "rem", "sign", "sub"}
+_REAL = {"ceil", "cos", "erf", "exp", "exp2", "floor", "integer_pow", "is_finite", "log"}
+_REAL |= {"log1p", "logistic", "pow", "round", "rsqrt", "sin", "sqrt", "square", "tan"}
+_REAL |= {"tanh"}
+_LOGIC = {"and", "eq", "ge", "gt", "le", "lt", "ne", "not", "or", "xor"}
+_BITS = {"shift_left", "shift_right_arithmetic", "shift_right_logical"}
+_OTHER = {"clamp", "convert_element_type", "copy", "select_n", "stop_gradient"}
+_TAKEN = _ARITHMETIC | _REAL | _LOGIC | _BITS | _OTHER
+_RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+_SAME = {"broadcast_in_dim", "reshape", "squeeze"}  # of a number to a number
+_DTYPES = {"bool", "int32", "uint32", "float32", "bfloat16"}
+
+
+def objection(equations) -> str | None:
+    """What keeps a kernel from evaluating these equations, a clause; None if nothing."""
+    for equation in equations:
+        name = equation.primitive.name
+        inner = equation.params.get(CALLS.get(name) or _RULES.get(name))
+        if inner is not None:
+            if getattr(inner, "consts", ()):
+                return f"`{name}` with an array of its own"
+            found = objection(getattr(inner, "jaxpr", inner).eqns)
+            if found:
+                return found
+            continue
+        avals = [x.aval for x in (*equation.invars, *equation.outvars)]
+        if name not in _TAKEN | _SAME or any(x.shape for x in avals):
+            return f"`{name}`"
+        foreign = {x.dtype.name for x in avals} - _DTYPES
+        if foreign:
+            return f"`{name}` of {min(foreign)}"
+    return None
+
+
+def evaluate(jaxpr, inputs, small=()) -> jax.Array:
+    """The result of a jaxpr of scalars, for inputs of two axes that spread to a tile.
+
+    An input that the result does not depend on may be None. The `small` inputs, by place,
+    are integers of so few bits that sums of two are exact in float32: where a distance is
+    wanted as a float, it is computed as one, which takes half the instructions.
+    """
+    floats = {jaxpr.invars[i]: inputs[i] for i in small if inputs[i] is not None}
+    floats = {var: x.astype(jnp.float32) for var, x in floats.items()}
+    (result,) = _evaluate(jaxpr, inputs, floats)
+    return result
+
+
+def spread(array, shape):
+    """The array, repeated to a shape."""
+    if array.shape == shape:
+        return array
+    if array.dtype == jnp.bool_:  # Mosaic spreads numbers
+        return jnp.broadcast_to(array.astype(jnp.int32), shape) != 0
+    return jnp.broadcast_to(array, shape)
+
+
+def _evaluate(jaxpr, inputs, floats=()) -> list:
+    values = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(atom):
+        if not isinstance(atom, Literal):
+            return values[atom]
+        return jnp.full((1, 1), atom.val, getattr(atom.aval, "dtype", None))
+
+    distances = _distances(jaxpr, dict(floats))
+    for equation in jaxpr.eqns:
+        operands = [read(x) for x in equation.invars]
+        if equation.outvars[0] in distances:
+            results = [distances[equation.outvars[0]]]
+        elif any(x is None for x in operands):  # of use to nothing
+            results = [None] * len(equation.outvars)
+        else:
+            results = _apply(equation, operands)
+        values |= dict(zip(equation.outvars, results, strict=True))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def _distances(jaxpr, floats: dict) -> dict:
+    """The floats that are made of a sum or difference of two small integers."""
+    sums, found = {}, {}
+    for equation in jaxpr.eqns:
+        name, out = equation.primitive.name, equation.outvars[0]
+        is_float = out.aval.dtype == jnp.float32
+        operands = [x for x in equation.invars if not isinstance(x, Literal)]
+        if len(operands) < len(equation.invars):
+            continue
+        if name in ("add", "sub") and all(x in floats for x in operands):
+            x, y = (floats[x] for x in operands)
+            shape = jnp.broadcast_shapes(x.shape, y.shape)
+            sums[out] = getattr(lax, name)(spread(x, shape), spread(y, shape))
+        elif name in ("abs", "neg") and operands[0] in sums:
+            sums[out] = getattr(lax, name)(sums[operands[0]])
+        elif name == "convert_element_type" and operands[0] in sums and is_float:
+            found[out] = sums[operands[0]]
+    return found
+
+
+def _apply(equation, operands) -> list:
+    primitive, name = equation.primitive, equation.primitive.name
+    if name in CALLS:
+        inner = equation.params[CALLS[name]]
+        return _evaluate(getattr(inner, "jaxpr", inner), operands)
+    if name in _SAME:
+        return operands[:1]
+    shape = jnp.broadcast_shapes(*(x.shape for x in operands))
+    is_real = jnp.issubdtype(operands[0].dtype, jnp.floating)
+    if name == "div" and is_real and operands[1].shape != shape:
+        # A division is many operations: one of each row, not of each pair.
+        inverse = spread(1 / operands[1], shape)
+        return [spread(operands[0], shape) * inverse]
+    operands = [spread(x, shape) for x in operands]
+    bind = lambda *xs: primitive.bind(*xs, **primitive.get_bind_params(equation.params))
+    if name in _RULES:  # mapped, so that its own derivative is kept
+        return list(jax.vmap(jax.vmap(bind))(*operands))
+    result = bind(*operands)
+    return list(result) if primitive.multiple_results else [result]

@@ -1,0 +1,109 @@
+"""A part of a block inside a kernel: its logits, mask and dropout."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jattn.dropout import keep
+from jattn.implementations.shared import rounded
+from jattn.implementations.tpu.layout import Extras, Pairs, Plan, kind
+from jattn.implementations.tpu.pairs import evaluate, spread
+
+
+class Part(NamedTuple):
+    """Some keys and some columns of a block."""
+
+    keys: Any  # a `pl.ds`, whose start may be traced
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Keys × columns."""
+        return self.keys.size, self.columns.stop - self.columns.start
+
+
+def parts(plan: Plan, chunk: int, width: int, half=None) -> list[Part]:
+    """A block, or a half, cut into parts of `chunk` keys and `width` columns."""
+    keys = plan.block_kv if half is None else plan.block_kv // plan.halves
+    first: Any = 0 if half is None else half * keys
+    found = []
+    for at in range(0, keys, chunk):
+        start = at if half is None else pl.multiple_of(first + at, math.gcd(keys, chunk))
+        some = pl.ds(start, min(chunk, keys - at))
+        for left in range(0, plan.columns, width):
+            found.append(Part(some, slice(left, min(left + width, plan.columns))))
+    return found
+
+
+class Tile:
+    """What one part of a block reads beside its products."""
+
+    def __init__(self, call, pairs: Pairs, refs: Extras, block, part: Part):
+        self.call, self.pairs, self.shape = call, pairs, part.shape
+        first = block * call.plan.block_kv + part.keys.start
+        self.key = first + lax.broadcasted_iota(jnp.int32, (self.shape[0], 1), 0)
+        self.read = jax.tree.map(
+            lambda ref, like: _read(ref, like, part), refs, call.shapes
+        )
+
+    @property
+    def active(self):
+        """What the logits are differentiated in, besides the products."""
+        return self.read.modifier, self.read.bias
+
+    def logits(self, products, active):
+        """Modifier and bias on scaled products."""
+        modifier, bias = active
+        logits = products
+        if self.pairs.modifier is not None:
+            inputs = [products, *self.index, *modifier]
+            small = (3, 4) if self.pairs.counts else ()  # t and s
+            logits = evaluate(self.pairs.modifier.jaxpr, inputs, small)
+            logits = spread(logits.astype(products.dtype), self.shape)
+            logits = rounded(logits) if self.call.interpret else logits
+        return logits if bias is None else logits + bias
+
+    def allowed(self, has_padding: bool):
+        """Which pairs count."""
+        allowed = None
+        if self.pairs.mask is not None:
+            allowed = evaluate(self.pairs.mask.jaxpr, [*self.index, *self.read.mask])
+            allowed = spread(allowed, self.shape)
+        if has_padding:
+            inside = spread(self.key < self.call.problem.sizes.S, self.shape)
+            allowed = inside if allowed is None else allowed & inside
+        return allowed
+
+    @property
+    def index(self):
+        """Example, head, query and key."""
+        at = self.read.index
+        return (*at[:3], self.key) if self.pairs.counts_keys else at
+
+    def kept(self):
+        """Which weights dropout leaves; None without."""
+        if self.read.words is None:
+            return None
+        queries, keys = self.read.words
+        return keep(
+            spread(queries, self.shape), spread(keys, self.shape), self.call.problem.rate
+        )
+
+
+def _read(ref, like, part: Part):
+    """The part of an array: 1 × columns, keys × 1 or keys × columns."""
+    what = kind(like)
+    if what == "row":
+        value = ref[0, 0, :, part.columns]
+    elif what == "column":
+        row = ref[0, 0, :, part.keys]
+        value = jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+    else:
+        value = ref[0, 0, part.keys, part.columns]
+    if like.dtype == jnp.bool_:
+        return value.astype(jnp.int32) != 0
+    return value.astype(like.dtype)

@@ -1,0 +1,132 @@
+"""The rules by which JAX runs, differentiates, maps and lowers an operation."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import jet
+from jax.interpreters import ad, batching, mlir
+
+from jattn.operations.derivatives import Pullback
+from jattn.operations.lowering import lower
+from jattn.operations.mapped import Mapped, pushed
+from jattn.operations.operation import choose, primitive
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(operation, *arrays):
+    return operation(*arrays)
+
+
+@primitive.def_impl
+def _run(*arrays, operation):
+    # Without `jit`, and where JAX runs again what gave a NaN or Inf, this would call itself
+    # for ever. What takes the results looks at them.
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+        return _compiled(operation, *arrays)
+
+
+@primitive.def_abstract_eval
+def _abstract(*types, operation):
+    return operation.types(*types)
+
+
+def _jvp(primals, tangents, *, operation):
+    outputs = operation(*primals)
+    if operation.names:
+        outputs = tuple(map(checkpoint_name, outputs, operation.names))
+    active = tuple(type(tangent) is not ad.Zero for tangent in tangents)
+    if not any(active):
+        return outputs, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in outputs]
+    fixed = len(primals) - operation.linear
+    if any(active[:fixed]):  # the linear arguments' too: all in one pass
+        kept = outputs if operation.names else ()
+        tangents = choose(active, tangents)
+        return outputs, list(pushed(operation, active)(*primals, *kept, *tangents))
+    rest = map(ad.instantiate_zeros, tangents[fixed:])
+    return outputs, list(operation(*primals[:fixed], *rest))
+
+
+def _transpose(cotangents, *arrays, operation):
+    fixed = len(arrays) - operation.linear
+    cotangents = map(ad.instantiate_zeros, cotangents)
+    unknown = tuple(map(ad.is_undefined_primal, arrays[:fixed]))
+    if any(unknown):
+        return _transpose_in(unknown, cotangents, arrays, operation)
+    results = operation.transposed()(*arrays[:fixed], *cotangents)
+    wanted = map(ad.is_undefined_primal, arrays[fixed:])
+    results = [x if want else None for x, want in zip(results, wanted, strict=True)]
+    return [None] * fixed + results
+
+
+def _transpose_in(unknown, cotangents, arrays, operation):
+    """Transposes an operation in arguments that it happens to be linear in."""
+    if not {i for i, flag in enumerate(unknown) if flag} <= operation.linear_in:
+        raise ValueError(
+            "jattn: `jax.linear_transpose` must be asked in the values alone, for "
+            "attention is linear in nothing else; use `jax.vjp`."
+        )
+    fill = lambda x: jnp.zeros(x.aval.shape, x.aval.dtype)
+    arrays = [fill(x) if ad.is_undefined_primal(x) else x for x in arrays]
+    kept = operation(*arrays) if operation.names else ()
+    results = iter(Pullback(operation, unknown)(*arrays, *kept, *cotangents))
+    return [next(results) if flag else None for flag in unknown]
+
+
+def _batch(arrays, axes, *, operation):
+    mapped = tuple(axis is not None for axis in axes)
+    moved = [
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(arrays, axes, strict=True)
+    ]
+    size = choose(mapped, moved)[0].shape[0]
+    each = Mapped(operation, size, mapped, (False,) * operation.outputs)
+    types = list(map(jax.typeof, moved))
+    specs = [x.sharding.spec for x in choose(mapped, types)]
+    # The axis comes before the batch, which then cannot be divided among devices.
+    divided = any(len(spec) > 1 and spec[1] is not None for spec in specs)
+    joined = None if divided else operation.joined(size, mapped, (False,) * len(mapped))
+    outputs = each(*moved) if joined is None else joined(moved, mapped, each.types(*types))
+    return outputs, [0] * len(outputs)
+
+
+def _jet(primals, series, *, operation):
+    """Gives the coefficients of a Taylor series, from derivatives along a path.
+
+    path(time) = f(x + time · x₁ + time² · x₂ + …)        coefficient k: path⁽ᵏ⁾(0) / k!
+    """
+
+    def path(time):
+        return operation(*map(functools.partial(_moved, time), primals, series))
+
+    start = jnp.zeros(())
+    outputs, terms = path(start), []
+    for order, _ in enumerate(series[0], 1):
+        path = functools.partial(_slope, path)
+        terms.append([x / math.factorial(order) for x in path(start)])
+    return outputs, list(zip(*terms, strict=True))
+
+
+def _moved(time, primal, series):
+    if not jnp.issubdtype(primal.dtype, jnp.floating):
+        return primal
+    total = jnp.zeros_like(primal)
+    for term in reversed(series):
+        total = time.astype(primal.dtype) * (term + total)
+    return primal + total
+
+
+def _slope(path, time):
+    return jax.jvp(path, (time,), (jnp.ones_like(time),))[1]
+
+
+ad.primitive_jvps[primitive] = _jvp
+ad.primitive_transposes[primitive] = _transpose
+batching.primitive_batchers[primitive] = _batch
+jet.jet_rules[primitive] = _jet
+mlir.register_lowering(primitive, lower)
+for _platform in ("tpu", "cuda"):
+    _rule = functools.partial(lower, platform=_platform)
+    mlir.register_lowering(primitive, _rule, platform=_platform)

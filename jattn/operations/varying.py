@@ -1,0 +1,109 @@
+"""Functions of arrays whose values differ from device to device, without saying so.
+
+Inside `jax.shard_map` types say over which mesh axes an array's values differ, and JAX
+refuses an equation whose operands differ over other axes. Functions that a user writes
+are traced before anyone knows: `ids[t] == ids[s]` is one program, whether t comes from
+`lax.axis_index` or not. What the library computes from such programs needs no other
+device, so it is one operation, inside of which types say nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.operations.operation import Operation, retype
+
+
+def locally(function: Callable, statics: tuple[Hashable, ...], *trees):
+    """What `function(*statics, *trees)` returns, also where arrays in the trees vary.
+
+    Results that are floating have derivatives of every order. `function` is one that
+    compares equal to itself in later calls: of a module, not made in a call.
+    """
+    leaves, tree = jax.tree.flatten(trees)
+    if not any(_varies(x) for x in leaves):
+        return function(*statics, *trees)
+    keys = [_key_impl(x) for x in leaves]
+    leaves = [
+        x if key is None else jax.random.key_data(x)
+        for x, key in zip(leaves, keys, strict=True)
+    ]
+    config: Any = jax.config  # whose attributes type checkers do not know
+    precision = config.jax_default_matmul_precision
+    local = Local(function, statics, tree, tuple(keys), precision, (True,))
+    types, out_tree = jax.tree.flatten(local.shapes(leaves))
+    real = [jnp.issubdtype(x.dtype, jnp.floating) for x in types]
+    results = [None] * len(types)
+    for wanted in (real, [not x for x in real]):
+        if any(wanted):
+            part = dataclasses.replace(local, wanted=tuple(wanted))
+            given = leaves if wanted is real else map(jax.lax.stop_gradient, leaves)
+            found = iter(part(*given))
+            results = [
+                next(found) if want else x for want, x in zip(wanted, results, strict=True)
+            ]
+    return out_tree.unflatten(results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Local(Operation):
+    """Those results of a function that are `wanted`, in one piece."""
+
+    function: Callable
+    statics: tuple[Hashable, ...]
+    tree: Any
+    keys: tuple  # of the random keys among the arguments, how they are made
+    precision: str | None
+    wanted: tuple[bool, ...]
+
+    @property
+    def outputs(self) -> int:
+        """As many as are wanted."""
+        return sum(self.wanted)
+
+    def shapes(self, arrays):
+        """The shapes of all results."""
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+        return jax.eval_shape(self._call, *shapes)
+
+    def types(self, *types) -> list:
+        """Those of arrays that vary as the arguments do, and are not cut further."""
+        results = zip(jax.tree.leaves(self.shapes(types)), self.wanted, strict=True)
+        return [
+            retype(types[0], x.shape, x.dtype, (None,) * len(x.shape))
+            for x, want in results
+            if want
+        ]
+
+    def fast(self, *arrays, spread):
+        """By the function."""
+        del spread
+        return self.reference(*arrays)
+
+    def reference(self, *arrays):
+        """By the function."""
+        results = zip(jax.tree.leaves(self._call(*arrays)), self.wanted, strict=True)
+        return tuple(jnp.asarray(x) for x, want in results if want)
+
+    def _call(self, *arrays):
+        arrays = [
+            x if key is None else jax.random.wrap_key_data(x, impl=key)
+            for x, key in zip(arrays, self.keys, strict=True)
+        ]
+        # It is compiled after the caller's `jax.default_matmul_precision` ended.
+        with jax.default_matmul_precision(self.precision):
+            return self.function(*self.statics, *self.tree.unflatten(arrays))
+
+
+def _varies(x) -> bool:
+    return isinstance(x, jax.Array) and bool(jax.typeof(x).manual_axis_type.varying)
+
+
+def _key_impl(x):
+    """How a random key is made, None for any other array."""
+    if not jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+        return None
+    return jax.random.key_impl(x)

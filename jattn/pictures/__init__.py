@@ -1,0 +1,7 @@
+"""Masks and weights as small arrays, as text, and as figures.
+
+`numbers`       masks and weights as small arrays
+`panels`        empty panels for pictures
+`colours`       colours in them, and what they mean
+`words`         a text as a picture
+"""

@@ -1,0 +1,53 @@
+"""Colours in panels, and what they mean: one scale for all panels of a figure."""
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+
+from jattn.pictures.panels import INK
+
+__all__ = ["add_scale", "colours", "ink", "paint"]
+
+
+def colours() -> Colormap:
+    """From next to white to dark; what is not a number is grey."""
+    return matplotlib.colormaps["BuPu"].with_extremes(bad="#9a9a9a")
+
+
+def ink(share: float) -> str:
+    """The colour of letters on a colour that stands for a share of the top."""
+    return "white" if share > 0.5 else INK
+
+
+def paint(
+    figure: Figure, axes: list[Axes], drawn: np.ndarray, top: float, label: str, *, numbers
+) -> None:
+    """Fills one panel after the other with colours from 0 to `top`, and says so.
+
+    `numbers` says whether to write each number into its cell.
+    """
+    style = {"cmap": colours(), "vmin": 0, "vmax": top, "aspect": axes[0].get_aspect()}
+    images = [axis.imshow(x, **style) for x, axis in zip(drawn, axes, strict=True)]
+    if numbers:
+        for panel, axis in zip(drawn, axes, strict=True):
+            _write_numbers(axis, panel, top)
+    bar = figure.colorbar(images[0], ax=axes, aspect=30, pad=0.02)
+    add_scale(bar, label, float(axes[0].title.get_fontsize()))
+
+
+def add_scale(bar, label: str, size: float) -> None:
+    """Says what the colours of a bar mean."""
+    bar.set_label(label, color=INK, fontsize=size)
+    bar.ax.tick_params(colors=INK, labelsize=0.85 * size)
+    bar.outline.set(edgecolor=INK, linewidth=0.5)
+
+
+def _write_numbers(axis: Axes, panel: np.ndarray, top: float) -> None:
+    """Writes each number that is not next to nothing into its cell."""
+    for (row, column), number in np.ndenumerate(panel):
+        if number >= 0.005:
+            text = f"{number:.2f}".removeprefix("0") if number < 9.995 else f"{number:.0f}"
+            style = {"color": ink(number / top), "fontsize": 7}
+            axis.text(column, row, text, ha="center", va="center", **style)

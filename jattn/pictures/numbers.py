@@ -1,0 +1,229 @@
+"""What a picture of a mask or of weights shows, as small arrays and as text.
+
+A mask over T queries and S keys is drawn in blocks of pairs, each of them one of three:
+
+    █ FULL      every pair of the block may attend
+    ░ PARTIAL   some may
+    · EMPTY     none may
+
+With blocks of one pair nothing is partial, and the picture is the mask itself.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.api import attention_logits
+from jattn.blocks.block_table import BlockTable
+from jattn.blocks.kinds import EMPTY, FULL, PARTIAL, resize, spread
+
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "allowed",
+    "bar",
+    "by_layer",
+    "cells",
+    "grid",
+    "heads_of",
+    "pool",
+]
+
+_GLYPHS = "·░█"
+_PAIRS_AT_ONCE = 2**24  # what `cells` holds of a mask, so that any length can be drawn
+
+
+def allowed(mask, length: int, key_length: int | None = None, *, rows=None) -> np.ndarray:
+    """Evaluates a mask for one example and head: which query may attend to which key.
+
+    Args:
+        mask: What `jattn.attention` takes as `mask`.
+        length: The number of queries, T.
+        key_length: The number of keys, S; T by default.
+        rows: Indices of the queries to evaluate; all by default.
+
+    Returns:
+        Booleans, `TS`; T counts the chosen rows.
+
+    Raises:
+        ValueError: If the mask does not fit these lengths.
+
+    Example:
+        >>> allowed(lambda b, n, t, s: t >= s, 2)
+        array([[ True, False],
+               [ True,  True]])
+    """
+    query = jnp.zeros((length, 1, 1))
+    key = query if key_length is None else jnp.zeros((key_length, 1, 1))
+    # Every product is 0, so that a logit is 0 or, where masked out, −∞.
+    return np.asarray(attention_logits(query, key, mask=mask, rows=rows)[0] == 0)
+
+
+def cells(mask, length: int, key_length: int, block: tuple[int, int]) -> np.ndarray:
+    """Classifies each block of a mask: EMPTY, PARTIAL or FULL.
+
+    Every pair is asked; of a `jattn.BlockTable` only what it says of its first example and
+    head.
+
+    Args:
+        mask: What `jattn.attention` takes as `mask`.
+        length: The number of queries, T, at least 1.
+        key_length: The number of keys, S, at least 1.
+        block: How many queries and how many keys a block holds; those at the end less.
+
+    Returns:
+        Small integers, one row for each block of queries, one column for each of keys.
+
+    Raises:
+        ValueError: If the mask does not fit these lengths.
+    """
+    if isinstance(mask, BlockTable):
+        return _table_cells(mask, (length, key_length), block)
+    rows = block[0]
+    height = math.ceil(length / rows)
+    step = rows * min(max(_PAIRS_AT_ONCE // (rows * key_length), 1), height)
+    strips = []
+    for start in range(0, length, step):
+        chosen = np.arange(start, start + step)
+        # Repeating the last row changes no block, and equal strips compile once.
+        strip = allowed(mask, length, key_length, rows=chosen.clip(max=length - 1))
+        some = _over_blocks(np.logical_or, strip, block)
+        every = _over_blocks(np.logical_and, strip, block)
+        strips.append(some.astype(np.int8) + every)
+    return np.concatenate(strips)[:height]
+
+
+def _table_cells(table: BlockTable, lengths, block) -> np.ndarray:
+    if lengths != table.lengths:
+        raise ValueError(f"picture: {table!r} is not of {lengths[0]} × {lengths[1]} pairs.")
+    kinds = resize(np.asarray(table.kinds)[0, 0], lengths, table.blocks, block)
+    return np.asarray(spread(kinds, lengths, block))
+
+
+def pool(weights: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """Weights `…TS` in blocks: the mean over its queries of the sum over its keys.
+
+    A row still adds up to what the rows of weights do on average.
+    """
+    sums = np.add.reduceat(weights, np.arange(0, weights.shape[-1], block[1]), axis=-1)
+    starts = np.arange(0, weights.shape[-2], block[0])
+    counts = np.diff(starts, append=weights.shape[-2])
+    return np.add.reduceat(sums, starts, axis=-2) / counts[:, None]
+
+
+def by_layer(entropies) -> np.ndarray:
+    """The mean entropy of each head, one row per layer; NaN where a layer has fewer heads.
+
+    Raises:
+        ValueError: If there is no layer, or one has no head or query.
+    """
+    layers = [np.asarray(layer, np.float64) for layer in entropies]
+    if not layers or any(layer.ndim == 0 or layer.size == 0 for layer in layers):
+        raise ValueError(
+            f"entropy: `entropies` must be one array BTN, TN or N for each layer, none of "
+            f"them empty, got shapes {[layer.shape for layer in layers]}."
+        )
+    means = np.full((len(layers), max(layer.shape[-1] for layer in layers)), np.nan)
+    for row, layer in zip(means, layers, strict=True):
+        row[: layer.shape[-1]] = layer.reshape(-1, layer.shape[-1]).mean(axis=0)
+    return means
+
+
+def shown_of(where: str, weights, query_tokens, key_tokens, heads):
+    """The weights to draw, panel after panel, their names, and what rows and columns are.
+
+    Raises:
+        ValueError: If `weights` is not BNTS, NTS or TS, or tokens or heads do not fit it.
+    """
+    array = np.asarray(weights, np.float64)
+    if array.ndim < 2 or 0 in array.shape:
+        raise ValueError(
+            f"{where}: `weights` must be BNTS, NTS or TS with no axis of size 0, got "
+            f"shape {array.shape}."
+        )
+    N, T, S = (1, *array.shape)[-3:]
+    chosen = _chosen(where, heads, N)
+    drawn = array.reshape(-1, N, T, S)[:, chosen]
+    examples = [f"example {b}, " for b in range(len(drawn))] if len(drawn) > 1 else [""]
+    names = [f"{example}head {head % N}" for example in examples for head in chosen]
+    key_tokens = query_tokens if key_tokens is None and T == S else key_tokens
+    _check_tokens(where, "query_tokens", query_tokens, "T", T)
+    _check_tokens(where, "key_tokens", key_tokens, "S", S)
+    names = names if array.ndim > 2 else [""]
+    return drawn.reshape(-1, T, S), names, query_tokens, key_tokens
+
+
+def heads_of(where: str, received, tokens, heads) -> tuple[np.ndarray, list[str]]:
+    """What the keys of one example receive, a row for each chosen head; and their names.
+
+    Raises:
+        ValueError: If `received` is not SN or S, or tokens or heads do not fit it.
+    """
+    array = np.asarray(received, np.float64)
+    if array.ndim not in (1, 2) or array.size == 0:
+        raise ValueError(
+            f"{where}: `received` must be SN or S, of one example and not empty, got shape "
+            f"{array.shape}; take one example by its index."
+        )
+    S, N = array.shape[0], array.size // array.shape[0]
+    _check_tokens(where, "tokens", tokens, "S", S)
+    chosen = _chosen(where, heads, N)
+    names = [f"head {head % N}" for head in chosen] if array.ndim == 2 else [""]
+    return array.reshape(S, N).T[chosen], names
+
+
+def printable(token, most: int) -> str:
+    """A token in letters that can be seen, and at most so many of them."""
+    token = "".join(x if x.isprintable() else repr(x)[1:-1] for x in str(token))
+    return token if len(token) <= most else token[: most - 1] + "…"
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of eighths of a character, `share` of the width long."""
+    eighths = round(8 * width * min(max(share, 0.0), 1.0))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def grid(cells: np.ndarray, block: tuple[int, int], width: int) -> list[str]:
+    """Draws classified blocks as lines of text, numbered by their first query and key.
+
+    Blocks are two characters wide, about as wide as high, where that fits into `width`.
+    """
+    height, columns = cells.shape
+    margin = len(str((height - 1) * block[0])) + 1
+    repeat = 2 if margin + 2 * columns <= width else 1
+    longest = len(str((columns - 1) * block[1]))
+    step = next(step for step in (5, 10, 20) if step * repeat > longest)
+    marks = range(0, columns, step)
+    ruler = "".join(str(column * block[1]).ljust(step * repeat) for column in marks)
+    lines = [" " * margin + ruler.rstrip()]
+    for row, kinds in enumerate(cells):
+        drawn = "".join(_GLYPHS[kind] * repeat for kind in kinds)
+        lines.append(str(row * block[0]).rjust(margin - 1) + " " + drawn)
+    return lines
+
+
+def _over_blocks(combine: np.ufunc, pairs: np.ndarray, block: tuple[int, int]):
+    """Combines the pairs of each block into one."""
+    for axis, size in enumerate(block):
+        pairs = combine.reduceat(pairs, np.arange(0, pairs.shape[axis], size), axis=axis)
+    return pairs
+
+
+def _chosen(where: str, heads, N: int) -> list[int]:
+    chosen = list(range(N)) if heads is None else [int(head) for head in heads]
+    if not chosen or not all(-N <= head < N for head in chosen):
+        raise ValueError(
+            f"{where}: `heads` must be indices of the N={N} heads, got {chosen}."
+        )
+    return chosen
+
+
+def _check_tokens(where: str, name: str, tokens, letter: str, length: int) -> None:
+    if tokens is not None and len(tokens) != length:
+        raise ValueError(
+            f"{where}: `{name}` must have {letter}={length} tokens, got {len(tokens)}; "
+            f"give one string for each."
+        )

@@ -1,0 +1,105 @@
+"""Frozen dataclasses that JAX sees as trees of arrays, and that compare by value."""
+
+import dataclasses
+from collections.abc import Hashable
+from typing import dataclass_transform
+
+import jax
+import numpy as np
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(*leaves: str, static: tuple[str, ...] = ()):
+    """Makes a frozen dataclass whose `leaves` JAX sees and whose `static` fields it hashes.
+
+    One made from a tree is not checked again: transformations put into a tree what is no
+    array, such as None, axes or shardings.
+
+    Instances are values. Two of one class are equal if all their fields are, and then have
+    one hash: arrays by shape, dtype and content, whether JAX's or NumPy's; traced arrays
+    and functions by identity; the rest by `==`. So they can be static arguments of `jit`
+    and keys of a dict; to hash one reads all its arrays.
+    """
+    names = [jax.tree_util.GetAttrKey(name) for name in leaves]
+
+    def flatten(instance):
+        children = tuple(getattr(instance, name) for name in leaves)
+        return children, tuple(getattr(instance, name) for name in static)
+
+    def flatten_with_keys(instance):
+        children, rest = flatten(instance)
+        return tuple(zip(names, children, strict=True)), rest
+
+    def register(cls):
+        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+
+        def unflatten(rest, children):
+            instance = object.__new__(cls)
+            for name, value in zip((*leaves, *static), (*children, *rest), strict=True):
+                object.__setattr__(instance, name, value)
+            return instance
+
+        for name, method in (("__eq__", _equal), ("__hash__", _hash)):
+            if name not in vars(cls):
+                setattr(cls, name, method)
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        return cls
+
+    return register
+
+
+def _equal(self, other):
+    """Compares two instances field by field."""
+    if type(self) is not type(other):
+        return NotImplemented
+    return self is other or _value(self) == _value(other)
+
+
+def _hash(self):
+    """Hashes what `_equal` compares."""
+    return hash((type(self), _value(self)))
+
+
+def _value(instance) -> Hashable:
+    """Gives the fields of a dataclass as something that compares and hashes by value."""
+    fields = [getattr(instance, field.name) for field in dataclasses.fields(instance)]
+    return tuple(map(_field, fields))
+
+
+def _field(value) -> Hashable:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray | jax.Array):
+        return by_content(value)
+    if isinstance(value, list | tuple | dict):
+        leaves, tree = jax.tree.flatten(value)
+        return tree, tuple(map(_field, leaves))
+    return value
+
+
+def by_content(array) -> Hashable:
+    """Makes a key of a number or an array; a traced one only equals itself."""
+    if isinstance(array, jax.core.Tracer):
+        return Same(array)
+    if jax.dtypes.issubdtype(getattr(array, "dtype", float), jax.dtypes.extended):
+        return array.dtype, *bits(jax.random.key_data(array))
+    return bits(array)
+
+
+def bits(value, dtype=None) -> tuple[Hashable, ...]:
+    """Gives the shape, the type and the bits of a number or an array."""
+    array = np.asarray(value, dtype)
+    return array.shape, array.dtype, array.tobytes()
+
+
+class Same:
+    """Equal to itself alone; keeps its object alive, so that identity lasts."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __eq__(self, other):
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self):
+        return id(self.value)
