@@ -21,7 +21,8 @@ from jattn.call.problem import (
     select_rows,
 )
 from jattn.explanation import Explanation
-from jattn.implementations import blockwise, dense, dispatch
+from jattn.implementations import dense, dispatch
+from jattn.implementations.blockwise.layout import decided
 from jattn.meshes import across
 from jattn.shapes import Sizes, check_array
 from jattn.state import State, with_sink
@@ -383,26 +384,25 @@ def _attend(where, problem, operands, sink, implementation, whole: bool) -> Stat
     sink = check_sink(where, sink, problem.sizes)
     problem = asking_logsumexp(problem) if whole or sink is not None else problem
     name = dispatch.choose(where, problem, jax.default_backend(), implementation)
-    if implementation is None:
-        name = dispatch.for_any_platform(problem, name)
+    names = dispatch.candidates(problem, name, implementation is not None)
     if name != "dense":
-        problem = blockwise.decided(problem, operands)
+        problem = decided(problem, operands)
     # Only cuDNN's programs hold the mask's numbers; others are to share theirs.
-    problem = problem if name == "cudnn" else dataclasses.replace(problem, named=None)
-    state = _state(problem, name, operands, sink, whole)
+    problem = problem if "cudnn" in names else dataclasses.replace(problem, named=None)
+    state = _state(problem, names, operands, sink, whole)
     unflatten = lambda x: x.reshape(*problem.sizes.batch, *x.shape[1:])
     return jax.tree.map(unflatten, state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
-def _state(problem: Problem, name: str, operands: Operands, sink, whole: bool) -> State:
-    """Runs an implementation.
+def _state(problem: Problem, names, operands: Operands, sink, whole: bool) -> State:
+    """Runs one of the implementations that have these names.
 
     Without `whole` the logsumexp is None: the −∞ of a query that sees nothing is no result
     then, which `jax.debug_infs` would report.
     """
     operands, spoil = apart(operands)
-    state = dispatch.IMPLEMENTATIONS[name].attention_state(problem, operands)
+    state = dispatch.attention_state(problem, operands, names)
     chex.assert_equal_shape_prefix([operands.query, *state], 3)
     chex.assert_type(state.logsumexp, problem.wide)
     output = with_sink(state, sink).astype(problem.dtype)

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jattn.call.problem import Operands, Problem, apart, check_sink, pose
-from jattn.implementations import blockwise
+from jattn.implementations.attention import attention_state
 from jattn.implementations.blockwise import summaries
+from jattn.implementations.blockwise.layout import decided
 from jattn.implementations.blockwise.strongest import strongest
 from jattn.meshes import across
 from jattn.operations.varying import locally
@@ -248,7 +249,7 @@ def _pose(where, query, key, sink, logsumexp, **options):
     problem, operands = pose(where, query, key, key, **options)
     sizes = problem.sizes
     # No value is needed: one of size 0 makes the logsumexp cheap.
-    problem = blockwise.decided(problem, operands)
+    problem = decided(problem, operands)
     sizes_without = dataclasses.replace(sizes, D=0)
     problem = dataclasses.replace(problem, sizes=sizes_without, named=None)
     operands = operands._replace(value=operands.value[..., :0])
@@ -269,7 +270,7 @@ def _pose(where, query, key, sink, logsumexp, **options):
 def _normalizer(problem: Problem, operands: Operands, sink, logsumexp):
     """The logarithm of what weights are divided by, BTN; −∞ where nothing is seen."""
     if logsumexp is None:
-        logsumexp = blockwise.attention_state(problem, operands).logsumexp
+        logsumexp = attention_state(problem, operands).logsumexp
     if sink is None:
         return logsumexp
     sink = jnp.broadcast_to(sink.astype(problem.wide), logsumexp.shape)

@@ -15,7 +15,8 @@ from jax import export
 import jattn
 from jattn import definition, masks, modifiers
 from jattn.call.problem import pose
-from jattn.implementations import blockwise, dense
+from jattn.implementations import attention as operation
+from jattn.implementations import dense
 from jattn.implementations.blockwise import forward
 from tests.helpers import small_tiles
 
@@ -176,10 +177,10 @@ def test_empty_tiles_are_skipped(monkeypatch, options, tiles):
     monkeypatch.setattr(forward, "products_of", visited)
     x = inputs(B=1, T=64, S=64, N=1, K=1)
     problem, operands = pose("test", *x, **options)
-    run = jax.jit(functools.partial(blockwise.attention_state, problem, tile=(16, 16)))
+    run = jax.jit(functools.partial(operation.attention_state, problem, tile=(16, 16)))
     output, _ = run(operands)
     np.testing.assert_allclose(
-        output, dense.attention_state(problem, operands)[0], atol=1e-12
+        output, dense.Dense().attention_state(problem, operands)[0], atol=1e-12
     )
     jax.effects_barrier()
     assert len(visits) == tiles

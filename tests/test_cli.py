@@ -13,7 +13,7 @@ import pytest
 import jattn
 from jattn.__main__ import main
 from jattn.command import attend, welcome
-from jattn.implementations import dense, dispatch
+from jattn.implementations import dispatch
 from jattn.masks import Causal, Window
 from jattn.pictures import numbers
 
@@ -64,11 +64,13 @@ def one_check(monkeypatch):
 
 @pytest.mark.usefixtures("one_check")
 def test_an_implementation_that_is_off_by_a_little_fails(monkeypatch, capsys):
+    plain = dispatch.IMPLEMENTATIONS["dense"]
+
     def attention_state(problem, operands):
-        state = dense.attention_state(problem, operands)
+        state = plain.attention_state(problem, operands)
         return state._replace(output=state.output * 1.0001)
 
-    broken = types.SimpleNamespace(refusal=dense.refusal, attention_state=attention_state)
+    broken = types.SimpleNamespace(refusal=plain.refusal, attention_state=attention_state)
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "broken", broken)
     assert main([]) == 1
     printed = capsys.readouterr().out

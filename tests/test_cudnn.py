@@ -24,6 +24,7 @@ from jattn.masks import Causal, Lengths, Window
 
 FORWARD, BACKWARD = "@__cudnn$fmhaSoftmax(", "@__cudnn$fmhaSoftmaxBackward("
 B, T, N, K, H = 2, 64, 4, 2, 8
+KERNEL = cudnn.CuDNN()
 
 
 def struct(*shape, dtype="bfloat16"):
@@ -99,17 +100,17 @@ def test_refuses_in_a_sentence(options, sentence):
 def test_refuses_other_platforms_tables_precisions_and_symbols():
     arrays = [jnp.zeros((B, T, heads, H), jnp.bfloat16) for heads in (N, K, K)]
     problem, _ = pose("test", *arrays, mask=Causal())
-    assert cudnn.refusal(problem, "gpu") is cudnn.refusal(problem, "cuda") is None
+    assert KERNEL.refusal(problem, "gpu") is KERNEL.refusal(problem, "cuda") is None
     for platform in ("cpu", "tpu", "rocm"):
         said = f"runs on NVIDIA GPUs only, and the platform is {platform}."
-        assert cudnn.refusal(problem, platform) == said
-    assert "needs the logsumexp" in cudnn.refusal(asking_logsumexp(problem), "gpu")
+        assert KERNEL.refusal(problem, platform) == said
+    assert "needs the logsumexp" in KERNEL.refusal(asking_logsumexp(problem), "gpu")
     with jax.default_matmul_precision("highest"):
         problem, _ = pose("test", *arrays)
-    assert "the precision of products is to be highest." in cudnn.refusal(problem, "gpu")
+    assert "the precision of products is to be highest." in KERNEL.refusal(problem, "gpu")
     table = jattn.block_table(Causal(), *arrays[:2])
     problem, _ = pose("test", *arrays, mask=table)
-    assert "give the mask itself." in cudnn.refusal(problem, "gpu")
+    assert "give the mask itself." in KERNEL.refusal(problem, "gpu")
     (size,) = export.symbolic_shape("t")
     said = refusal((B, size, N, H), (B, size, K, H))
     assert said == "needs sizes that are numbers; these are symbols."
@@ -137,9 +138,9 @@ def test_refuses_a_device_that_cannot(device, sentence, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(cudnn, "is_installed", lambda: False)
-    assert cudnn.refusal(problem, "gpu") == sentence
+    assert KERNEL.refusal(problem, "gpu") == sentence
     monkeypatch.setattr(cudnn, "is_installed", lambda: True)
-    assert (cudnn.refusal(problem, "gpu") is None) == ("installed" in sentence)
+    assert (KERNEL.refusal(problem, "gpu") is None) == ("installed" in sentence)
 
 
 def test_named_where_it_cannot_run_raises():
@@ -306,9 +307,7 @@ def emulated(monkeypatch, found):
         return plain(query, key, value, **words)
 
     monkeypatch.setattr(cudnn, "_call", call)
-    on = cudnn.Attention.on
-    here = lambda self, platform: self if platform == "cpu" else on(self, platform)
-    monkeypatch.setattr(cudnn.Attention, "on", here)
+    monkeypatch.setattr(cudnn, "PLATFORMS", (*cudnn.PLATFORMS, "cpu"))
     jax.clear_caches()
     yield called
     jax.clear_caches()

@@ -19,7 +19,7 @@ import pytest
 import jattn
 from jattn import definition
 from jattn.call.problem import check_sink, pose
-from jattn.implementations import blockwise
+from jattn.implementations import attention as operation
 from jattn.masks import Causal
 from jattn.state import State, with_sink
 from tests.helpers import emulated_tpu
@@ -72,7 +72,7 @@ class Call:
 
 def by_blocks(tile, query, key, value, *, sink=None, **options) -> State:
     problem, operands = pose("exactness", query, key, value, **options)
-    state = blockwise.attention_state(problem, operands, tile=tile)
+    state = operation.attention_state(problem, operands, tile=tile)
     output = with_sink(state, check_sink("exactness", sink, problem.sizes))
     return State(output.astype(problem.dtype), state.logsumexp)
 

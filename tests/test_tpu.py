@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jattn
 from jattn import definition
 from jattn.call.problem import pose
-from jattn.implementations.tpu import refusal
+from jattn.implementations.tpu.kernel import TPU
 from jattn.implementations.tpu.pairs import evaluate
 from jattn.masks import Causal, Lengths, Segments, Window
 from jattn.shapes import Sizes
@@ -30,7 +30,7 @@ def refused(case) -> str | None:
     options = case.options(inputs)
     options.pop("sink", None)
     arrays = (inputs[name] for name in ("query", "key", "value"))
-    return refusal(pose("test", *arrays, **options)[0], "tpu")
+    return TPU().refusal(pose("test", *arrays, **options)[0], "tpu")
 
 
 def derived(function, case, inputs, names):
@@ -271,7 +271,7 @@ def test_named_elsewhere_it_raises_the_reason():
 def test_what_kernels_cannot_do_is_refused_in_a_sentence(dtype, options, message):
     query = jnp.zeros((4, 1, 8), dtype)
     problem, _ = pose("test", query, query, query, **options)
-    assert message in (refusal(problem, "tpu") or "")
+    assert message in (TPU().refusal(problem, "tpu") or "")
 
 
 def second(attend):

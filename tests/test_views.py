@@ -9,7 +9,7 @@ import pytest
 
 import jattn
 from jattn import definition, masks, views
-from jattn.implementations import blockwise
+from jattn.implementations import attention as operation
 from jattn.testing import CASES, random_inputs
 
 TILE = (4, 4)  # small, so that small inputs have many
@@ -38,7 +38,7 @@ def in_small_tiles(query, key, views_of="ersa", k=3, *, sink=None, logsumexp=Non
     """The views that are asked for, each in tiles of 4 × 4."""
     problem, arrays = views._pose("test", query, key, sink, logsumexp, **rest)
     if logsumexp is None:  # once for all
-        state = blockwise.attention_state(problem, arrays[0])
+        state = operation.attention_state(problem, arrays[0])
         arrays = (*arrays[:2], state.logsumexp)
     runs = {
         "entropy": lambda: views._entropy(problem, False, arrays, TILE),

@@ -1,9 +1,11 @@
 """Who computes: every implementation of attention, and which one runs.
 
-`shared`        the logits of some queries by some keys
+`kernel`        the contract of an implementation, with its laws
+`shared`        what they share: the logits of some queries by some keys
 `dense`         attention in one tile
 `blockwise`     attention in many tiles: forward, backward, tangent
 `tpu`           attention on TPU, by Pallas kernels
 `cudnn`         attention on NVIDIA GPUs by cuDNN, where it is the same function
+`attention`     the operation: a kernel where there is one, blockwise for all the rest
 `dispatch`      which implementation runs, and why
 """

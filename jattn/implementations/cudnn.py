@@ -17,20 +17,17 @@ to divide the arrays among devices: inside `jax.shard_map` each device runs cuDN
 platforms run what they would have run without it.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from jattn.call.problem import Operands, Problem, pose_mask
-from jattn.implementations.blockwise import attention as anywhere
-from jattn.implementations.tpu import attention as tpu
+from jattn.call.problem import Operands, Problem
+from jattn.implementations.kernel import Kernel, Sums
 from jattn.masks import And, Causal, Window
-from jattn.operations.mapped import cond_any
-from jattn.operations.operation import restrict
-from jattn.state import State
+
+PLATFORMS = ("gpu", "cuda")  # JAX's names of one thing
 
 _WORDS = {
     "bias": "a `bias`, which it rounds to the dtype of the inputs",
@@ -39,13 +36,6 @@ _WORDS = {
     "logsumexp": "what needs the logsumexp, as `attention_state` and a sink do: it comes "
     "rounded and without a gradient",
 }
-
-
-def refusal(problem: Problem, platform: str) -> str | None:
-    """Why cuDNN is not the same function, or cannot run."""
-    if platform not in ("gpu", "cuda"):
-        return f"runs on NVIDIA GPUs only, and the platform is {platform}."
-    return _objection(problem) or _device()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -117,102 +107,53 @@ def is_installed() -> bool:
     return True
 
 
-def block_sizes(problem: Problem, operands: Operands | None) -> None:
-    """Skips on its own terms, which are not known."""
-    del problem, operands
+class CuDNN(Kernel):
+    """Output and gradient by cuDNN.
 
-
-def attention_state(problem: Problem, operands: Operands) -> State:
-    """The output BTND; the logsumexp BTN beside it is rounded on GPU, and not to be used.
-
-    `refusal` keeps this from whoever needs the logsumexp.
+    What it says of the logsumexp is rounded, and its masks do not keep a NaN or Inf from
+    where it must not go.
     """
-    problem, operands, size = anywhere.prepared(problem, operands)
-    leaves, tree = jax.tree.flatten(operands)
-    return anywhere.state_of(*Attention(problem, tree, size)(*leaves))
+
+    exact = False
+    isolates = False
+
+    def refusal(self, problem: Problem, platform: str) -> str | None:
+        """Why cuDNN is not the same function, or cannot run."""
+        if platform not in PLATFORMS:
+            return f"runs on NVIDIA GPUs only, and the platform is {platform}."
+        return _objection(problem) or _device()
+
+    def block_sizes(self, problem: Problem, operands: Operands | None) -> None:
+        """Skips on its own terms, which are not known."""
+        del problem, operands
+
+    def forward(self, problem: Problem, operands: Operands) -> Sums:
+        """The output; its maximum is the logsumexp of a sum of 1, rounded."""
+        run = _joined(functools.partial(_run, problem))
+        output, logsumexp = run(operands.query, operands.key, operands.value)
+        top = logsumexp.astype(problem.wide)
+        return Sums(output.astype(problem.wide), top, jnp.ones_like(top))
+
+    def backward(self, problem, operands, outputs, cotangents, wanted) -> Operands | None:
+        """The cotangents of query, key and value; the logsumexp is read by nobody."""
+        del outputs
+        inputs = ("query", "key", "value")
+        if any(jax.tree.leaves(wanted._replace(**dict.fromkeys(inputs, False)))):
+            return None
+        arrays = operands.query, operands.key, operands.value
+        narrow = cotangents.output.astype(problem.dtype)
+        results = _joined(functools.partial(_pull, problem))(*arrays, narrow)
+        nothing = jax.tree.map(lambda _: None, wanted)
+        return nothing._replace(**dict(zip(inputs, results, strict=True)))
 
 
-class Attention(anywhere.Attention):
-    """As blockwise, with output and gradient by cuDNN where it is lowered for CUDA."""
+def _run(problem: Problem, query, key, value):
+    return _call(query, key, value, **(_words(problem) or {}))
 
-    def on(self, platform):
-        """Itself on CUDA; the kernels of TPU there; else blockwise."""
-        if platform == "cuda":
-            return self
-        kernels = platform == "tpu" and tpu.refusal(self.problem, platform) is None
-        home = tpu.Attention if kernels else anywhere.Attention
-        return home(self.problem, self.tree, self.size).on(platform)
 
-    @property
-    def elements(self):
-        """None: examples of a `vmap` join the batch, whatever their number."""
-        return 0
-
-    def fast(self, *leaves, spread):
-        """By cuDNN."""
-        if spread:
-            return super().fast(*leaves, spread=spread)
-        return _joined(self._forward)(*leaves[:3])
-
-    def push(self, active, primals, outputs, tangents, spread):
-        """By blockwise, from an exact logsumexp."""
-        if spread:
-            return super().push(active, primals, outputs, tangents, spread)
-        function, chosen = restrict(self.on("any"), active, primals)
-        return jax.jvp(function, chosen, tuple(tangents))[1]
-
-    def pull(self, active, primals, outputs, cotangents, spread):
-        """By cuDNN; nobody reads the logsumexp, so its cotangent is 0."""
-        if spread:  # and so was the forward pass, whose maximum and sum are exact
-            return super().pull(active, primals, outputs, cotangents, spread)
-        if any(active[3:]):
-            function, chosen = restrict(self.on("any"), active, primals)
-            return jax.vjp(function, *chosen)[1](tuple(cotangents))
-        backward, otherwise = _joined(self._backward), self._blockwise_backward
-        backward = jax.custom_jvp(backward)  # for derivatives of higher order
-        backward.defjvp(functools.partial(jax.jvp, otherwise))
-        results = backward(*primals[:3], cotangents[0])
-        return [x for x, flag in zip(results, active[:3], strict=True) if flag]
-
-    def _forward(self, query, key, value):
-        output, logsumexp = self._call(query, key, value)
-        logsumexp = logsumexp.astype(self.problem.wide)  # the maximum, of a sum of 1
-        results = output.astype(logsumexp.dtype), logsumexp, jnp.ones_like(logsumexp)
-        return self._finite(results, self._blockwise, query, key, value)
-
-    def _backward(self, query, key, value, cotangent):
-        arrays = query, key, value
-        (_, logsumexp), pull = jax.vjp(self._call, *arrays)
-        narrow = cotangent.astype(self.problem.dtype)
-        results = pull((narrow, jnp.zeros_like(logsumexp)))
-        return self._finite(results, self._blockwise_backward, *arrays, cotangent)
-
-    def _call(self, query, key, value):
-        return _call(query, key, value, **(_words(self.problem) or {}))
-
-    def _finite(self, results, otherwise, *arrays):
-        """The results; where a mask may hide what is not finite, only if they are."""
-        if self.problem.mask is None:
-            return tuple(results)
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in results]))
-        return cond_any(
-            ~finite, lambda xs: tuple(otherwise(*xs)), lambda _: tuple(results), arrays
-        )
-
-    def _blockwise(self, query, key, value):
-        """By blockwise, for as many examples as there are."""
-        sizes = dataclasses.replace(self.problem.sizes, batch=(query.shape[0],))
-        problem = dataclasses.replace(self.problem, sizes=sizes)
-        _, operands = pose_mask("cudnn", sizes, problem.dtype, mask=_mask(problem))
-        scale = jnp.asarray(sizes.H**-0.5).astype(problem.wide)
-        operands = operands._replace(query=query, key=key, value=value, scale=scale)
-        problem, operands, size = anywhere.prepared(problem, operands)
-        leaves, tree = jax.tree.flatten(operands)
-        return anywhere.Attention(problem, tree, size)(*leaves)
-
-    def _blockwise_backward(self, query, key, value, cotangent):
-        function = lambda *xs: self._blockwise(*xs)[0]
-        return jax.vjp(function, query, key, value)[1](cotangent)
+def _pull(problem: Problem, query, key, value, cotangent):
+    (_, logsumexp), pull = jax.vjp(functools.partial(_run, problem), query, key, value)
+    return pull((cotangent, jnp.zeros_like(logsumexp)))
 
 
 def _call(query, key, value, **words):

@@ -10,19 +10,9 @@ import jax.numpy as jnp
 
 from jattn.call.problem import Operands, Problem, index, kept
 from jattn.implementations import shared
+from jattn.implementations.kernel import Plain
 from jattn.operations.varying import locally
 from jattn.state import State
-
-
-def refusal(problem: Problem, platform: str) -> str | None:
-    """Takes everything, anywhere."""
-    del problem, platform
-    return None
-
-
-def block_sizes(problem: Problem, operands: Operands | None) -> None:
-    """Skips nothing."""
-    del problem, operands
 
 
 def attention_logits(problem: Problem, operands: Operands) -> jax.Array:
@@ -78,9 +68,20 @@ def drop(problem: Problem, operands: Operands, weights: jax.Array) -> jax.Array:
     return jnp.where(keep, weights / (1 - problem.rate), 0)
 
 
-def attention_state(problem: Problem, operands: Operands) -> State:
-    """The output BTND, in the wide precision, and the logsumexp BTN."""
-    return locally(_state, (problem,), operands)
+class Dense(Plain):
+    """All logits at once."""
+
+    def refusal(self, problem: Problem, platform: str) -> str | None:
+        """Takes everything, anywhere."""
+        del problem, platform
+
+    def block_sizes(self, problem: Problem, operands: Operands | None) -> None:
+        """Skips nothing."""
+        del problem, operands
+
+    def attention_state(self, problem: Problem, operands: Operands) -> State:
+        """The output BTND, in the wide precision, and the logsumexp BTN."""
+        return locally(_state, (problem,), operands)
 
 
 def _state(problem: Problem, operands: Operands) -> State:

@@ -5,20 +5,21 @@ name, the first that does not refuse runs, in the order written here for the pla
 named one runs or its sentence is raised. Nothing falls back in silence.
 """
 
-import types
-
 from jattn.call.problem import Operands, Problem
-from jattn.implementations import blockwise, cudnn, dense, tpu
+from jattn.implementations import attention, cudnn
+from jattn.implementations.dense import Dense
+from jattn.implementations.kernel import Kernel, Plain
+from jattn.implementations.tpu.kernel import TPU
+from jattn.state import State
 
-IMPLEMENTATIONS: dict[str, types.ModuleType] = {
-    "blockwise": blockwise,
-    "dense": dense,
-    "tpu": tpu,
-    "cudnn": cudnn,
+IMPLEMENTATIONS: dict[str, Kernel | Plain] = {
+    "blockwise": attention.Blockwise(),
+    "dense": Dense(),
+    "tpu": TPU(),
+    "cudnn": cudnn.CuDNN(),
 }
 
 # The first that does not refuse is taken; a platform not listed takes DEFAULT_ORDER.
-# A Mosaic GPU kernel would stand before or after cuDNN, by what is measured.
 _GPU = ("cudnn", "blockwise", "dense")
 ORDER: dict[str, tuple[str, ...]] = {
     "tpu": ("tpu", "blockwise", "dense"),
@@ -26,8 +27,6 @@ ORDER: dict[str, tuple[str, ...]] = {
     "cuda": _GPU,
 }
 DEFAULT_ORDER = ("blockwise", "dense")
-
-_BLOCKS = (512, 512)  # of an implementation that does not say
 
 
 def names(platform: str) -> tuple[str, ...]:
@@ -65,28 +64,40 @@ def choose(where: str, problem: Problem, platform: str, implementation=None) -> 
     return implementation
 
 
-def for_any_platform(problem: Problem, name: str) -> str:
-    """The implementation to lower, where `name` was chosen for the default platform.
+def candidates(problem: Problem, name: str, is_named: bool) -> tuple[str, ...]:
+    """The implementations that may run, where `name` was chosen for the platform at hand.
 
-    What is traced on one machine may be lowered for another, or for several. The operation
-    of cuDNN is that of the TPU's kernels wherever it is not lowered for CUDA, and that is
-    blockwise wherever it is not lowered for TPU.
+    What is traced on one machine may be lowered for another, or for several. So a call
+    without a name carries every kernel that takes it on its own platform, and each
+    platform finds its own when the program is lowered; blockwise where there is none.
     """
-    if name != "blockwise":
-        return name
-    if cudnn.refusal(problem, "cuda") is None and cudnn.is_installed():
-        return "cudnn"
-    if tpu.refusal(problem, "tpu") is None:
-        return "tpu"
-    return name
+    if is_named or name == "dense":
+        return (name,)
+    return tuple(
+        own
+        for platform, (own, *_) in ORDER.items()
+        if platform != "gpu"  # the same as "cuda", which programs are lowered for
+        and _can_be_lowered(own)
+        and IMPLEMENTATIONS[own].refusal(problem, platform) is None
+    )
+
+
+def _can_be_lowered(name: str) -> bool:
+    return name != "cudnn" or cudnn.is_installed()
+
+
+def attention_state(problem: Problem, operands: Operands, names: tuple[str, ...]) -> State:
+    """The output BTND in the wide precision, and the logsumexp BTN, by these candidates."""
+    found = [IMPLEMENTATIONS[name] for name in names]
+    kernels = tuple(x for x in found if isinstance(x, Kernel))
+    if kernels or not found:
+        return attention.attention_state(problem, operands, kernels)
+    (only,) = found
+    return only.attention_state(problem, operands)
 
 
 def block_sizes(
     problem: Problem, operands: Operands | None, name: str
 ) -> tuple[int, int] | None:
-    """How many queries and keys are skipped at once, or None where nothing is.
-
-    An implementation says so by a function `block_sizes(problem, operands)`.
-    """
-    ask = getattr(IMPLEMENTATIONS[name], "block_sizes", lambda *_: _BLOCKS)
-    return ask(problem, operands)
+    """How many queries and keys are skipped at once, or None where nothing is."""
+    return IMPLEMENTATIONS[name].block_sizes(problem, operands)

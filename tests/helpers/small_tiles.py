@@ -5,7 +5,7 @@ import functools
 import jax
 
 from jattn.call.problem import check_sink, pose
-from jattn.implementations import blockwise
+from jattn.implementations import attention as operation
 from jattn.state import State, with_sink
 
 
@@ -26,5 +26,5 @@ def attention(query, key, value, **options) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _state(problem, operands, sink):
-    state = blockwise.attention_state(problem, operands, tile=(4, 4))
+    state = operation.attention_state(problem, operands, tile=(4, 4))
     return state._replace(output=with_sink(state, sink).astype(problem.dtype))

@@ -1,18 +1,17 @@
 """Attention block by block, in plain JAX: memory linear in T and S, on any device.
 
+Queries and keys are cut into blocks; the logits of one block of each, a tile, are all
+that ever exists of T × S. A table says which tiles a mask leaves empty, which are then
+skipped, and which it leaves full, which then need no mask.
+
 `layout`        a call, laid out so that blocks can be cut from it; what is visited
+`prepare`       a call as the operation takes it: one-sided work done once
 `join`          an axis of `vmap` as part of the batch
 `tiles`         one tile, and the loops over tiles
-`forward`       output and logsumexp
-`backward`      cotangents
-`tangent`       tangents
+`forward`       the output, and the sums of each row, over the tiles of a query block
+`backward`      cotangents, over the tiles of a key block
+`tangent`       tangents, over the tiles of a query block
 `whole_rows`    the same function plainly, for derivatives of higher order
-`attention`     all of them as one operation
 `summaries`     entropy and what each key receives
 `strongest`     the strongest keys of each query
 """
-
-from jattn.implementations.blockwise.attention import attention_state as attention_state
-from jattn.implementations.blockwise.attention import block_sizes as block_sizes
-from jattn.implementations.blockwise.attention import refusal as refusal
-from jattn.implementations.blockwise.layout import decided as decided

@@ -35,7 +35,6 @@ from jattn.implementations.blockwise.tiles import (
     loop,
     over_heads,
     over_tiles,
-    row_numbers,
 )
 
 
@@ -43,7 +42,7 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     """The cotangents of the wanted operands; None for the others."""
     wide = layout.problem.wide
     _, by_key = schedules(layout)
-    top, inverse, settled, *deltas = row_numbers(outputs, cotangents)
+    top, inverse, settled, *deltas = shared.row_numbers(outputs, cotangents)
     d_output = cotangents[0]
     if not layout.narrow:  # once for each row, not for each pair
         d_output, *deltas = d_output * inverse[..., None], *(inverse * x for x in deltas)
@@ -139,7 +138,7 @@ def _backward_tile(layout, head, queries, keys, j, masked):
         if layout.problem.modifier is not None:
             d_products = keep_allowed(d_products)
         if d_scale is not None:  # times the scale
-            d_scale = d_scale + sum_all(keep_allowed(d_products * products))
+            d_scale = d_scale + shared.sum_all(keep_allowed(d_products * products))
         d_products = layout.narrowed(d_products)
         dropped = layout.narrowed(view.drop(weights))
         d_key = d_key + dot("BKSR,BKRH->BKSH", d_products, query, wide)
@@ -163,13 +162,6 @@ def _add_active(layout: Layout, whole: Active, part: Active, **at) -> Active:
     )
 
 
-def sum_all(array):
-    """The sum of all numbers, axis by axis: fewer roundings than one after the other."""
-    while array.ndim:
-        array = jnp.sum(array, axis=-1)
-    return array
-
-
 def _at(blocks, i):
     return lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)
 
@@ -180,7 +172,9 @@ def _cotangents(layout, wanted, d_query, d_key, d_value, d_active, d_scale) -> O
     d_query = layout.unqueries(d_query)
     if d_scale is not None:
         finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
-        at_zero = sum_all(d_query * finite.astype(d_query.dtype))  # where sums cancel more
+        at_zero = shared.sum_all(
+            d_query * finite.astype(d_query.dtype)
+        )  # where sums cancel more
         is_zero = operands.scale == 0
         d_scale = d_scale / jnp.where(is_zero, 1, operands.scale)
         d_scale = jnp.where(is_zero, at_zero, d_scale)

@@ -31,7 +31,6 @@ from jattn.implementations.blockwise.tiles import (
     over_heads,
     over_tiles,
     products_of,
-    row_factors,
     sums_of,
 )
 
@@ -89,7 +88,7 @@ def tangent(layout: Layout, outputs, tangents: Operands):
     start = zeros(layout.query.shape[:3])
     results = over_heads(layout, one_head, (start.mean, start.by_values))
     mean, d_output = map(layout.unqueries, results)
-    inverse, _ = row_factors(total)
+    inverse, _ = shared.row_factors(total)
     return inverse[..., None] * d_output, jnp.zeros_like(total), total * mean
 
 

@@ -144,26 +144,6 @@ def exponentials(logits, top):
     return jnp.exp(_at_most_zero(logits - top))
 
 
-def row_factors(total):
-    """What turns exponentials of a row into weights, and which of these are settled.
-
-    The first is 1 / total, and 0 where a row sees nothing. An exponential above the
-    second has all the weight, to the last place: there the softmax is constant. The
-    difference of v · d_output and δ, which are rounded apart, would not be 0 there.
-    """
-    inverse = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
-    return inverse, jnp.where(total == 1, jnp.array(0.5, total.dtype), 2)
-
-
-def row_numbers(outputs, cotangents):
-    """What backward needs of each row: top, the factors, δ, and δ less d_logsumexp."""
-    output, top, total = outputs
-    d_output, _, d_total = cotangents
-    inverse, settled = row_factors(total)
-    delta = jnp.sum(d_output * output, axis=-1)
-    return top, inverse, settled, delta, delta - d_total * total
-
-
 # XLA's CPU sums up the products of one pair in their order where the last axis of the
 # result is a multiple of this, the numbers in a vector, and in another order elsewhere.
 LANES = 16

@@ -8,9 +8,5 @@
 `forward`       output and logsumexp
 `backward`      cotangents
 `segments`      cotangents in several kernels, where one cannot hold those of all queries
-`attention`     all of them as one operation, and what it refuses
+`kernel`        all of them as an implementation, and what it refuses
 """
-
-from jattn.implementations.tpu.attention import attention_state as attention_state
-from jattn.implementations.tpu.attention import block_sizes as block_sizes
-from jattn.implementations.tpu.attention import refusal as refusal

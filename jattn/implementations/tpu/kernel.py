@@ -1,0 +1,232 @@
+"""Attention by kernels for TPU: forward and backward."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.blocks import of_call
+from jattn.call.hoist import joint_equations
+from jattn.call.problem import Operands, Problem
+from jattn.implementations.kernel import Kernel, Sums
+from jattn.implementations.shared import row_numbers, sum_all
+from jattn.implementations.tpu import layout
+from jattn.implementations.tpu.layout import LOG2_E
+from jattn.implementations.tpu.pairs import objection
+from jattn.implementations.tpu.schedule import MOST_INNER
+
+BLOCKS = (512, 512)
+# Largest d_query kept in VMEM, in bytes; it is double-buffered, so VMEM needs twice this.
+RESIDENT = 16 * 2**20
+
+
+@functools.lru_cache(maxsize=1024)
+def _objection(problem: Problem) -> str | None:
+    sizes = problem.sizes
+    if problem.dtype.name not in ("bfloat16", "float32"):
+        return f"takes bfloat16 and float32, which TPUs multiply, got {problem.dtype}."
+    if not all(isinstance(size, int) for size in sizes.BNTS):
+        return "needs sizes that are numbers; these are symbols."
+    if 0 in (*sizes.BNTS, sizes.H, sizes.D):
+        return "needs at least one query, key and number in each."
+    if max(sizes.H, sizes.D) > 256:
+        return f"takes head sizes up to 256, got H={sizes.H} and D={sizes.D}."
+    block_q, block_kv = _block_sizes(problem, BLOCKS)
+    if MOST_INNER * block_q < sizes.T or MOST_INNER * block_kv < sizes.S:
+        return f"takes up to {MOST_INNER} blocks of 512, got T={sizes.T} and S={sizes.S}."
+    for name in ("mask", "modifier"):
+        program = getattr(problem, name)
+        if program is not None:
+            found = objection(joint_equations(program, logit=name == "modifier"))
+            if found:
+                return (
+                    f"the {name} joins queries and keys by {found}, which a kernel cannot "
+                    f"evaluate; it can where only queries or only keys are indexed."
+                )
+    return None
+
+
+def _block_sizes(problem: Problem, blocks: tuple[int, int]) -> tuple[int, int]:
+    """How many queries and keys are skipped at once, where heads are folded."""
+    plan = layout.plan(problem.sizes, True, blocks)
+    return plan.block_q, plan.block_kv
+
+
+@dataclasses.dataclass(frozen=True)
+class TPU(Kernel):
+    """Forward and backward by Pallas kernels.
+
+    Attributes:
+        blocks: How many columns and keys a block has.
+        tuning: How many keys and columns a part of it has, where the counted table is not
+            wanted.
+        interpret: Emulates the kernels on any platform, for tests.
+        resident: How many bytes of the cotangents of queries one kernel may hold.
+    """
+
+    blocks: tuple[int, int] = BLOCKS
+    tuning: tuple[int, int] | None = None
+    interpret: Any = False
+    resident: int = RESIDENT
+
+    def refusal(self, problem: Problem, platform: str) -> str | None:
+        """What a kernel cannot be written for."""
+        if platform != "tpu" and not self.interpret:
+            return f"runs on TPU only, and the platform is {platform}."
+        return _objection(problem)
+
+    def block_sizes(self, problem: Problem, operands: Operands | None) -> tuple[int, int]:
+        """How many queries and keys are skipped at once, where heads are folded."""
+        del operands
+        return _block_sizes(problem, self.blocks)
+
+    def forward(self, problem: Problem, operands: Operands) -> Sums:
+        """Output, maximum and sum of each row."""
+        from jattn.implementations.tpu.forward import forward
+
+        call, arguments = self._call(problem, operands, by_query=True)
+        plan, sizes = call.plan, problem.sizes
+        query, key, value = arguments.inputs
+        arguments = arguments._replace(inputs=(query, key, jnp.swapaxes(value, 2, 3)))
+        output, top, total = forward(call, arguments)
+        return Sums(
+            layout.unqueries(output, plan, sizes, (sizes.D,)),
+            layout.unqueries(top, plan, sizes, ()),
+            layout.unqueries(total, plan, sizes, ()),
+        )
+
+    def backward(self, problem, operands, outputs, cotangents, wanted) -> Operands | None:
+        """The cotangents of the operands, or None where the kernel has no place for one."""
+        from jattn.implementations.tpu.segments import in_segments
+
+        call, arguments = self._call(problem, operands, by_query=False)
+        plan = call.plan
+        flags = _wanted(call.shapes, wanted)
+        if any(
+            flag and layout.kind(x) == "tile"
+            for x, flag in zip(*map(jax.tree.leaves, (call.shapes, flags)), strict=True)
+        ):
+            return None
+        sizes, wide = problem.sizes, problem.wide
+        numbers = jnp.stack(row_numbers(outputs, cotangents), axis=-1)
+        rows = (
+            layout.queries(cotangents.output.astype(problem.dtype), plan),
+            layout.queries(numbers, plan),
+        )
+        arguments = arguments._replace(inputs=(*arguments.inputs, *rows))
+        d_query, d_key, d_value, *d_read = in_segments(call, flags, arguments)
+        d_query = layout.unqueries(d_query, plan, sizes, (sizes.H,))
+        finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
+        d_modifier, d_bias = _read_cotangents(problem, operands, plan, flags, d_read)
+        nothing = jax.tree.map(lambda _: None, wanted)
+        return nothing._replace(
+            query=d_query * operands.scale,
+            key=layout.unkeys(d_key, sizes) * arguments.numbers[0],
+            value=layout.unkeys(d_value, sizes),
+            scale=sum_all(d_query * finite.astype(wide)),
+            bias=d_bias,
+            modifier=d_modifier,
+        )
+
+    def _call(self, problem: Problem, operands: Operands, by_query: bool):
+        """The call of a kernel, and its arguments: queries, keys and values."""
+        from jattn.implementations.tpu.call import Arguments, Call, counted_tuning
+        from jattn.implementations.tpu.schedule import schedule
+
+        pairs, read = layout.extras(problem, operands)
+        plan = layout.plan(problem.sizes, layout.folds(read), self.blocks)
+        segments = 1 if by_query else self._segments(problem, plan)
+        plan = plan._replace(queries=-(-plan.queries // segments) * segments)
+        kinds = _kinds(problem, operands, plan)
+        if by_query:
+            plan = plan.joined
+            words, count = schedule(kinds, plan.heads, plan.halves)
+        else:  # by key, for each segment of queries
+            B, N, i, j = kinds.shape
+            kinds = kinds.reshape(B, N, segments, i // segments, j)
+            kinds = kinds.transpose(2, 0, 1, 4, 3).reshape(-1, N, j, i // segments)
+            words, count = schedule(kinds, plan.heads)
+            words = words.reshape(segments, B, *words.shape[1:])
+        known = count if isinstance(count, int) else None
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), read)
+        tuning = self.tuning or counted_tuning(problem, shapes, by_query)
+        static = plan, pairs, shapes, by_query, known, tuning, self.interpret
+        factor, numbers = _numbers(problem, operands)
+        inputs = (
+            layout.queries(operands.query * factor.astype(problem.dtype), plan),
+            layout.keys(operands.key, plan),
+            layout.keys(operands.value, plan),
+        )
+        arranged = jax.tree.map(lambda x: layout.arrange(x, plan), read)
+        count = jnp.asarray(count, jnp.int32)
+        return Call(problem, *static), Arguments(words, count, numbers, inputs, arranged)
+
+    def _segments(self, problem: Problem, plan) -> int:
+        """How many kernels it takes to hold the cotangents of a head's queries."""
+        block = 4 * problem.sizes.H * plan.columns
+        return -(-plan.queries // max(self.resident // block, 1))
+
+
+def _kinds(problem: Problem, operands: Operands, plan):
+    """The kind of each block; the last keys are partial where some are padding."""
+    kinds = of_call.block_table(problem, operands, plan.block_q, plan.block_kv)
+    xp = np if isinstance(kinds, np.ndarray) else jnp
+    lengths = -(-problem.sizes.T // plan.block_q), plan.keys
+    kinds = xp.broadcast_to(kinds, (*kinds.shape[:2], *lengths))
+    if plan.keys * plan.block_kv != problem.sizes.S:
+        last = xp.arange(plan.keys).reshape(1, 1, 1, -1) == plan.keys - 1
+        kinds = xp.where(last, xp.minimum(kinds, of_call.PARTIAL), kinds)
+    more = plan.queries - lengths[0]  # that fill up segments
+    return xp.pad(kinds, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else kinds
+
+
+def _numbers(problem: Problem, operands: Operands):
+    """What queries, products, exponents of 2 in forward, and maxima are multiplied by.
+
+    The sign of the scale goes to the queries, so that the largest product is the
+    largest logit; in float32 all of it, as in blockwise. A query of bfloat16 would be
+    rounded by it. Maxima are multiplied as backward multiplies products, so that it
+    finds the very logits whose maximum is at hand.
+    """
+    scale = operands.scale
+    if problem.dtype == jnp.float32:
+        return scale, jnp.array([1, LOG2_E, 1], scale.dtype)
+    sign, size = jnp.sign(scale), jnp.where(scale == 0, 1, jnp.abs(scale))
+    plain = problem.modifier is None and operands.bias is None
+    exponent = size if plain else jnp.ones_like(size)
+    return sign, jnp.stack([size, exponent * LOG2_E, exponent])
+
+
+def _read_cotangents(problem, operands: Operands, plan, flags, cotangents):
+    """Those of what modifiers and bias are made of, through the split."""
+
+    def read(modifier, bias):
+        _, read = layout.extras(problem, operands._replace(modifier=modifier, bias=bias))
+        leaves = zip(*map(jax.tree.leaves, (read, flags)), strict=True)
+        return [layout.arrange(x, plan) for x, flag in leaves if flag]
+
+    primals, pull = jax.vjp(read, operands.modifier, operands.bias)
+    cotangents = [
+        jnp.sum(
+            d, [axis for axis in (0, 1) if x.shape[axis] < d.shape[axis]], keepdims=True
+        ).astype(x.dtype)
+        for x, d in zip(primals, cotangents, strict=True)
+    ]
+    return jax.tree.map(
+        lambda d: None if d.dtype == jax.dtypes.float0 else d, pull(cotangents)
+    )
+
+
+def _wanted(shapes: layout.Extras, wanted: Operands) -> layout.Extras:
+    """Which of the arrays that are read need a cotangent."""
+    mark = lambda tree, want: jax.tree.map(
+        lambda x: want and jnp.issubdtype(x.dtype, jnp.floating), tree
+    )
+    nothing = mark(shapes, False)
+    modifier = any(jax.tree.leaves(wanted.modifier))
+    return nothing._replace(
+        modifier=mark(shapes.modifier, modifier), bias=mark(shapes.bias, bool(wanted.bias))
+    )
