@@ -22,7 +22,7 @@ from jattn.call.problem import (
 )
 from jattn.explanation import Explanation
 from jattn.implementations import dense, dispatch
-from jattn.implementations.blockwise.layout import decided
+from jattn.implementations.blockwise.plan import decided
 from jattn.meshes import across
 from jattn.shapes import Sizes, check_array
 from jattn.state import State, with_sink

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jattn.call.problem import Operands, Problem, apart, check_sink, pose
 from jattn.implementations.attention import attention_state
 from jattn.implementations.blockwise import summaries
-from jattn.implementations.blockwise.layout import decided
+from jattn.implementations.blockwise.plan import decided
 from jattn.implementations.blockwise.strongest import strongest
 from jattn.meshes import across
 from jattn.operations.varying import locally

@@ -21,7 +21,8 @@ from jattn.call.problem import Operands, Problem
 from jattn.implementations.blockwise.backward import backward
 from jattn.implementations.blockwise.forward import forward
 from jattn.implementations.blockwise.join import join
-from jattn.implementations.blockwise.layout import Layout, granularity, plan, tile_sizes
+from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.plan import granularity, plan, tile_sizes
 from jattn.implementations.blockwise.prepare import prepare
 from jattn.implementations.blockwise.tangent import tangent
 from jattn.implementations.blockwise.whole_rows import by_rows

@@ -4,7 +4,9 @@ Queries and keys are cut into blocks; the logits of one block of each, a tile, a
 that ever exists of T × S. A table says which tiles a mask leaves empty, which are then
 skipped, and which it leaves full, which then need no mask.
 
-`layout`        a call, laid out so that blocks can be cut from it; what is visited
+`plan`          how much a tile holds
+`layout`        a call, laid out so that blocks can be cut from it
+`schedule`      which tiles are visited, and in which order
 `prepare`       a call as the operation takes it: one-sided work done once
 `join`          an axis of `vmap` as part of the batch
 `tiles`         one tile, and the loops over tiles

@@ -25,7 +25,8 @@ from jax import lax
 from jattn.call.problem import Operands
 from jattn.call.program import Arrays
 from jattn.implementations import shared
-from jattn.implementations.blockwise.layout import Layout, schedules
+from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.schedule import schedules
 from jattn.implementations.blockwise.tiles import (
     Active,
     Tile,

@@ -17,7 +17,8 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.implementations.blockwise.layout import Layout, schedules
+from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.schedule import schedules
 from jattn.implementations.blockwise.tiles import (
     Tile,
     dot,

@@ -8,7 +8,7 @@ from jattn.blocks import of_call
 from jattn.call.hoist import split
 from jattn.call.problem import Operands, Problem, apart, drawn, index
 from jattn.call.program import Arrays, Index, Program
-from jattn.implementations.blockwise.layout import granularity, tile_sizes
+from jattn.implementations.blockwise.plan import granularity, tile_sizes
 from jattn.operations.varying import locally
 from jattn.pytree import pytree
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.call.problem import Operands, Problem
-from jattn.implementations.blockwise.layout import Layout, Plan, granularity, plan
+from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.plan import Plan, granularity, plan
 from jattn.implementations.blockwise.summaries import is_nothing, sweep
 
 

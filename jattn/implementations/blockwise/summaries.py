@@ -16,14 +16,9 @@ from jax import lax
 
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.blockwise.join import join
-from jattn.implementations.blockwise.layout import (
-    Layout,
-    Plan,
-    granularity,
-    plan,
-    rows_plan,
-    schedules,
-)
+from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.plan import Plan, granularity, plan, rows_plan
+from jattn.implementations.blockwise.schedule import schedules
 from jattn.implementations.blockwise.tiles import (
     Tile,
     loop,

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from jattn.call.problem import Operands
 from jattn.implementations import shared
-from jattn.implementations.blockwise.layout import Layout, schedules
+from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.schedule import schedules
 from jattn.implementations.blockwise.tiles import (
     Active,
     Tile,

@@ -8,7 +8,8 @@ from jax import lax
 
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import shared
-from jattn.implementations.blockwise.layout import Layout, rows_plan
+from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.plan import rows_plan
 from jattn.implementations.blockwise.tiles import Tile, products_of, sums_of
 
 
