@@ -15,6 +15,7 @@ Each module imports only from those above it:
 `blocks`        which blocks count: a mask evaluated over intervals
 `counted`       masks, modifiers and dropout of a whole, seen from one device's part
 `implementations`  who computes: dense, blockwise, kernels; and which one runs
+`weights`       the logits and weights themselves, or some rows of them
 `views`         a look at the weights of any length
 `explanation`   what a call would do
 `api`           the public functions
@@ -28,18 +29,14 @@ Each module imports only from those above it:
 To read, begin with `definition`: what it imports, it explains.
 """
 
-from jattn import counted as counted
-from jattn import definition, masks, modifiers
-from jattn.api import (
-    attention,
-    attention_logits,
-    attention_state,
-    attention_weights,
-    explain,
-)
+import importlib
+from typing import Any
+
+from jattn import counted, definition, masks, modifiers
+from jattn.api import attention, attention_state
 from jattn.blocks.block_table import BlockTable, block_table
 from jattn.dropout import Dropout
-from jattn.explanation import Explanation
+from jattn.explanation import Explanation, explain
 from jattn.state import EMPTY, State, merge
 from jattn.views import (
     StrongestKeys,
@@ -47,6 +44,7 @@ from jattn.views import (
     attention_received,
     strongest_keys,
 )
+from jattn.weights import attention_logits, attention_weights
 
 __version__ = "0.1.0"
 
@@ -64,6 +62,7 @@ __all__ = [
     "attention_state",
     "attention_weights",
     "block_table",
+    "counted",
     "definition",
     "explain",
     "masks",
@@ -71,3 +70,16 @@ __all__ = [
     "modifiers",
     "strongest_keys",
 ]
+
+# Loaded when touched: each needs more than attention does.
+_LATER = ("adapters", "plot", "terminal", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"jattn.{name}")
+    raise AttributeError(f"module 'jattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted((*__all__, *_LATER))

@@ -6,51 +6,41 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from jattn import explanation
+from jattn.call.options import Implementation, MaskLike, ModifierLike, PositionLike
 from jattn.call.problem import (
     Operands,
     Problem,
     apart,
     asking_logsumexp,
-    check_bias,
     check_sink,
     pose,
-    pose_mask,
-    select_rows,
 )
-from jattn.explanation import Explanation
-from jattn.implementations import dense, dispatch
+from jattn.dropout import Dropout
+from jattn.implementations import dispatch
 from jattn.implementations.blockwise.plan import decided
 from jattn.meshes import across
-from jattn.shapes import Sizes, check_array
 from jattn.state import State, with_sink
 
-__all__ = [
-    "attention",
-    "attention_logits",
-    "attention_state",
-    "attention_weights",
-    "explain",
-]
+__all__ = ["attention", "attention_state"]
 
 
 @across("BTN.")
 def attention(
-    query,
-    key,
-    value,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
     *,
-    mask=None,
-    bias=None,
-    modifier=None,
-    sink=None,
-    scale=None,
-    query_position=None,
-    key_position=None,
-    dropout=None,
-    implementation=None,
+    mask: MaskLike | None = None,
+    bias: ArrayLike | None = None,
+    modifier: ModifierLike | None = None,
+    sink: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+    query_position: PositionLike | None = None,
+    key_position: PositionLike | None = None,
+    dropout: Dropout | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Attends from every query to the keys, and returns the weighted sums of values.
 
@@ -117,19 +107,19 @@ def attention(
 
 @across("BTN. BTN")
 def attention_state(
-    query,
-    key,
-    value,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
     *,
-    mask=None,
-    bias=None,
-    modifier=None,
-    sink=None,
-    scale=None,
-    query_position=None,
-    key_position=None,
-    dropout=None,
-    implementation=None,
+    mask: MaskLike | None = None,
+    bias: ArrayLike | None = None,
+    modifier: ModifierLike | None = None,
+    sink: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+    query_position: PositionLike | None = None,
+    key_position: PositionLike | None = None,
+    dropout: Dropout | None = None,
+    implementation: Implementation | None = None,
 ) -> State:
     """Attends like `attention`, and also returns the logsumexp of the logits.
 
@@ -175,210 +165,6 @@ def attention_state(
     return _attend(where, problem, operands, sink, implementation, True)
 
 
-@across("BNTS")
-def attention_logits(
-    query,
-    key,
-    *,
-    mask=None,
-    bias=None,
-    modifier=None,
-    scale=None,
-    query_position=None,
-    key_position=None,
-    rows=None,
-) -> jax.Array:
-    """Returns the logits that `attention` takes the softmax of.
-
-        logit = modifier(scale · q·k, b, n, t, s) + bias, and −∞ where masked out
-
-    Args:
-        query: `BTNH`.
-        key: `BSKH`.
-        mask: See `attention`.
-        bias: See `attention`.
-        modifier: See `attention`.
-        scale: See `attention`.
-        query_position: See `attention`.
-        key_position: See `attention`.
-        rows: Indices of the queries to look at, integers; all by default.
-
-    Returns:
-        The logits, `BNTS`, in float32 at least; T counts the chosen rows.
-
-    Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
-    """
-    where = "attention_logits"
-    problem, operands = pose(
-        where,
-        query,
-        key,
-        key,  # no value is needed, and the keys are sure to fit
-        mask=mask,
-        bias=bias,
-        modifier=modifier,
-        scale=scale,
-        query_position=query_position,
-        key_position=key_position,
-    )
-    rows = _check_rows(where, rows, problem.sizes)
-    problem = dataclasses.replace(problem, named=None)
-    return _unflatten(_logits(problem, operands, rows), problem.sizes)
-
-
-@across("BNTS")
-def attention_weights(
-    query,
-    key,
-    *,
-    mask=None,
-    bias=None,
-    modifier=None,
-    sink=None,
-    scale=None,
-    query_position=None,
-    key_position=None,
-    dropout=None,
-    rows=None,
-) -> jax.Array:
-    """Returns the weights that `attention` multiplies the values with.
-
-    They sum to 1 over S; to less with a sink; to 0 where a query sees nothing.
-
-    Args:
-        query: `BTNH`.
-        key: `BSKH`.
-        mask: See `attention`.
-        bias: See `attention`.
-        modifier: See `attention`.
-        sink: See `attention`.
-        scale: See `attention`.
-        query_position: See `attention`.
-        key_position: See `attention`.
-        dropout: See `attention`.
-        rows: Indices of the queries to look at, integers; all by default. R rows take
-            R × S memory, not T × S.
-
-    Returns:
-        The weights, `BNTS`, in float32 at least; T counts the chosen rows.
-
-    Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
-
-    Example:
-        >>> query, key = jnp.zeros((2, 1, 4)), jnp.zeros((2, 1, 4))
-        >>> attention_weights(query, key, mask=lambda b, n, t, s: t >= s)
-        Array([[[1. , 0. ],
-                [0.5, 0.5]]], dtype=float32)
-    """
-    where = "attention_weights"
-    problem, operands = pose(
-        where,
-        query,
-        key,
-        key,  # no value is needed, and the keys are sure to fit
-        mask=mask,
-        bias=bias,
-        modifier=modifier,
-        scale=scale,
-        query_position=query_position,
-        key_position=key_position,
-        dropout=dropout,
-    )
-    sink = check_sink(where, sink, problem.sizes)
-    rows = _check_rows(where, rows, problem.sizes)
-    problem = dataclasses.replace(problem, named=None)
-    return _unflatten(_weights(problem, operands, sink, rows), problem.sizes)
-
-
-@across("")
-def explain(
-    query,
-    key,
-    value,
-    *,
-    mask=None,
-    bias=None,
-    modifier=None,
-    sink=None,
-    scale=None,
-    query_position=None,
-    key_position=None,
-    dropout=None,
-    implementation=None,
-    platform=None,
-) -> Explanation:
-    """Says what `attention` would do with these arguments, without doing it.
-
-    Takes the arguments of `attention`; arrays may be `jax.ShapeDtypeStruct`s, inside masks
-    and modifiers too.
-
-    Args:
-        query: `BTNH`, an array or its shape and dtype.
-        key: `BSKH`, likewise.
-        value: `BSKD`, likewise.
-        mask: See `attention`.
-        bias: See `attention`.
-        modifier: See `attention`.
-        sink: See `attention`.
-        scale: See `attention`.
-        query_position: See `attention`.
-        key_position: See `attention`.
-        dropout: See `attention`.
-        implementation: See `attention`.
-        platform: Where it would run: `"cpu"`, `"gpu"` or `"tpu"`; by default where JAX
-            runs here. That no such device is here does not matter.
-
-    Returns:
-        An `Explanation`, which prints as a short table.
-
-    Raises:
-        ValueError: As `attention` would.
-    """
-    options = {
-        "mask": mask,
-        "bias": bias,
-        "modifier": modifier,
-        "scale": scale,
-        "query_position": query_position,
-        "key_position": key_position,
-        "dropout": dropout,
-    }
-    where, platform = "explain", jax.default_backend() if platform is None else platform
-    if platform not in ("cpu", "gpu", "cuda", "rocm", "tpu"):
-        raise ValueError(
-            f'{where}: `platform` must be "cpu", "gpu" or "tpu", got {platform!r}.'
-        )
-    leaves, tree = jax.tree.flatten((query, key, value, sink, options))
-    is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
-    problems = []
-
-    def posed(shapes):
-        shapes = iter(shapes)
-        filled = [
-            next(shapes) if shape else leaf
-            for leaf, shape in zip(leaves, is_shape, strict=True)
-        ]
-        query, key, value, sink, options = tree.unflatten(filled)
-        problem, _ = pose(where, query, key, value, **options)
-        sink = check_sink(where, sink, problem.sizes)
-        problems.append(problem if sink is None else asking_logsumexp(problem))
-
-    shapes = [leaf for leaf, shape in zip(leaves, is_shape, strict=True) if shape]
-    jax.eval_shape(posed, shapes)
-    (problem,), operands = problems, None
-    bias = options["bias"]
-    names = ("mask", "modifier", "query_position", "key_position")
-    decisive = {name: options[name] for name in names}
-    leaves = jax.tree.leaves((decisive, bias))
-    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-        _, operands = pose_mask(where, problem.sizes, problem.dtype, **decisive)
-        if bias is not None:
-            operands = operands._replace(bias=check_bias(where, bias, problem.sizes))
-    return explanation.explain(where, problem, operands, platform, implementation)
-
-
 def _attend(where, problem, operands, sink, implementation, whole: bool) -> State:
     """Chooses an implementation and runs it; a logsumexp is given where `whole`."""
     sink = check_sink(where, sink, problem.sizes)
@@ -408,46 +194,3 @@ def _state(problem: Problem, names, operands: Operands, sink, whole: bool) -> St
     output = with_sink(state, sink).astype(problem.dtype)
     logsumexp: Any = state.logsumexp if whole else None
     return spoil(State(output, logsumexp))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(problem: Problem, operands: Operands, rows) -> jax.Array:
-    if rows is not None:
-        problem, operands = select_rows(problem, operands, rows)
-    operands, spoil = apart(operands)
-    return spoil(dense.attention_logits(problem, operands))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _weights(problem: Problem, operands: Operands, sink, rows) -> jax.Array:
-    if rows is not None:
-        problem, operands = select_rows(problem, operands, rows)
-    operands, spoil = apart(operands)
-    weights, logsumexp = dense.attention_weights(problem, operands)
-    weights = dense.drop(problem, operands, weights)
-    # Here heads come before queries.
-    sink = None if sink is None else sink[:, None]
-    return spoil(with_sink(State(weights, logsumexp), sink))
-
-
-def _unflatten(array: jax.Array, sizes: Sizes) -> jax.Array:
-    return array.reshape(*sizes.batch, *array.shape[1:])
-
-
-def _check_rows(where: str, rows, sizes: Sizes):
-    if rows is None:
-        return None
-    rows = check_array(where, "rows", rows)
-    rows = rows.astype(jnp.int32) if rows.size == 0 else rows
-    if rows.ndim > 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
-        raise ValueError(
-            f"{where}: `rows` must be the indices of queries, integers in one axis, got "
-            f"{rows.dtype}{list(rows.shape)}."
-        )
-    if not isinstance(rows, jax.core.Tracer) and rows.size:
-        low, high = int(rows.min()), int(rows.max())
-        if low < -sizes.T or high >= sizes.T:
-            raise ValueError(
-                f"{where}: `rows` must be within the T={sizes.T} queries, got {low}…{high}."
-            )
-    return rows.reshape(-1)

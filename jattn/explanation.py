@@ -1,14 +1,26 @@
 """What a call would do: which implementation, why not the others, and at what cost."""
 
 import dataclasses
+from typing import Unpack
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from jattn.blocks import of_call
 from jattn.blocks.kinds import EMPTY, PARTIAL, percent, spread
-from jattn.call.problem import Operands, Problem
+from jattn.call.options import Implementation, Options, checked
+from jattn.call.problem import (
+    Operands,
+    Problem,
+    asking_logsumexp,
+    check_bias,
+    check_sink,
+    pose,
+    pose_mask,
+)
 from jattn.implementations.dispatch import block_sizes, choose, refusals
+from jattn.meshes import across
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +96,76 @@ class Explanation:
         return "\n".join(f"{label:<16}{text}" for label, text in rows)
 
 
+@across("")
 def explain(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    implementation: Implementation | None = None,
+    platform: str | None = None,
+    **options: Unpack[Options],
+) -> Explanation:
+    """Says what `attention` would do with these arguments, without doing it.
+
+    Takes the arguments of `attention`; arrays may be `jax.ShapeDtypeStruct`s, inside masks
+    and modifiers too.
+
+    Args:
+        query: `BTNH`, an array or its shape and dtype.
+        key: `BSKH`, likewise.
+        value: `BSKD`, likewise.
+        implementation: See `attention`.
+        platform: Where it would run: `"cpu"`, `"gpu"` or `"tpu"`; by default where JAX
+            runs here. The device need not be present.
+        **options: Those of `attention`.
+
+    Returns:
+        An `Explanation`, which prints as a short table.
+
+    Raises:
+        ValueError: As `attention` would.
+    """
+    where, platform = "explain", jax.default_backend() if platform is None else platform
+    if platform not in ("cpu", "gpu", "cuda", "rocm", "tpu"):
+        raise ValueError(
+            f'{where}: `platform` must be "cpu", "gpu" or "tpu", got {platform!r}.'
+        )
+    given = checked(where, options, Options)
+    sink = given.pop("sink", None)
+    leaves, tree = jax.tree.flatten((query, key, value, sink, given))
+    is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
+    problems = []
+
+    def posed(shapes):
+        shapes = iter(shapes)
+        filled = [
+            next(shapes) if shape else leaf
+            for leaf, shape in zip(leaves, is_shape, strict=True)
+        ]
+        query, key, value, sink, posable = tree.unflatten(filled)
+        problem, _ = pose(where, query, key, value, **posable)
+        sink = check_sink(where, sink, problem.sizes)
+        problems.append(problem if sink is None else asking_logsumexp(problem))
+
+    shapes = [leaf for leaf, shape in zip(leaves, is_shape, strict=True) if shape]
+    jax.eval_shape(posed, shapes)
+    (problem,), operands = problems, None
+    bias = given.get("bias")
+    names = ("mask", "modifier", "query_position", "key_position")
+    decisive = {name: given.get(name) for name in names}
+    is_unknown = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    if not any(map(is_unknown, jax.tree.leaves(decisive))):
+        _, operands = pose_mask(where, problem.sizes, problem.dtype, **decisive)
+        if bias is not None and not is_unknown(bias):
+            operands = operands._replace(bias=check_bias(where, bias, problem.sizes))
+    return _explain(where, problem, operands, platform, implementation)
+
+
+def _explain(
     where: str, problem: Problem, operands: Operands | None, platform: str, implementation
 ) -> Explanation:
-    """Explains a problem, as `jattn.explain` does a call.
+    """Explains a problem.
 
     Of the operands only what decides which blocks are skipped is looked at; None says that
     it is not known.

@@ -8,11 +8,13 @@ dropout: what is looked at is the weights before any of them drop.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from jattn.call.options import WeightOptions, checked
 from jattn.call.problem import Operands, Problem, apart, check_sink, pose
 from jattn.implementations.attention import attention_state
 from jattn.implementations.blockwise import summaries
@@ -39,19 +41,13 @@ class StrongestKeys(NamedTuple):
 
 @across("BTN. BTN.")
 def strongest_keys(
-    query,
-    key,
+    query: ArrayLike,
+    key: ArrayLike,
     k: int,
     *,
-    mask=None,
-    bias=None,
-    modifier=None,
-    sink=None,
-    scale=None,
-    query_position=None,
-    key_position=None,
-    logsumexp=None,
+    logsumexp: ArrayLike | None = None,
     average: bool = False,
+    **options: Unpack[WeightOptions],
 ) -> StrongestKeys:
     """Finds the k keys that each query attends to most.
 
@@ -66,16 +62,10 @@ def strongest_keys(
         query: `BTNH`.
         key: `BSKH`.
         k: How many keys, a Python integer; it may be more than S.
-        mask: See `attention`; so are all others that are not said here.
-        bias: See `attention`.
-        modifier: See `attention`.
-        sink: See `attention`.
-        scale: See `attention`.
-        query_position: See `attention`.
-        key_position: See `attention`.
         logsumexp: Of the logits, `BTN`, as `attention_state` of the same arguments gives
             it; computed blockwise by default.
         average: Whether to take the strongest of the weights averaged over heads.
+        **options: Those of `attention` but `dropout`.
 
     Returns:
         `indices` and `weights`, `BTNk`; or `BTk` of averaged weights.
@@ -94,37 +84,19 @@ def strongest_keys(
     where = "strongest_keys"
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(f"{where}: `k` must be a Python integer above 0, got {k!r}.")
-    problem, arrays = _pose(
-        where,
-        query,
-        key,
-        sink,
-        logsumexp,
-        mask=mask,
-        bias=bias,
-        modifier=modifier,
-        scale=scale,
-        query_position=query_position,
-        key_position=key_position,
-    )
+    problem, arrays = _pose(where, query, key, logsumexp, options)
     found = _strongest(problem, k, bool(average), arrays)
     return StrongestKeys(*(_unflatten(x, problem) for x in found))
 
 
 @across("BTN")
 def attention_entropy(
-    query,
-    key,
+    query: ArrayLike,
+    key: ArrayLike,
     *,
-    mask=None,
-    bias=None,
-    modifier=None,
-    sink=None,
-    scale=None,
-    query_position=None,
-    key_position=None,
-    logsumexp=None,
+    logsumexp: ArrayLike | None = None,
     average: bool = False,
+    **options: Unpack[WeightOptions],
 ) -> jax.Array:
     """Says over how many keys each query spreads: the entropy of its weights.
 
@@ -137,15 +109,9 @@ def attention_entropy(
     Args:
         query: See `strongest_keys`, and so are all others.
         key: See `strongest_keys`.
-        mask: See `attention`.
-        bias: See `attention`.
-        modifier: See `attention`.
-        sink: See `attention`.
-        scale: See `attention`.
-        query_position: See `attention`.
-        key_position: See `attention`.
         logsumexp: See `strongest_keys`.
         average: Whether to take the mean of the heads' entropies.
+        **options: Those of `attention` but `dropout`.
 
     Returns:
         The entropy, `BTN`, in float32 at least; or its mean over heads, `BT`.
@@ -163,36 +129,18 @@ def attention_entropy(
     Reference:
         Zhai et al., 2023, arXiv:2303.06296: it collapses before training diverges.
     """
-    problem, arrays = _pose(
-        "attention_entropy",
-        query,
-        key,
-        sink,
-        logsumexp,
-        mask=mask,
-        bias=bias,
-        modifier=modifier,
-        scale=scale,
-        query_position=query_position,
-        key_position=key_position,
-    )
+    problem, arrays = _pose("attention_entropy", query, key, logsumexp, options)
     return _unflatten(_entropy(problem, bool(average), arrays), problem)
 
 
 @across("BSN")
 def attention_received(
-    query,
-    key,
+    query: ArrayLike,
+    key: ArrayLike,
     *,
-    mask=None,
-    bias=None,
-    modifier=None,
-    sink=None,
-    scale=None,
-    query_position=None,
-    key_position=None,
-    logsumexp=None,
+    logsumexp: ArrayLike | None = None,
     average: bool = False,
+    **options: Unpack[WeightOptions],
 ) -> jax.Array:
     """Says how much attention each key gets: the sum of its weights over all queries.
 
@@ -205,15 +153,9 @@ def attention_received(
     Args:
         query: See `strongest_keys`, and so are all others.
         key: See `strongest_keys`.
-        mask: See `attention`.
-        bias: See `attention`.
-        modifier: See `attention`.
-        sink: See `attention`.
-        scale: See `attention`.
-        query_position: See `attention`.
-        key_position: See `attention`.
         logsumexp: See `strongest_keys`.
         average: Whether to take the mean over the N query heads.
+        **options: Those of `attention` but `dropout`.
 
     Returns:
         What each key receives from each query head, `BSN`, in float32 at least; or the
@@ -228,25 +170,15 @@ def attention_received(
         Array([[1.5],
                [0.5]], dtype=float32)
     """
-    problem, arrays = _pose(
-        "attention_received",
-        query,
-        key,
-        sink,
-        logsumexp,
-        mask=mask,
-        bias=bias,
-        modifier=modifier,
-        scale=scale,
-        query_position=query_position,
-        key_position=key_position,
-    )
+    problem, arrays = _pose("attention_received", query, key, logsumexp, options)
     return _unflatten(_received(problem, bool(average), arrays), problem)
 
 
-def _pose(where, query, key, sink, logsumexp, **options):
+def _pose(where, query, key, logsumexp, options):
     """The problem; and its operands, the sink and the logsumexp."""
-    problem, operands = pose(where, query, key, key, **options)
+    given = checked(where, options, WeightOptions)
+    sink = given.pop("sink", None)
+    problem, operands = pose(where, query, key, key, **given)
     sizes = problem.sizes
     # No value is needed: one of size 0 makes the logsumexp cheap.
     problem = decided(problem, operands)

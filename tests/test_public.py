@@ -19,6 +19,7 @@ PUBLIC = {
             "attention_weights",
             "BlockTable",
             "block_table",
+            "counted",
             "definition",
             "explain",
         ),
@@ -33,6 +34,9 @@ PUBLIC = {
         *("ALiBi", "Bias", "Modifier", "Pointwise", "RelativeBias", "SoftCap"),
         *("alibi_slopes", "as_modifier", "distance", "log_bucket"),
     },
+    "jattn.counted": {"counted_from"},
+    "jattn.plot": {"entropy", "mask", "received", "weights"},
+    "jattn.terminal": {"entropy", "mask", "received", "weights"},
     "jattn.adapters.jax_nn": {"dot_product_attention"},
     "jattn.adapters.nnx": {"attention"},
     "jattn.adapters.linen": {"attention"},
@@ -78,6 +82,23 @@ def test_import_starts_no_backend_and_loads_no_extra():
         "jax.config.update('jax_num_cpu_devices', 3); assert len(jax.devices()) == 3"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_what_one_can_type_after_the_dot_is_what_is_public():
+    assert set(dir(jattn)) == {*jattn.__all__, "adapters", "plot", "terminal", "testing"}
+    code = "import jattn; jattn.testing.CASES; jattn.terminal.mask; jattn.adapters"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    with pytest.raises(AttributeError, match="module 'jattn' has no attribute 'attend'"):
+        jattn.attend  # noqa: B018
+
+
+def test_an_option_that_a_function_does_not_have_is_refused_by_name():
+    query = jax.numpy.zeros((2, 1, 2))
+    message = r"attention_logits\(\) got an unexpected keyword argument 'sink'; its options"
+    with pytest.raises(TypeError, match=message):
+        jattn.attention_logits(query, query, sink=0.0)
+    with pytest.raises(TypeError, match="'dropout'"):
+        jattn.attention_entropy(query, query, dropout=None)
 
 
 def test_package_is_typed():

@@ -2,6 +2,7 @@
 
 `keys`          keys of traced functions: two with one key compute the same
 `program`       masks and modifiers made into data that compare by structure
+`options`       the options of a call, by name and type
 `problem`       one call, taken apart: static facts and operands
 `hoist`         what of a mask or modifier reads one side, evaluated once for each row
 """

@@ -128,7 +128,7 @@ class Attention(Operation):
     size: int
     tile: tuple[int, int] | None = None
     kernels: tuple[Kernel, ...] = ()
-    kernel: Kernel | None = dataclasses.field(default=None, kw_only=True)
+    kernel: Any = dataclasses.field(default=None, kw_only=True)
     widens: bool = dataclasses.field(default=False, kw_only=True)
 
     @property

@@ -5,6 +5,8 @@ name, the first that does not refuse runs, in the order written here for the pla
 named one runs or its sentence is raised. Nothing falls back in silence.
 """
 
+from typing import Any
+
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import attention, cudnn
 from jattn.implementations.dense import Dense
@@ -88,7 +90,7 @@ def _can_be_lowered(name: str) -> bool:
 
 def attention_state(problem: Problem, operands: Operands, names: tuple[str, ...]) -> State:
     """The output BTND in the wide precision, and the logsumexp BTN, by these candidates."""
-    found = [IMPLEMENTATIONS[name] for name in names]
+    found: list[Any] = [IMPLEMENTATIONS[name] for name in names]
     kernels = tuple(x for x in found if isinstance(x, Kernel))
     if kernels or not found:
         return attention.attention_state(problem, operands, kernels)

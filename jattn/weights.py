@@ -1,0 +1,136 @@
+"""The logits and the weights themselves, T × S of them, or some rows."""
+
+import dataclasses
+import functools
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jattn.call.options import LogitOptions, Options, checked
+from jattn.call.problem import Operands, Problem, apart, check_sink, pose, select_rows
+from jattn.implementations import dense
+from jattn.meshes import across
+from jattn.shapes import Sizes, check_array
+from jattn.state import State, with_sink
+
+__all__ = ["attention_logits", "attention_weights"]
+
+
+@across("BNTS")
+def attention_logits(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    rows: ArrayLike | None = None,
+    **options: Unpack[LogitOptions],
+) -> jax.Array:
+    """Returns the logits that `attention` takes the softmax of.
+
+        logit = modifier(scale · q·k, b, n, t, s) + bias, and −∞ where masked out
+
+    Args:
+        query: `BTNH`.
+        key: `BSKH`.
+        rows: Indices of the queries to look at, integers; all by default.
+        **options: Those of `attention` but `sink` and `dropout`.
+
+    Returns:
+        The logits, `BNTS`, in float32 at least; T counts the chosen rows.
+
+    Raises:
+        ValueError: If an argument does not fit, naming it and what to do.
+    """
+    where = "attention_logits"
+    given = checked(where, options, LogitOptions)
+    # No value is needed, and the keys are sure to fit.
+    problem, operands = pose(where, query, key, key, **given)
+    rows = _check_rows(where, rows, problem.sizes)
+    problem = dataclasses.replace(problem, named=None)
+    return _unflatten(_logits(problem, operands, rows), problem.sizes)
+
+
+@across("BNTS")
+def attention_weights(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    rows: ArrayLike | None = None,
+    **options: Unpack[Options],
+) -> jax.Array:
+    """Returns the weights that `attention` multiplies the values with.
+
+    They sum to 1 over S; to less with a sink; to 0 where a query sees nothing.
+
+    Args:
+        query: `BTNH`.
+        key: `BSKH`.
+        rows: Indices of the queries to look at, integers; all by default. R rows take
+            R × S memory, not T × S.
+        **options: Those of `attention`.
+
+    Returns:
+        The weights, `BNTS`, in float32 at least; T counts the chosen rows.
+
+    Raises:
+        ValueError: If an argument does not fit, naming it and what to do.
+
+    Example:
+        >>> query, key = jnp.zeros((2, 1, 4)), jnp.zeros((2, 1, 4))
+        >>> attention_weights(query, key, mask=lambda b, n, t, s: t >= s)
+        Array([[[1. , 0. ],
+                [0.5, 0.5]]], dtype=float32)
+    """
+    where = "attention_weights"
+    given = checked(where, options, Options)
+    sink = given.pop("sink", None)
+    # No value is needed, and the keys are sure to fit.
+    problem, operands = pose(where, query, key, key, **given)
+    sink = check_sink(where, sink, problem.sizes)
+    rows = _check_rows(where, rows, problem.sizes)
+    problem = dataclasses.replace(problem, named=None)
+    return _unflatten(_weights(problem, operands, sink, rows), problem.sizes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(problem: Problem, operands: Operands, rows) -> jax.Array:
+    if rows is not None:
+        problem, operands = select_rows(problem, operands, rows)
+    operands, spoil = apart(operands)
+    return spoil(dense.attention_logits(problem, operands))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weights(problem: Problem, operands: Operands, sink, rows) -> jax.Array:
+    if rows is not None:
+        problem, operands = select_rows(problem, operands, rows)
+    operands, spoil = apart(operands)
+    weights, logsumexp = dense.attention_weights(problem, operands)
+    weights = dense.drop(problem, operands, weights)
+    # Here heads come before queries.
+    sink = None if sink is None else sink[:, None]
+    return spoil(with_sink(State(weights, logsumexp), sink))
+
+
+def _unflatten(array: jax.Array, sizes: Sizes) -> jax.Array:
+    return array.reshape(*sizes.batch, *array.shape[1:])
+
+
+def _check_rows(where: str, rows, sizes: Sizes):
+    if rows is None:
+        return None
+    rows = check_array(where, "rows", rows)
+    rows = rows.astype(jnp.int32) if rows.size == 0 else rows
+    if rows.ndim > 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise ValueError(
+            f"{where}: `rows` must be the indices of queries, integers in one axis, got "
+            f"{rows.dtype}{list(rows.shape)}."
+        )
+    if not isinstance(rows, jax.core.Tracer) and rows.size:
+        low, high = int(rows.min()), int(rows.max())
+        if low < -sizes.T or high >= sizes.T:
+            raise ValueError(
+                f"{where}: `rows` must be within the T={sizes.T} queries, got {low}…{high}."
+            )
+    return rows.reshape(-1)
