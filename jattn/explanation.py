@@ -1,6 +1,7 @@
 """What a call would do: which implementation, why not the others, and at what cost."""
 
 import dataclasses
+import html
 from typing import Unpack
 
 import jax
@@ -51,7 +52,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """A call, explained; `print` it for a table.
+    """A call, explained; `print` it for a table, which a notebook shows by itself.
 
     Attributes:
         implementation: The one that runs.
@@ -78,6 +79,16 @@ class Explanation:
     flops_visited: int | None = None
 
     def __str__(self) -> str:
+        return "\n".join(f"{label:<16}{text}" for label, text in self._rows())
+
+    def _repr_html_(self) -> str:
+        """The table, as a notebook shows it."""
+        cells = (map(html.escape, row) for row in self._rows())
+        rows = (f"<tr><th>{label}</th><td>{text}</td></tr>" for label, text in cells)
+        return f"<table>{''.join(rows)}</table>"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """What each row of the table is about, and what it says."""
         shapes = " ".join(f"{letter}={size}" for letter, size in self.shapes.items())
         rows = [
             ("implementation", f"{self.implementation} on {self.platform}"),
@@ -93,7 +104,7 @@ class Explanation:
         for name, sentence in self.refusals.items():
             if name != self.implementation:
                 rows.append((f"not {name}", sentence or "comes later in the order"))
-        return "\n".join(f"{label:<16}{text}" for label, text in rows)
+        return rows
 
 
 @across("")

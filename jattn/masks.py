@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.pytree import pytree
+from jattn.pytree import as_written, pytree
 from jattn.shapes import Sizes, align, check_array, check_integers, is_known, saturate
 
 __all__ = [
@@ -75,6 +75,10 @@ class Mask:
 
     def __invert__(self) -> "Mask":
         return Not(self)
+
+    def __repr__(self) -> str:
+        """The mask as one writes it, `Causal() & Window(4, 0)`."""
+        return as_written(self)
 
     def __bool__(self):
         raise ValueError("masks: combine masks by & | ~; `and`, `or` and `not` drop one.")
@@ -343,12 +347,18 @@ class And(_Both):
 
     combine: ClassVar[Callable] = staticmethod(operator.and_)
 
+    def __repr__(self) -> str:
+        return f"{_within(self.left, Or)} & {_within(self.right, Or, And)}"
+
 
 @pytree("left", "right")
 class Or(_Both):
     """Either mask allows it: `left | right`."""
 
     combine: ClassVar[Callable] = staticmethod(operator.or_)
+
+    def __repr__(self) -> str:
+        return f"{self.left!r} | {_within(self.right, Or)}"
 
 
 @pytree("mask")
@@ -368,6 +378,14 @@ class Not(Mask):
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """The opposite of what the mask allows."""
         return jnp.logical_not(self.mask.allows(b, n, t, s, elements))
+
+    def __repr__(self) -> str:
+        return f"~{_within(self.mask, Or, And)}"
+
+
+def _within(mask: Mask, *looser: type) -> str:
+    """Writes a mask, in parentheses if it is one of those that bind more loosely."""
+    return f"({mask!r})" if isinstance(mask, looser) else repr(mask)
 
 
 def in_words(mask) -> Mask | None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.pytree import pytree
+from jattn.pytree import as_written, pytree
 from jattn.shapes import Sizes, align, check_array
 
 __all__ = [
@@ -53,6 +53,10 @@ class Modifier:
 
     def __rrshift__(self, other) -> "Modifier":
         return Compose(as_modifier(other), self)
+
+    def __repr__(self) -> str:
+        """The modifier as one writes it, `SoftCap(50.0) >> ALiBi()`."""
+        return as_written(self)
 
 
 def as_modifier(modifier, where: str = "modifiers") -> Modifier:
@@ -94,6 +98,10 @@ class Compose(Modifier):
         first, second = elements
         logit = self.first.modify(logit, b, n, t, s, first).astype(logit.dtype)
         return self.second.modify(logit, b, n, t, s, second)
+
+    def __repr__(self) -> str:
+        second = f"({self.second!r})" if isinstance(self.second, Compose) else self.second
+        return f"{self.first!r} >> {second}"
 
 
 @pytree("array")
@@ -229,6 +237,9 @@ class LogBucket:
         index = jnp.where(far < exact, far, jnp.minimum(log, count - 1))
         return index + jnp.where(offset > 0, count, 0) if both else index
 
+    def __repr__(self) -> str:
+        return f"log_bucket({self.num_buckets}, {self.max_distance}, {self.bidirectional})"
+
 
 def log_bucket(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True):
     """T5's buckets: exact for near keys, logarithmic for far ones, as s − t → index.
@@ -250,6 +261,9 @@ class ClippedBucket:
     def __call__(self, offset):
         """Gives the bucket of s − t, an integer."""
         return jnp.clip(offset, -self.radius, self.radius) + self.radius
+
+    def __repr__(self) -> str:
+        return f"distance({self.radius})"
 
 
 def distance(radius: int):

@@ -31,7 +31,8 @@ def pytree(*leaves: str, static: tuple[str, ...] = ()):
         return tuple(zip(names, children, strict=True)), rest
 
     def register(cls):
-        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        own = cls.__repr__ is not object.__repr__
+        cls = dataclasses.dataclass(frozen=True, eq=False, repr=not own)(cls)
 
         def unflatten(rest, children):
             instance = object.__new__(cls)
@@ -90,6 +91,43 @@ def bits(value, dtype=None) -> tuple[Hashable, ...]:
     """Gives the shape, the type and the bits of a number or an array."""
     array = np.asarray(value, dtype)
     return array.shape, array.dtype, array.tobytes()
+
+
+# How many numbers of an array are written out; of a longer one, its type and shape.
+_MOST_NUMBERS = 100
+
+
+def as_written(instance) -> str:
+    """Writes a dataclass as one makes it: `Window(4, 0)`, `Segments([0, 0, 1])`.
+
+    Fields that have their default are left out, and named where an earlier one was.
+    """
+    arguments, left_out = [], False
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if value is field.default or (type(value) is int and value == field.default):
+            left_out = True
+            continue
+        text = _written(value)
+        arguments.append(f"{field.name}={text}" if left_out else text)
+    return f"{type(instance).__name__}({', '.join(arguments)})"
+
+
+def _written(value) -> str:
+    known = isinstance(value, jax.Array | np.ndarray) and not _is_traced(value)
+    if known and value.size <= _MOST_NUMBERS and value.dtype.kind in "iufb":
+        return repr(np.asarray(value).tolist())
+    if isinstance(value, np.generic):
+        return repr(value.item())
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__qualname__
+    return repr(value)
+
+
+def _is_traced(value) -> bool:
+    return isinstance(value, jax.core.Tracer)
 
 
 class Same:

@@ -8,6 +8,7 @@ dropout: what is looked at is the weights before any of them drop.
 
 import dataclasses
 import functools
+import warnings
 from typing import NamedTuple, Unpack
 
 import jax
@@ -110,7 +111,7 @@ def attention_entropy(
         query: See `strongest_keys`, and so are all others.
         key: See `strongest_keys`.
         logsumexp: See `strongest_keys`.
-        average: Whether to take the mean of the heads' entropies.
+        average: Takes the mean over heads. Deprecated: write `.mean(-1)` instead.
         **options: Those of `attention` but `dropout`.
 
     Returns:
@@ -129,6 +130,7 @@ def attention_entropy(
     Reference:
         Zhai et al., 2023, arXiv:2303.06296: it collapses before training diverges.
     """
+    _warn_of("attention_entropy", average)
     problem, arrays = _pose("attention_entropy", query, key, logsumexp, options)
     return _unflatten(_entropy(problem, bool(average), arrays), problem)
 
@@ -154,7 +156,7 @@ def attention_received(
         query: See `strongest_keys`, and so are all others.
         key: See `strongest_keys`.
         logsumexp: See `strongest_keys`.
-        average: Whether to take the mean over the N query heads.
+        average: Takes the mean over heads. Deprecated: write `.mean(-1)` instead.
         **options: Those of `attention` but `dropout`.
 
     Returns:
@@ -170,8 +172,19 @@ def attention_received(
         Array([[1.5],
                [0.5]], dtype=float32)
     """
+    _warn_of("attention_received", average)
     problem, arrays = _pose("attention_received", query, key, logsumexp, options)
     return _unflatten(_received(problem, bool(average), arrays), problem)
+
+
+def _warn_of(where: str, average: bool) -> None:
+    """Warns of an argument that will go: it changes the rank, which `.mean(-1)` says."""
+    if average:
+        warnings.warn(
+            f"{where}: `average=True` will go in the next version; write `.mean(-1)`.",
+            DeprecationWarning,
+            stacklevel=4,  # past this function, the view, and what takes it across meshes
+        )
 
 
 def _pose(where, query, key, logsumexp, options):

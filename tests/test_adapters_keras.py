@@ -204,8 +204,3 @@ def test_what_cannot_be_honoured_is_refused():
 
 def test_public_names_are_these():
     assert adapter.__all__ == ["MultiHeadAttention"]
-
-
-def test_public_names_are_these():
-    assert adapter.__all__ == ["MultiHeadAttention"]
-    assert (adapter.MultiHeadAttention.__doc__ or "").strip()

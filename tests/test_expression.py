@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from jattn import masks
 from jattn.command.expression import MASKS, parse, signature
-from jattn.masks import Causal, Lengths, Prefix, Segments, Window
+from jattn.masks import Causal, Lengths, Prefix, Segments, Window, as_mask
 from jattn.pictures.numbers import allowed
 
 SAME = {
@@ -110,3 +112,53 @@ def test_every_argument_of_a_mask_can_be_written(name):
 
 def test_signature_shows_the_defaults():
     assert signature("Lengths") == "Lengths(key_lengths, query_lengths=None)"
+
+
+WRITTEN = (
+    "Causal()",
+    "Causal(-2) & Window(4, None)",
+    "Prefix([1, 2]) | Causal() & ~Window(1, 1)",
+    "(Causal() | Prefix(3)) & (Window(4, 0) & Lengths([3, 4], [1, 2]))",
+    "~(Causal() & Causal(1)) | (Prefix(1) | Prefix(2))",
+    "Segments([0, 0, 1], padding_id=0) & Segments([1, 2], [3, 4, 5])",
+)
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_a_mask_prints_as_one_writes_it(text):
+    mask = parse(text)
+    assert repr(mask) == text
+    assert parse(repr(mask)) == mask
+
+
+whole = st.integers(-3, 9)
+numbers = st.lists(whole, min_size=1, max_size=4).map(lambda x: np.array(x, np.int32))
+side = st.integers(0, 9) | st.none()
+NAMED = st.one_of(
+    st.builds(Causal, whole),
+    st.builds(Window, side, side),
+    st.builds(Prefix, whole | numbers),
+    st.builds(Segments, numbers, st.none() | numbers, st.none() | whole),
+    st.builds(Lengths, whole | numbers, st.none() | whole | numbers),
+)
+combined = lambda inner: st.one_of(
+    st.builds(lambda x, y: x & y, inner, inner),
+    st.builds(lambda x, y: x | y, inner, inner),
+    st.builds(lambda x: ~x, inner),
+)
+
+
+@given(st.recursive(NAMED, combined, max_leaves=6))
+def test_what_a_mask_prints_is_that_mask(mask):
+    assert parse(repr(mask)) == mask
+
+
+def test_long_arrays_and_functions_are_named():
+    ids = jnp.zeros(4096, jnp.int32)
+    assert repr(Segments(ids) & Causal()) == "Segments(int32[4096]) & Causal()"
+    assert repr(jax.eval_shape(lambda: Prefix(jnp.int32(2)))) == "Prefix(int32[])"
+    assert repr(as_mask(_sees_all)) == "Pointwise(_sees_all)"
+
+
+def _sees_all(b, n, t, s):
+    return t == t

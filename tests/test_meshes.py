@@ -186,9 +186,7 @@ VIEWS = {
     ),
     "entropy": lambda x, o: jattn.attention_entropy(x["query"], x["key"], **o),
     "received": lambda x, o: jattn.attention_received(x["query"], x["key"], **o),
-    "average": lambda x, o: jattn.attention_received(
-        x["query"], x["key"], average=True, **o
-    ),
+    "average": lambda x, o: jattn.attention_received(x["query"], x["key"], **o).mean(-1),
     "strongest": lambda x, o: jattn.strongest_keys(x["query"], x["key"], 3, **o),
     "strongest average": lambda x, o: jattn.strongest_keys(
         x["query"], x["key"], 3, average=True, **o

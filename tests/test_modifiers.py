@@ -122,3 +122,13 @@ def test_modifier_sees_positions_example_and_head():
     got = logits(modifier, query_position=4)
     expected = 100 * np.arange(N)[:, None, None] + 10 * (t + 4) + s
     np.testing.assert_array_equal(got, expected)
+
+
+def test_a_modifier_prints_as_one_writes_it():
+    written = "SoftCap(50.0) >> RelativeBias(float32[2, 33], log_bucket(33, 64, False))"
+    table = jnp.zeros((2, 33))
+    caps = SoftCap(50.0) >> RelativeBias(table, log_bucket(33, 64, False))
+    assert repr(caps).replace(repr(np.zeros((2, 33)).tolist()), "float32[2, 33]") == written
+    nested = ALiBi() >> (SoftCap(1.0) >> RelativeBias(jnp.zeros((3, 101)), distance(50)))
+    written = "ALiBi() >> (SoftCap(1.0) >> RelativeBias(float32[3, 101], distance(50)))"
+    assert repr(nested) == written

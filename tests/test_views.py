@@ -123,9 +123,11 @@ def test_public_functions_give_these_views_and_their_means_over_heads():
         "average": tuple(jattn.strongest_keys(query, key, 3, average=True, **options)),
     }
     assert_close(got, want, 2e-6)
-    mean = jattn.attention_entropy(query, key, average=True, **options)
+    with pytest.deprecated_call(match=r"attention_entropy: .* write `.mean\(-1\)`"):
+        mean = jattn.attention_entropy(query, key, average=True, **options)
     np.testing.assert_allclose(mean, entropy.mean(2), rtol=1e-6)
-    mean = jattn.attention_received(query, key, average=True, **options)
+    with pytest.deprecated_call(match="attention_received: "):
+        mean = jattn.attention_received(query, key, average=True, **options)
     np.testing.assert_allclose(mean, received.mean(2), rtol=1e-6)
 
 
