@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
 from jattn.blocks import rearrange as rearrange  # registers its rules
 from jattn.blocks import rules as rules  # likewise
@@ -28,22 +27,12 @@ from jattn.blocks.intervals import (
     point,
     unknown,
 )
+from jattn.call.jaxprs import CALLS, RULES, called, walk
 from jattn.call.keys import structure
 
 QUERY, KEY = 2, 3  # The axes of the two sides.
 
 _LEAD = 4
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
 _DIVISIONS = {"floor_divide": jnp.floor_divide, "remainder": jnp.remainder}
 _FINITE, _PRODUCTS = {"tanh", "erf", "sign"}, {"mul", "div"}
 _MAX_DEPTH = 150  # Of nested operations on both sides; Python's stack is finite.
@@ -98,32 +87,27 @@ def trace(
     if consts is None:
         consts = [constant(c) for c in getattr(jaxpr, "consts", ())]
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    nodes = dict(zip(jaxpr.constvars, consts, strict=True))
-    nodes |= dict(zip(jaxpr.invars, inputs, strict=True))
 
-    def read(atom):
-        if not isinstance(atom, Literal):
-            return nodes[atom]
+    def literal(atom):
         value = np.asarray(atom.val, getattr(atom.aval, "dtype", None))
         if value.dtype.hasobject:
             return constant(value)
         key = value.dtype, value.shape, value.tobytes()
         return known.setdefault(key, constant(value))
 
-    for eqn in jaxpr.eqns:
-        results = _equation(eqn, [read(atom) for atom in eqn.invars], known)
-        nodes |= dict(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    step = lambda equation, operands: _equation(equation, operands, known)
+    return walk(jaxpr, consts, inputs, step, literal)
 
 
 def _equation(eqn, operands: list[Node], known: dict[Hashable, Node]) -> list[Node]:
     name, results = eqn.primitive.name, [v.aval for v in eqn.outvars]
     avals = tuple(atom.aval for atom in eqn.invars)
-    if name in _CALLS and _CALLS[name] in eqn.params:
+    inner = called(eqn, CALLS | RULES)
+    if inner is not None:
         if _is_division(eqn, avals):
             operation = Operation(eqn.params["name"], {}, avals, *results)
             return [_node(operation, operands, known)]
-        return trace(eqn.params[_CALLS[name]], operands, known=known)
+        return trace(inner[0], operands, list(map(constant, inner[1])), known=known)
     if name == "cond" and "branches" in eqn.params:
         return _cond(eqn, operands, avals[0], known)
     if not has_rule(name) and (folded := _folded(eqn, operands)):

@@ -1,6 +1,7 @@
 """What is asked: one call, as data.
 
 `keys`          keys of traced functions: two with one key compute the same
+`jaxprs`        one list of the calls in them, and one walk over their equations
 `program`       masks and modifiers made into data that compare by structure
 `options`       the options of a call, by name and type
 `problem`       one call, taken apart: static facts and operands

@@ -20,18 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from jattn.call.jaxprs import called, walk
 from jattn.call.program import Arrays, Index, Program, over_axes, trace
-
-# The calls that are looked into, and the parameter that holds their jaxpr.
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-}
 
 # What may as well be done at each pair.
 _CHEAP = {"abs", "max", "min", "neg", "sign", "add", "sub", "mul", "clamp", "select_n"}
@@ -154,22 +144,18 @@ def _letters(shape) -> str:
 
 def _walk(jaxpr, constants, inputs, steps: list[_Step]) -> list:
     """Adds the steps of a jaxpr, and gives its results."""
-    values = dict(zip(jaxpr.constvars, constants, strict=True))
-    values |= dict(zip(jaxpr.invars, inputs, strict=True))
-    read = lambda atom: atom if isinstance(atom, Literal) else values[atom]
-    for equation in jaxpr.eqns:
-        operands = tuple(map(read, equation.invars))
+
+    def step(equation, operands):
         own = [x for x in operands if isinstance(x, _Value)]
-        inner = equation.params.get(CALLS.get(equation.primitive.name))
-        constant = not getattr(inner, "consts", ())
+        inner = called(equation)
         # A call that is joint in all its arguments has nothing to take out.
-        if inner is not None and constant and not all(x.is_joint for x in own):
-            results = _walk(getattr(inner, "jaxpr", inner), (), operands, steps)
-        else:
-            results = _results(equation, own)
-            steps.append(_Step(equation, operands, results))
-        values |= dict(zip(equation.outvars, results, strict=True))
-    return list(map(read, jaxpr.outvars))
+        if inner is not None and not inner[1] and not all(x.is_joint for x in own):
+            return _walk(inner[0], (), operands, steps)
+        results = _results(equation, own)
+        steps.append(_Step(equation, tuple(operands), results))
+        return results
+
+    return walk(jaxpr, constants, inputs, step, lambda literal: literal)
 
 
 def _results(equation, operands: list[_Value]) -> tuple[_Value, ...]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
 
-from jattn.call.hoist import CALLS
+from jattn.call.jaxprs import CALLS, RULES, called, walk
 
 # What Mosaic takes of two axes, in float32 and int32.
 _ARITHMETIC = {"abs", "add", "div", "max", "min", "mul", "neg", "rem", "sign", "sub"}
@@ -21,7 +21,6 @@ _LOGIC = {"and", "eq", "ge", "gt", "le", "lt", "ne", "not", "or", "xor"}
 _BITS = {"shift_left", "shift_right_arithmetic", "shift_right_logical"}
 _OTHER = {"clamp", "convert_element_type", "copy", "select_n", "stop_gradient"}
 _TAKEN = _ARITHMETIC | _REAL | _LOGIC | _BITS | _OTHER
-_RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 _SAME = {"broadcast_in_dim", "reshape", "squeeze"}  # of a number to a number
 _DTYPES = {"bool", "int32", "uint32", "float32", "bfloat16"}
 
@@ -30,11 +29,11 @@ def objection(equations) -> str | None:
     """What keeps a kernel from evaluating these equations, a clause; None if nothing."""
     for equation in equations:
         name = equation.primitive.name
-        inner = equation.params.get(CALLS.get(name) or _RULES.get(name))
+        inner = called(equation, CALLS | RULES)
         if inner is not None:
-            if getattr(inner, "consts", ()):
+            if inner[1]:
                 return f"`{name}` with an array of its own"
-            found = objection(getattr(inner, "jaxpr", inner).eqns)
+            found = objection(inner[0].eqns)
             if found:
                 return found
             continue
@@ -70,24 +69,19 @@ def spread(array, shape):
 
 
 def _evaluate(jaxpr, inputs, floats=()) -> list:
-    values = dict(zip(jaxpr.invars, inputs, strict=True))
+    distances = _distances(jaxpr, dict(floats))
 
-    def read(atom):
-        if not isinstance(atom, Literal):
-            return values[atom]
+    def step(equation, operands):
+        if equation.outvars[0] in distances:
+            return [distances[equation.outvars[0]]]
+        if any(x is None for x in operands):  # of use to nothing
+            return [None] * len(equation.outvars)
+        return _apply(equation, operands)
+
+    def literal(atom):
         return jnp.full((1, 1), atom.val, getattr(atom.aval, "dtype", None))
 
-    distances = _distances(jaxpr, dict(floats))
-    for equation in jaxpr.eqns:
-        operands = [read(x) for x in equation.invars]
-        if equation.outvars[0] in distances:
-            results = [distances[equation.outvars[0]]]
-        elif any(x is None for x in operands):  # of use to nothing
-            results = [None] * len(equation.outvars)
-        else:
-            results = _apply(equation, operands)
-        values |= dict(zip(equation.outvars, results, strict=True))
-    return [read(x) for x in jaxpr.outvars]
+    return walk(jaxpr, (), inputs, step, literal)
 
 
 def _distances(jaxpr, floats: dict) -> dict:
@@ -112,9 +106,9 @@ def _distances(jaxpr, floats: dict) -> dict:
 
 def _apply(equation, operands) -> list:
     primitive, name = equation.primitive, equation.primitive.name
-    if name in CALLS:
-        inner = equation.params[CALLS[name]]
-        return _evaluate(getattr(inner, "jaxpr", inner), operands)
+    inner = called(equation)
+    if inner is not None:
+        return _evaluate(inner[0], operands)
     if name in _SAME:
         return operands[:1]
     shape = jnp.broadcast_shapes(*(x.shape for x in operands))
@@ -125,7 +119,7 @@ def _apply(equation, operands) -> list:
         return [spread(operands[0], shape) * inverse]
     operands = [spread(x, shape) for x in operands]
     bind = lambda *xs: primitive.bind(*xs, **primitive.get_bind_params(equation.params))
-    if name in _RULES:  # mapped, so that its own derivative is kept
+    if name in RULES:  # mapped, so that its own derivative is kept
         return list(jax.vmap(jax.vmap(bind))(*operands))
     result = bind(*operands)
     return list(result) if primitive.multiple_results else [result]
