@@ -2,10 +2,13 @@
 
 Each module imports only from those above it:
 
-`shapes`        the letters B T S N K H D, and the checks at the door
+`shapes`        the letters B T S N K H D, and which shapes fit each other
+`arrays`        arrays as a caller gives them: checked and aligned
+`positions`     where queries and keys stand, in int32
 `meshes`        arrays on several devices: what their types say, kept out of the rest
 `pytree`        frozen dataclasses that JAX sees as trees of arrays
 `masks`         which keys a query may attend to: functions (b, n, t, s) → bool
+`buckets`       which number of a table a distance gets
 `modifiers`     what happens to a logit: functions (logit, b, n, t, s) → logit
 `dropout`       which weights drop: a pure function of the seed and (b, n, t, s)
 `state`         how partial answers combine: (output, logsumexp) under merge
@@ -17,6 +20,7 @@ Each module imports only from those above it:
 `implementations`  who computes: dense, blockwise, kernels; and which one runs
 `weights`       the logits and weights themselves, or some rows of them
 `views`         a look at the weights of any length
+`strongest`     the strongest keys of each query
 `explanation`   what a call would do
 `api`           the public functions
 `testing`       named cases and the checks that every implementation passes
@@ -38,12 +42,8 @@ from jattn.blocks.block_table import BlockTable, block_table
 from jattn.dropout import Dropout
 from jattn.explanation import Explanation, explain
 from jattn.state import EMPTY, State, merge
-from jattn.views import (
-    StrongestKeys,
-    attention_entropy,
-    attention_received,
-    strongest_keys,
-)
+from jattn.strongest import StrongestKeys, strongest_keys
+from jattn.views import attention_entropy, attention_received
 from jattn.weights import attention_logits, attention_weights
 
 __version__ = "0.1.0"

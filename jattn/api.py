@@ -9,14 +9,8 @@ import jax
 from jax.typing import ArrayLike
 
 from jattn.call.options import Implementation, MaskLike, ModifierLike, PositionLike
-from jattn.call.problem import (
-    Operands,
-    Problem,
-    apart,
-    asking_logsumexp,
-    check_sink,
-    pose,
-)
+from jattn.call.pose import check_sink, pose
+from jattn.call.problem import Operands, Problem, apart, asking_logsumexp
 from jattn.dropout import Dropout
 from jattn.implementations import dispatch
 from jattn.implementations.blockwise.plan import decided

@@ -15,18 +15,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jattn.arrays import align
 from jattn.dropout import keep, words
 from jattn.masks import as_mask
 from jattn.modifiers import as_modifier
-from jattn.shapes import (
-    align,
-    check_range,
-    flatten_batch,
-    measure,
-    positions,
-    spread_positions,
-    wide_dtype,
-)
+from jattn.positions import check_range, positions, spread_positions
+from jattn.shapes import flatten_batch, measure, wide_dtype
 from jattn.state import State
 
 __all__ = [

@@ -11,15 +11,8 @@ from jax.typing import ArrayLike
 from jattn.blocks import of_call
 from jattn.blocks.kinds import EMPTY, PARTIAL, percent, spread
 from jattn.call.options import Implementation, Options, checked
-from jattn.call.problem import (
-    Operands,
-    Problem,
-    asking_logsumexp,
-    check_bias,
-    check_sink,
-    pose,
-    pose_mask,
-)
+from jattn.call.pose import check_bias, check_sink, pose, pose_mask
+from jattn.call.problem import Operands, Problem, asking_logsumexp
 from jattn.implementations.dispatch import block_sizes, choose, refusals
 from jattn.meshes import across
 

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.arrays import align, check_array, check_integers, is_known, saturate
 from jattn.pytree import as_written, pytree
-from jattn.shapes import Sizes, align, check_array, check_integers, is_known, saturate
+from jattn.shapes import Sizes
 
 __all__ = [
     "Causal",

@@ -9,7 +9,6 @@ Modifiers are frozen dataclasses and JAX pytrees. As with masks, arrays that lie
 inputs come from `aligned`, and their elements at this pair go to `modify`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.arrays import align, check_array
+from jattn.buckets import distance, log_bucket
 from jattn.pytree import as_written, pytree
-from jattn.shapes import Sizes, align, check_array
+from jattn.shapes import Sizes
 
 __all__ = [
     "ALiBi",
@@ -199,76 +200,6 @@ def alibi_slopes(num_heads: int) -> jax.Array:
 
     slopes = powers(below) + powers(2 * below)[::2]
     return jnp.asarray(slopes[:num_heads], jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class LogBucket:
-    """T5's buckets of s − t; `log_bucket` makes one."""
-
-    num_buckets: int
-    max_distance: int
-    bidirectional: bool
-
-    def __post_init__(self):
-        if self.exact < 1 or self.max_distance <= self.exact:
-            least = 4 if self.bidirectional else 2
-            raise ValueError(
-                f"modifiers.log_bucket: needs num_buckets ≥ {least} and max_distance > "
-                f"{max(self.exact, 1)}, got {self.num_buckets} and {self.max_distance}."
-            )
-
-    @property
-    def count(self) -> int:
-        """How many buckets one side has."""
-        return self.num_buckets // (2 if self.bidirectional else 1)
-
-    @property
-    def exact(self) -> int:
-        """How many of these hold one distance each: the near ones."""
-        return self.count // 2
-
-    def __call__(self, offset):
-        """Gives the bucket of s − t, an integer."""
-        both, exact, count = self.bidirectional, self.exact, self.count
-        far = jnp.abs(offset) if both else jnp.maximum(-offset, 0)
-        ratio = jnp.maximum(far, 1).astype(jnp.float32) / exact
-        log = jnp.log(ratio) / jnp.log(jnp.float32(self.max_distance / exact))
-        log = exact + (log * (count - exact)).astype(jnp.int32)
-        index = jnp.where(far < exact, far, jnp.minimum(log, count - 1))
-        return index + jnp.where(offset > 0, count, 0) if both else index
-
-    def __repr__(self) -> str:
-        return f"log_bucket({self.num_buckets}, {self.max_distance}, {self.bidirectional})"
-
-
-def log_bucket(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True):
-    """T5's buckets: exact for near keys, logarithmic for far ones, as s − t → index.
-
-    Two of the same numbers are equal, and make one program.
-
-    Reference:
-        Raffel et al., 2020, arXiv:1910.10683, section 2.1.
-    """
-    return LogBucket(num_buckets, max_distance, bidirectional)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClippedBucket:
-    """A bucket for each s − t up to ±radius; `distance` makes one."""
-
-    radius: int
-
-    def __call__(self, offset):
-        """Gives the bucket of s − t, an integer."""
-        return jnp.clip(offset, -self.radius, self.radius) + self.radius
-
-    def __repr__(self) -> str:
-        return f"distance({self.radius})"
-
-
-def distance(radius: int):
-    """A bucket for each offset s − t up to ±radius, the farther ones joining the last."""
-    return ClippedBucket(radius)
 
 
 @pytree("table", static=("bucket",))

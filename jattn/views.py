@@ -9,85 +9,23 @@ dropout: what is looked at is the weights before any of them drop.
 import dataclasses
 import functools
 import warnings
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jattn.arrays import check_array
 from jattn.call.options import WeightOptions, checked
-from jattn.call.problem import Operands, Problem, apart, check_sink, pose
-from jattn.implementations.attention import attention_state
+from jattn.call.pose import check_sink, pose
+from jattn.call.problem import Operands, Problem, apart
 from jattn.implementations.blockwise import summaries
 from jattn.implementations.blockwise.plan import decided
-from jattn.implementations.blockwise.strongest import strongest
+from jattn.implementations.run import attention_state
 from jattn.meshes import across
-from jattn.operations.varying import locally
-from jattn.shapes import check_array, flatten_batch
+from jattn.shapes import flatten_batch
 
-__all__ = ["StrongestKeys", "attention_entropy", "attention_received", "strongest_keys"]
-
-
-class StrongestKeys(NamedTuple):
-    """The keys with the largest weights of each query, the largest first.
-
-    Attributes:
-        indices: Where each key is in `key`, int32; −1 where there is none.
-        weights: Its weight; 0 where there is none.
-    """
-
-    indices: jax.Array
-    weights: jax.Array
-
-
-@across("BTN. BTN.")
-def strongest_keys(
-    query: ArrayLike,
-    key: ArrayLike,
-    k: int,
-    *,
-    logsumexp: ArrayLike | None = None,
-    average: bool = False,
-    **options: Unpack[WeightOptions],
-) -> StrongestKeys:
-    """Finds the k keys that each query attends to most.
-
-    Of equal weights the first key comes first. Where fewer than k keys have any weight,
-    the rest has index −1 and weight 0; so has a query that sees nothing. A sink takes
-    weight away and is never among the keys. A query whose weights are not numbers has
-    indices −1 and weights NaN.
-
-    It has no derivative and says so when it is asked for one.
-
-    Args:
-        query: `BTNH`.
-        key: `BSKH`.
-        k: How many keys, a Python integer; it may be more than S.
-        logsumexp: Of the logits, `BTN`, as `attention_state` of the same arguments gives
-            it; computed blockwise by default.
-        average: Whether to take the strongest of the weights averaged over heads.
-        **options: Those of `attention` but `dropout`.
-
-    Returns:
-        `indices` and `weights`, `BTNk`; or `BTk` of averaged weights.
-
-    Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
-
-    Example:
-        >>> query, key = jnp.zeros((2, 1, 4)), jnp.zeros((2, 1, 4))
-        >>> indices, weights = strongest_keys(query, key, 2, mask=lambda b, n, t, s: t >= s)
-        >>> indices[:, 0], weights[:, 0]
-        (Array([[ 0, -1],
-               [ 0,  1]], dtype=int32), Array([[1. , 0. ],
-               [0.5, 0.5]], dtype=float32))
-    """
-    where = "strongest_keys"
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"{where}: `k` must be a Python integer above 0, got {k!r}.")
-    problem, arrays = _pose(where, query, key, logsumexp, options)
-    found = _strongest(problem, k, bool(average), arrays)
-    return StrongestKeys(*(_unflatten(x, problem) for x in found))
+__all__ = ["attention_entropy", "attention_received"]
 
 
 @across("BTN")
@@ -240,34 +178,6 @@ def _received(problem: Problem, average: bool, arrays, tile=None):
     normalizer = summaries.closed(_normalizer(problem, operands, *arrays[1:]))
     received = summaries.received(problem, operands, normalizer, tile)
     return spoil(jnp.mean(received, axis=2) if average else received)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
-def _strongest(problem: Problem, k: int, average: bool, arrays, tile=None):
-    return locally(_found, (problem, k, average, tile), _without_derivative(arrays))
-
-
-def _found(problem: Problem, k: int, average: bool, tile, arrays):
-    """The indices and the weights of the strongest keys."""
-    operands, spoil = apart(arrays[0])
-    normalizer = summaries.closed(_normalizer(problem, operands, *arrays[1:]))
-    indices, weights = strongest(problem, operands, normalizer, k, average, tile)
-    unknown = jnp.isnan(spoil(normalizer))
-    unknown = (jnp.any(unknown, axis=2) if average else unknown)[..., None]
-    return jnp.where(unknown, -1, indices), jnp.where(unknown, jnp.nan, weights)
-
-
-@jax.custom_jvp
-def _without_derivative(arrays):
-    return arrays
-
-
-@_without_derivative.defjvp
-def _refuse(primals, tangents):
-    raise ValueError(
-        "strongest_keys: has no derivative; give it `jax.lax.stop_gradient` of its inputs, "
-        "or differentiate `jattn.attention_weights` with `rows=`."
-    )
 
 
 def _unflatten(array: jax.Array, problem: Problem) -> jax.Array:

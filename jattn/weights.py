@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jattn.arrays import check_array
 from jattn.call.options import LogitOptions, Options, checked
-from jattn.call.problem import Operands, Problem, apart, check_sink, pose, select_rows
+from jattn.call.pose import check_sink, pose
+from jattn.call.problem import Operands, Problem, apart, select_rows
 from jattn.implementations import dense
 from jattn.meshes import across
-from jattn.shapes import Sizes, check_array
+from jattn.shapes import Sizes
 from jattn.state import State, with_sink
 
 __all__ = ["attention_logits", "attention_weights"]

@@ -14,9 +14,9 @@ from jax import export
 
 import jattn
 from jattn import definition, masks, modifiers
-from jattn.call.problem import pose
-from jattn.implementations import attention as operation
+from jattn.call.pose import pose
 from jattn.implementations import dense
+from jattn.implementations import run as operation
 from jattn.implementations.blockwise import forward
 from tests.helpers import small_tiles
 

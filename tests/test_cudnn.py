@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jattn
-from jattn.call.problem import asking_logsumexp, pose
+from jattn.call.pose import pose
+from jattn.call.problem import asking_logsumexp
 from jattn.implementations import cudnn
 from jattn.masks import Causal, Lengths, Window
 

@@ -18,8 +18,8 @@ import pytest
 
 import jattn
 from jattn import definition
-from jattn.call.problem import check_sink, pose
-from jattn.implementations import attention as operation
+from jattn.call.pose import check_sink, pose
+from jattn.implementations import run as operation
 from jattn.masks import Causal
 from jattn.state import State, with_sink
 from tests.helpers import emulated_tpu

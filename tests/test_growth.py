@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jattn.blocks import of_call
-from jattn.call.problem import pose
+from jattn.call.pose import pose
 from jattn.modifiers import as_modifier
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,10 @@ import pytest
 from jax.scipy.special import xlogy
 
 import jattn
-from jattn.call.problem import pose
+from jattn.buckets import distance, log_bucket
+from jattn.call.pose import pose
 from jattn.masks import Causal, Lengths, Prefix, Segments, Window
-from jattn.modifiers import RelativeBias, SoftCap, distance, log_bucket
+from jattn.modifiers import RelativeBias, SoftCap
 
 QUERY = jnp.ones((1, 6, 1, 4))
 KEY = jax.random.normal(jax.random.key(0), (1, 6, 1, 4))

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jattn
 from jattn import masks, modifiers
-from jattn.call.problem import pose
+from jattn.call.pose import pose
 from jattn.counted import counted_from
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jattn.call.hoist import split
-from jattn.call.problem import index, pose_mask
+from jattn.call.pose import pose_mask
+from jattn.call.problem import index
 from jattn.call.program import trace
 from jattn.masks import Causal, Lengths, Prefix, Segments
 from jattn.modifiers import ALiBi, RelativeBias, SoftCap

@@ -13,7 +13,7 @@ import jattn
 from jattn.api import _state
 from jattn.blocks import of_call
 from jattn.blocks.kinds import EMPTY, FULL, PARTIAL, resize, spread
-from jattn.call.problem import pose
+from jattn.call.pose import pose
 from jattn.masks import Causal, Explicit, Lengths, Segments, Window
 from jattn.modifiers import ALiBi, Bias, SoftCap
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jattn
 from jattn import definition
-from jattn.call.problem import pose
+from jattn.call.pose import pose
 from jattn.implementations.tpu.kernel import TPU
 from jattn.implementations.tpu.pairs import evaluate
 from jattn.masks import Causal, Lengths, Segments, Window

@@ -10,8 +10,9 @@ import pytest
 
 import jattn
 from jattn import modifiers
+from jattn.buckets import log_bucket
 from jattn.masks import Causal, Explicit, Lengths, Prefix, Segments, Window, as_mask
-from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap, log_bucket
+from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap
 
 KEY = jnp.zeros((1, 4, 1, 4))
 

@@ -9,7 +9,7 @@ import pytest
 
 import jattn
 from jattn import definition, masks, views
-from jattn.implementations import attention as operation
+from jattn.implementations import run as operation
 from jattn.testing import CASES, random_inputs
 
 TILE = (4, 4)  # small, so that small inputs have many

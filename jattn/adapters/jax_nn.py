@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.api import attention, attention_state
+from jattn.arrays import check_array
 from jattn.masks import Causal, Lengths, Mask, Window, as_mask
-from jattn.shapes import check_array
 
 __all__ = ["dot_product_attention"]
 

@@ -11,10 +11,10 @@ import numpy as np
 from jax import lax
 
 from jattn.api import attention
+from jattn.arrays import check_array
 from jattn.dropout import Dropout
 from jattn.masks import Causal, Mask, as_mask
 from jattn.pytree import pytree
-from jattn.shapes import check_array
 from jattn.weights import attention_weights
 
 

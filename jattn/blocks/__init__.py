@@ -1,11 +1,15 @@
 """Which blocks count: those of a mask that are empty, partial or full, from its jaxpr.
 
 `intervals`     what a primitive does to a range of values: a table of rules
-`rules`         the rules of logic and arithmetic
-`rearrange`     the rules of types, shapes, reductions and indexing
+`rules`         the rules of comparisons and logic
+`arithmetic`    the rules of arithmetic
+`rearrange`     the rules of types, shapes and reductions
+`indexing`      the rules of indexing
 `graph`         a jaxpr as a graph, in which what sees one side is computed at once
+`infinite`      which functions may answer −∞
 `formulas`      Booleans as disjunctions of conjunctions, where these are short
 `bounds`        bounds that a conjunction sets on t − s
+`select`        the rows and columns that one-sided facts select
 `decide`        Booleans decided on all blocks at once
 `classify`      the kinds of the blocks of a grid
 `kinds`         empty, partial or full, as small arrays

@@ -20,15 +20,8 @@ import numpy as np
 
 from jattn.blocks.bounds import Layout
 from jattn.blocks.decide import Decision
-from jattn.blocks.graph import (
-    KEY,
-    QUERY,
-    Node,
-    concrete,
-    constant,
-    may_be_infinite,
-    trace,
-)
+from jattn.blocks.graph import KEY, QUERY, Node, concrete, constant, trace
+from jattn.blocks.infinite import may_be_infinite
 from jattn.blocks.intervals import Interval, point, unknown
 
 

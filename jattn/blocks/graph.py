@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.blocks import rearrange as rearrange  # registers its rules
+from jattn.blocks import arithmetic as arithmetic  # registers its rules
+from jattn.blocks import indexing as indexing  # likewise
+from jattn.blocks import rearrange as rearrange  # likewise
 from jattn.blocks import rules as rules  # likewise
 from jattn.blocks.intervals import (
     Interval,
@@ -165,43 +167,6 @@ def size(operands: list[Interval], result) -> int:
     """Returns how many numbers an operation on intervals makes."""
     lead = np.broadcast_shapes(*(x.lo.shape[:_LEAD] for x in operands))
     return math.prod(lead + result.shape)
-
-
-def may_be_infinite(node: Node) -> bool:
-    """Returns whether a number may be ±∞ on a whole block, by what it is made of.
-
-    A traced array may hold anything, but where it is a factor it is taken to be finite: to
-    skip what is hidden by a product is not worth to evaluate all products. That is sound,
-    since it only leaves blocks that could be skipped.
-    """
-    return _may_be_infinite(node, {}, 0)
-
-
-def _may_be_infinite(node: Node, known: dict[Node, bool], depth: int) -> bool:
-    if node not in known:
-        known[node] = depth > _MAX_DEPTH or _has_infinite_part(node, known, depth)
-    return known[node]
-
-
-def _has_infinite_part(node: Node, known: dict[Node, bool], depth: int) -> bool:
-    operation = node.operation
-    if node.dense is not None and (operation is None or _is_known(node.dense)):
-        lo, hi = node.dense
-        if not jnp.issubdtype(lo.dtype, jnp.floating):
-            return False
-        return not _is_known(node.dense) or bool((np.isinf(lo) | np.isinf(hi)).any())
-    if not jnp.issubdtype(operation.result.dtype, jnp.floating):
-        return False
-    if not has_rule(operation.name) or operation.name in _FINITE:
-        return False
-    parts = node.operands
-    if operation.name in _PRODUCTS:
-        parts = [x for x in parts if x.dense is None or _is_known(x.dense)]
-    return any(_may_be_infinite(x, known, depth + 1) for x in parts)
-
-
-def _is_known(x: Interval) -> bool:
-    return isinstance(x.lo, np.ndarray) and isinstance(x.hi, np.ndarray)
 
 
 @functools.cache

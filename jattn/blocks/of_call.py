@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.blocks import classify
-from jattn.blocks.decide import per_block
 from jattn.blocks.graph import KEY, QUERY, concrete
 from jattn.blocks.kinds import EMPTY as EMPTY
 from jattn.blocks.kinds import FULL, PARTIAL, resize
+from jattn.blocks.select import per_block
 from jattn.call.problem import Operands, Problem, example
 from jattn.operations.varying import locally
 

@@ -10,22 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jattn.call.program import Arrays, Index, Program, trace
-from jattn.dropout import Dropout, keep, words
-from jattn.masks import Explicit, Mask, as_mask, in_words
-from jattn.modifiers import as_modifier
-from jattn.shapes import (
-    Sizes,
-    align,
-    check_array,
-    check_range,
-    flatten_batch,
-    is_one,
-    measure,
-    positions,
-    spread_positions,
-    wide_dtype,
-)
+from jattn.call.program import Arrays, Index, Program
+from jattn.dropout import keep, words
+from jattn.masks import Mask
+from jattn.positions import spread_positions
+from jattn.shapes import Sizes, is_one, wide_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,114 +63,6 @@ class Operands(NamedTuple):
     rng: Any  # of dropout: a random key, or the words that were drawn from it
     kinds: jax.Array | None = None  # of the blocks, see `jattn.blocks.kinds`
     fits: jax.Array | None = None  # whether int32 held the positions, where they are traced
-
-
-def pose(
-    where: str,
-    query,
-    key,
-    value,
-    *,
-    mask=None,
-    bias=None,
-    modifier=None,
-    scale=None,
-    query_position=None,
-    key_position=None,
-    dropout=None,
-) -> tuple[Problem, Operands]:
-    """Checks the arguments of `where` and takes them apart.
-
-    Raises:
-        ValueError: *where: what must hold, what was got, what to do*.
-    """
-    query, key = check_array(where, "query", query), check_array(where, "key", key)
-    value = check_array(where, "value", value)
-    sizes = measure(where, query, key, value)
-    wide = wide_dtype(query.dtype)
-    problem, operands = pose_mask(
-        where,
-        sizes,
-        query.dtype,
-        mask=mask,
-        modifier=modifier,
-        query_position=query_position,
-        key_position=key_position,
-    )
-    rate, shared, rng = _check_dropout(where, dropout)
-    named = {"bias": bias, "scale": scale}
-    config: Any = jax.config  # whose attributes type checkers do not know
-    precision = config.jax_default_matmul_precision
-    problem = dataclasses.replace(
-        problem,
-        rate=rate,
-        shared=shared,
-        precision=precision,
-        given=problem.given | {name for name, x in named.items() if x is not None},
-    )
-    return problem, operands._replace(
-        query=flatten_batch(query, sizes),
-        key=flatten_batch(key, sizes),
-        value=flatten_batch(value, sizes),
-        scale=_check_scale(where, scale, sizes).astype(wide),
-        bias=None if bias is None else check_bias(where, bias, sizes).astype(wide),
-        rng=rng,
-    )
-
-
-def pose_mask(
-    where: str,
-    sizes: Sizes,
-    dtype,
-    *,
-    mask=None,
-    modifier=None,
-    query_position=None,
-    key_position=None,
-) -> tuple[Problem, Operands]:
-    """Takes apart what decides which blocks are skipped; the inputs are left out.
-
-    Raises:
-        ValueError: As `pose` does.
-    """
-    blocks = kinds = None
-    are_given = given(query_position), given(key_position)
-    if isinstance(mask, Mask):
-        known = mask.known_blocks(where, sizes, are_given)
-        blocks, kinds = known or (None, None)
-    query_position = positions(where, "query_position", query_position, sizes, "T")
-    key_position = positions(where, "key_position", key_position, sizes, "S")
-    query_position, key_position, fits = check_range(
-        where, sizes, query_position, key_position
-    )
-    if mask is None and modifier is None:  # nothing compares positions
-        fits = None
-    mask_program, mask_arrays = _trace_mask(where, mask, sizes)
-    traced = _trace_modifier(where, modifier, sizes, wide_dtype(dtype))
-    modifier_program, modifier_arrays = traced
-    problem = Problem(
-        sizes,
-        jnp.dtype(dtype),
-        mask_program,
-        modifier_program,
-        0.0,
-        blocks,
-        named=in_words(mask),
-        given=frozenset({"positions"} if any(are_given) else ()),
-    )
-    inputs: dict[str, Any] = dict.fromkeys(
-        ("query", "key", "value", "scale", "bias", "rng")
-    )
-    operands = Operands(
-        **inputs,
-        mask=mask_arrays,
-        modifier=modifier_arrays,
-        query_position=query_position,
-        key_position=key_position,
-        kinds=kinds,
-        fits=fits,
-    )
-    return problem, operands
 
 
 def apart(operands: Operands):
@@ -265,80 +146,3 @@ def select_rows(problem: Problem, operands: Operands, rows: jax.Array):
             spread_positions(operands.query_position, problem.sizes.T), rows, axis=1
         ),
     )
-
-
-def check_sink(where: str, sink, sizes: Sizes) -> jax.Array | None:
-    """The sink of each query head, `N`."""
-    if sink is None:
-        return None
-    sink = _check_floating(where, "sink", sink)
-    if sink.shape not in ((), (sizes.N,)):
-        raise ValueError(
-            f"{where}: `sink` must be one number or N = ({sizes.N},), one per query head, "
-            f"got shape {sink.shape}."
-        )
-    return jnp.broadcast_to(sink, (sizes.N,))
-
-
-def _trace_mask(where, mask, sizes):
-    if mask is None:
-        return None, Arrays()
-    made = as_mask(mask, where)
-    if made is not mask and isinstance(made, Explicit):
-        align(where, "mask", made.array, sizes)  # whose message names what the user gave
-    mask = made
-    elements, tree = jax.tree.flatten(mask.aligned(sizes))
-
-    def allows(b, n, t, s, *elements):
-        return mask.allows(b, n, t, s, tree.unflatten(elements))
-
-    return trace(f"{where}: `mask`", allows, elements)
-
-
-def _trace_modifier(where, modifier, sizes, wide):
-    if modifier is None:
-        return None, Arrays()
-    modifier = as_modifier(modifier, where)
-    elements, tree = jax.tree.flatten(modifier.aligned(sizes))
-
-    def modify(logit, b, n, t, s, *elements):
-        return modifier.modify(logit, b, n, t, s, tree.unflatten(elements))
-
-    return trace(f"{where}: `modifier`", modify, elements, wide)
-
-
-def _check_floating(where, name, array):
-    array = check_array(where, name, array)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        hint = "; a Boolean array belongs in `mask`" if array.dtype == jnp.bool_ else ""
-        raise ValueError(f"{where}: `{name}` must be floating, got {array.dtype}{hint}.")
-    return array
-
-
-def check_bias(where: str, bias, sizes: Sizes) -> jax.Array:
-    """The bias as BNTS, any axis 1."""
-    return align(where, "bias", _check_floating(where, "bias", bias), sizes)
-
-
-def _check_scale(where, scale, sizes):
-    if scale is None:
-        return jnp.asarray(sizes.H**-0.5 if sizes.H else 1.0)
-    scale = check_array(where, "scale", scale)
-    real = any(jnp.issubdtype(scale.dtype, kind) for kind in (jnp.floating, jnp.integer))
-    if scale.shape != () or not real:
-        raise ValueError(
-            f"{where}: `scale` must be one real number, got "
-            f"{scale.dtype}{list(scale.shape)}; a scale per head belongs in `modifier`."
-        )
-    return scale
-
-
-def _check_dropout(where, dropout):
-    if dropout is None:
-        return 0.0, False, None
-    if not isinstance(dropout, Dropout):
-        raise ValueError(
-            f"{where}: `dropout` must be jattn.Dropout(rate, rng), got "
-            f"{type(dropout).__name__}."
-        )
-    return dropout.rate, dropout.shared, dropout.rng

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from jattn.call.keys import structure
-from jattn.meshes import jaxpr_of
+from jattn.call.plain import jaxpr_of
 
 INDICES = ("b", "n", "t", "s")
 

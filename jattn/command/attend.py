@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import jattn
-from jattn.call.problem import pose
+from jattn.call.pose import pose
 from jattn.command.expression import parse
 from jattn.command.files import check_picture, check_target, read, replacing, save_picture
 from jattn.command.refusal import Refusal

@@ -7,5 +7,6 @@
 `tpu`           attention on TPU, by Pallas kernels
 `cudnn`         attention on NVIDIA GPUs by cuDNN, where it is the same function
 `attention`     the operation: a kernel where there is one, blockwise for all the rest
+`run`           a call by the operation, with or without kernels
 `dispatch`      which implementation runs, and why
 """

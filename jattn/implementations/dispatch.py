@@ -8,14 +8,14 @@ named one runs or its sentence is raised. Nothing falls back in silence.
 from typing import Any
 
 from jattn.call.problem import Operands, Problem
-from jattn.implementations import attention, cudnn
+from jattn.implementations import cudnn, run
 from jattn.implementations.dense import Dense
 from jattn.implementations.kernel import Kernel, Plain
 from jattn.implementations.tpu.kernel import TPU
 from jattn.state import State
 
 IMPLEMENTATIONS: dict[str, Kernel | Plain] = {
-    "blockwise": attention.Blockwise(),
+    "blockwise": run.Blockwise(),
     "dense": Dense(),
     "tpu": TPU(),
     "cudnn": cudnn.CuDNN(),
@@ -93,7 +93,7 @@ def attention_state(problem: Problem, operands: Operands, names: tuple[str, ...]
     found: list[Any] = [IMPLEMENTATIONS[name] for name in names]
     kernels = tuple(x for x in found if isinstance(x, Kernel))
     if kernels or not found:
-        return attention.attention_state(problem, operands, kernels)
+        return run.attention_state(problem, operands, kernels)
     (only,) = found
     return only.attention_state(problem, operands)
 

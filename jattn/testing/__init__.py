@@ -1,5 +1,6 @@
 """Named cases, and the checks that every implementation passes on each of them.
 
+`makers`        makers of inputs
 `cases`         inputs and options of calls that have a name
 `checks`        values, gradients and tangents against the definition in float64
 """

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.buckets import log_bucket
 from jattn.dropout import Dropout
 from jattn.masks import Causal, Explicit, Lengths, Prefix, Segments, Window
-from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap, log_bucket
+from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap
 from jattn.shapes import Sizes
+from jattn.testing.makers import _booleans, _fixed, _ids, _infinite_bias, _lengths, _normal
 
 Inputs = dict[str, Any]
 SMALL = Sizes(batch=(2,), T=7, S=7, N=4, K=2, H=8, D=8)
@@ -63,53 +65,6 @@ def cast(x, dtype):
     x = np.asarray(x)
     floating = np.issubdtype(x.dtype, np.floating) or x.dtype.name == "bfloat16"
     return jnp.asarray(x.astype(jnp.dtype(dtype)) if floating else x)
-
-
-def _normal(*letters: str):
-    """A maker of normal numbers; a letter is a size, "1" is 1."""
-
-    def make(sizes: Sizes, rng: np.random.Generator):
-        size = lambda letter: 1 if letter == "1" else getattr(sizes, letter)
-        return rng.standard_normal([size(letter) for letter in letters])
-
-    return make
-
-
-def _ids(letter: str, count: int = 3):
-    """A maker of sorted ids 0 … count − 1, another for each example."""
-
-    def make(sizes: Sizes, rng: np.random.Generator):
-        shape = (*sizes.batch, getattr(sizes, letter))
-        return np.sort(rng.integers(0, count, shape), axis=-1).astype(np.int32)
-
-    return make
-
-
-def _lengths(letter: str):
-    """A maker of a length for each example, 0 among them."""
-
-    def make(sizes: Sizes, rng: np.random.Generator):
-        longest = getattr(sizes, letter)
-        lengths = rng.integers(0, longest + 1, sizes.B)
-        lengths[:1] = 0
-        return lengths.reshape(sizes.batch).astype(np.int32)
-
-    return make
-
-
-def _booleans(sizes: Sizes, rng: np.random.Generator):
-    return rng.random((*sizes.batch, 1, sizes.T, sizes.S)) < 0.6
-
-
-def _infinite_bias(sizes: Sizes, rng: np.random.Generator):
-    bias = rng.standard_normal((*sizes.batch, 1, sizes.T, sizes.S))
-    bias[..., rng.random(bias.shape[-2:]) < 0.4] = -np.inf
-    bias[..., :1, :] = -np.inf  # a row that sees nothing
-    return bias
-
-
-def _fixed(array):
-    return lambda sizes, rng: np.asarray(array)
 
 
 def _dropout(x):

@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jattn.call.problem import check_sink, pose
-from jattn.implementations import attention as operation
+from jattn.call.pose import check_sink, pose
+from jattn.implementations import run as operation
 from jattn.implementations.blockwise.prepare import prepare
 from jattn.implementations.kernel import Sums
 from jattn.implementations.tpu.kernel import TPU

@@ -4,8 +4,8 @@ import functools
 
 import jax
 
-from jattn.call.problem import check_sink, pose
-from jattn.implementations import attention as operation
+from jattn.call.pose import check_sink, pose
+from jattn.implementations import run as operation
 from jattn.state import State, with_sink
 
 

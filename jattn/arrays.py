@@ -1,0 +1,134 @@
+"""Arrays as a caller gives them: checked, aligned, and never cut without a word."""
+
+import contextlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.shapes import Sizes
+
+
+def check_array(where: str, name: str, array) -> jax.Array:
+    """Gives the argument as a JAX array that holds the same numbers.
+
+    Raises:
+        ValueError: If it is no array, or holds an integer that JAX would cut to 32 bits.
+    """
+    try:
+        whole = jnp.asarray(array)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: `{name}` must be an array, got {type(array).__name__}; {error}"
+        ) from None
+    except OverflowError:
+        raise ValueError(_too_wide(where, name, array)) from None
+    given = getattr(array, "dtype", whole.dtype)
+    is_cut = given != whole.dtype and jnp.issubdtype(given, jnp.integer)
+    if is_cut and not fits(np.asarray(array), whole.dtype):
+        raise ValueError(_too_wide(where, name, array))
+    return whole
+
+
+def _too_wide(where: str, name: str, array) -> str:
+    got = str(array) if np.ndim(array) == 0 else f"{np.min(array)}…{np.max(array)}"
+    return (
+        f"{where}: `{name}` must hold integers of 32 bits while JAX's `jax_enable_x64` is "
+        f"off, got {got}; number them anew from 0, or switch it on."
+    )
+
+
+def check_integers(where: str, name: str, array) -> Any:
+    """Gives an argument of integers as int32, or as it is where that may not hold it.
+
+    It is NumPy's where it was no array of JAX.
+
+    Raises:
+        ValueError: If it holds anything else, or an integer that JAX would cut to 32 bits.
+    """
+    checked = check_array(where, name, array)
+    if not jnp.issubdtype(checked.dtype, jnp.integer):
+        raise ValueError(
+            f"{where}: `{name}` must hold integers, got {checked.dtype}; convert it with "
+            f"`.astype(int)`."
+        )
+    with contextlib.suppress(TypeError):  # of a list that holds traced numbers
+        # Inside `jit`, JAX would make a traced array of one that is known.
+        array = checked if isinstance(array, jax.Array) else np.asarray(array)
+    array = array if hasattr(array, "dtype") else checked
+    if np.can_cast(array.dtype, np.int32) or (is_known(array) and fits(array)):
+        return array.astype(np.int32)
+    return array
+
+
+def is_known(array) -> bool:
+    """Says whether the numbers of an array can be read now."""
+    return not isinstance(array, jax.core.Tracer)
+
+
+def fits(array, dtype=np.int32):
+    """Says whether an integer type, int32 by default, holds every number of an array."""
+    if np.can_cast(array.dtype, dtype):
+        return True
+    ends = jnp.iinfo(dtype)
+    low = True if jnp.issubdtype(array.dtype, jnp.unsignedinteger) else array >= ends.min
+    return ((array <= ends.max) & low).all()
+
+
+def saturate(array: jax.Array) -> jax.Array:
+    """Gives integers as int32, those beyond its ends as the ends."""
+    if array.dtype == jnp.int32:
+        return array
+    ends = jnp.iinfo(jnp.int32)
+    unsigned = jnp.issubdtype(array.dtype, jnp.unsignedinteger)
+    return array.clip(0 if unsigned else ends.min, ends.max).astype(jnp.int32)
+
+
+def align(where: str, name: str, array, sizes: Sizes, axes: str = "NTS") -> jax.Array:
+    """The array as four axes BNTS, each of the letter's size or 1.
+
+    `axes` names the last axes of `array`; the axes before them are the batch's, absent
+    or present as in the inputs. Any axis may be 1 and leading ones may be left out.
+    """
+    array = check_array(where, name, array)
+    full = (*sizes.batch, *(getattr(sizes, letter) for letter in axes))
+    padded = (1,) * (len(full) - array.ndim) + array.shape
+    fits = len(padded) == len(full) and all(
+        have == 1 or have == want for have, want in zip(padded, full, strict=True)
+    )
+    cure = _per_example(array, sizes) if axes == "NTS" else None
+    if fits and cure and (array.ndim == 2 or array.dtype == jnp.bool_):
+        other = "query" if array.ndim == 2 else "head"
+        raise ValueError(
+            f"{where}: `{name}` of shape {array.shape} may be meant for each example or "
+            f"for each {other}, as there are as many of both; write `{name}{cure}` or "
+            f"`{name}[None]`."
+        )
+    if not fits:
+        letters = ("B" if sizes.batch else "") + axes
+        advice = f"write `{name}{cure}`" if cure else "give each axis its size or 1"
+        raise ValueError(
+            f"{where}: `{name}` must broadcast to {letters} = {full}, got shape "
+            f"{array.shape}; {advice}."
+        )
+    batch, rest = padded[: len(sizes.batch)], padded[len(sizes.batch) :]
+    array = array.reshape(padded)
+    if all(size == 1 for size in batch):
+        batch = (1,)
+    else:  # several batch axes, some of them broadcast: count them as one
+        array = jnp.broadcast_to(array, (*sizes.batch, *rest))
+        batch = (sizes.B,)
+    sides = dict(zip(axes, rest, strict=True))
+    return array.reshape(*batch, *(sides.get(letter, 1) for letter in "NTS"))
+
+
+def _per_example(array: jax.Array, sizes: Sizes) -> str | None:
+    """Gives the index that makes BS or BTS broadcast to BNTS; None where it is neither."""
+    count = len(sizes.batch)
+    rest = array.shape[count:]
+    known = rest in ((sizes.S,), (sizes.T, sizes.S), (1, sizes.S), (sizes.T, 1))
+    if not known or array.shape[:count] != sizes.batch or math.prod(sizes.batch) == 1:
+        return None
+    return f"[{', '.join([':'] * count + ['None'] * (3 - len(rest)))}]"

@@ -1,0 +1,106 @@
+"""The strongest keys of each query."""
+
+import functools
+from typing import NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jattn.call.options import WeightOptions
+from jattn.call.problem import Problem, apart
+from jattn.implementations.blockwise import summaries
+from jattn.implementations.blockwise.strongest import strongest
+from jattn.meshes import across
+from jattn.operations.varying import locally
+from jattn.views import _normalizer, _pose, _unflatten
+
+
+class StrongestKeys(NamedTuple):
+    """The keys with the largest weights of each query, the largest first.
+
+    Attributes:
+        indices: Where each key is in `key`, int32; −1 where there is none.
+        weights: Its weight; 0 where there is none.
+    """
+
+    indices: jax.Array
+    weights: jax.Array
+
+
+@across("BTN. BTN.")
+def strongest_keys(
+    query: ArrayLike,
+    key: ArrayLike,
+    k: int,
+    *,
+    logsumexp: ArrayLike | None = None,
+    average: bool = False,
+    **options: Unpack[WeightOptions],
+) -> StrongestKeys:
+    """Finds the k keys that each query attends to most.
+
+    Of equal weights the first key comes first. Where fewer than k keys have any weight,
+    the rest has index −1 and weight 0; so has a query that sees nothing. A sink takes
+    weight away and is never among the keys. A query whose weights are not numbers has
+    indices −1 and weights NaN.
+
+    It has no derivative and says so when it is asked for one.
+
+    Args:
+        query: `BTNH`.
+        key: `BSKH`.
+        k: How many keys, a Python integer; it may be more than S.
+        logsumexp: Of the logits, `BTN`, as `attention_state` of the same arguments gives
+            it; computed blockwise by default.
+        average: Whether to take the strongest of the weights averaged over heads.
+        **options: Those of `attention` but `dropout`.
+
+    Returns:
+        `indices` and `weights`, `BTNk`; or `BTk` of averaged weights.
+
+    Raises:
+        ValueError: If an argument does not fit, naming it and what to do.
+
+    Example:
+        >>> query, key = jnp.zeros((2, 1, 4)), jnp.zeros((2, 1, 4))
+        >>> indices, weights = strongest_keys(query, key, 2, mask=lambda b, n, t, s: t >= s)
+        >>> indices[:, 0], weights[:, 0]
+        (Array([[ 0, -1],
+               [ 0,  1]], dtype=int32), Array([[1. , 0. ],
+               [0.5, 0.5]], dtype=float32))
+    """
+    where = "strongest_keys"
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"{where}: `k` must be a Python integer above 0, got {k!r}.")
+    problem, arrays = _pose(where, query, key, logsumexp, options)
+    found = _strongest(problem, k, bool(average), arrays)
+    return StrongestKeys(*(_unflatten(x, problem) for x in found))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
+def _strongest(problem: Problem, k: int, average: bool, arrays, tile=None):
+    return locally(_found, (problem, k, average, tile), _without_derivative(arrays))
+
+
+def _found(problem: Problem, k: int, average: bool, tile, arrays):
+    """The indices and the weights of the strongest keys."""
+    operands, spoil = apart(arrays[0])
+    normalizer = summaries.closed(_normalizer(problem, operands, *arrays[1:]))
+    indices, weights = strongest(problem, operands, normalizer, k, average, tile)
+    unknown = jnp.isnan(spoil(normalizer))
+    unknown = (jnp.any(unknown, axis=2) if average else unknown)[..., None]
+    return jnp.where(unknown, -1, indices), jnp.where(unknown, jnp.nan, weights)
+
+
+@jax.custom_jvp
+def _without_derivative(arrays):
+    return arrays
+
+
+@_without_derivative.defjvp
+def _refuse(primals, tangents):
+    raise ValueError(
+        "strongest_keys: has no derivative; give it `jax.lax.stop_gradient` of its inputs, "
+        "or differentiate `jattn.attention_weights` with `rows=`."
+    )
