@@ -7,7 +7,9 @@ Each module imports only from those above it:
 `positions`     where queries and keys stand, in int32
 `meshes`        arrays on several devices: what their types say, kept out of the rest
 `pytree`        frozen dataclasses that JAX sees as trees of arrays
-`masks`         which keys a query may attend to: functions (b, n, t, s) → bool
+`mask`          what a mask is: a function (b, n, t, s) → bool, and `&`, `|`, `~` of such
+`integers`      the numbers and ids of masks: in full, or refused by name
+`masks`         which keys a query may attend to: causal, windows, segments, lengths
 `buckets`       which number of a table a distance gets
 `modifiers`     what happens to a logit: functions (logit, b, n, t, s) → logit
 `dropout`       which weights drop: a pure function of the seed and (b, n, t, s)

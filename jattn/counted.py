@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jattn.blocks.block_table import BlockTable
 from jattn.dropout import Dropout, Numbered
-from jattn.masks import Mask, as_mask
+from jattn.mask import Mask, as_mask
 from jattn.modifiers import Modifier
 from jattn.pytree import pytree
 from jattn.shapes import Sizes

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jattn.arrays import align
 from jattn.dropout import keep, words
-from jattn.masks import as_mask
+from jattn.mask import as_mask
 from jattn.modifiers import as_modifier
 from jattn.positions import check_range, positions, spread_positions
 from jattn.shapes import flatten_batch, measure, wide_dtype

@@ -14,7 +14,8 @@ from jax import lax
 import jattn
 from examples.language_model.model import Attend, LanguageModel
 from examples.language_model.settings import Sizes
-from jattn.masks import Causal, as_mask
+from jattn.mask import as_mask
+from jattn.masks import Causal
 
 
 def document_mask(document):

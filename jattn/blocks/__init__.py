@@ -1,8 +1,8 @@
 """Which blocks count: those of a mask that are empty, partial or full, from its jaxpr.
 
 `intervals`     what a primitive does to a range of values: a table of rules
-`rules`         the rules of comparisons and logic
 `arithmetic`    the rules of arithmetic
+`rules`         the rules of comparisons and logic
 `rearrange`     the rules of types, shapes and reductions
 `indexing`      the rules of indexing
 `graph`         a jaxpr as a graph, in which what sees one side is computed at once

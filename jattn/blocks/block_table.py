@@ -10,7 +10,7 @@ from jattn.blocks.kinds import draw, shares, spread
 from jattn.blocks.of_call import block_table as block_kinds
 from jattn.call.pose import pose_mask
 from jattn.call.problem import given
-from jattn.masks import Mask, as_mask
+from jattn.mask import Mask, as_mask
 from jattn.meshes import across
 from jattn.pytree import pytree
 from jattn.shapes import Sizes, measure

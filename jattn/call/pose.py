@@ -10,7 +10,8 @@ from jattn.arrays import align, check_array
 from jattn.call.problem import Operands, Problem, given
 from jattn.call.program import Arrays, trace
 from jattn.dropout import Dropout
-from jattn.masks import Explicit, Mask, as_mask, in_words
+from jattn.mask import Explicit, Mask, as_mask
+from jattn.masks import in_words
 from jattn.modifiers import as_modifier
 from jattn.positions import check_range, positions
 from jattn.shapes import Sizes, flatten_batch, measure, wide_dtype

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jattn.call.program import Arrays, Index, Program
 from jattn.dropout import keep, words
-from jattn.masks import Mask
+from jattn.mask import Mask
 from jattn.positions import spread_positions
 from jattn.shapes import Sizes, is_one, wide_dtype
 

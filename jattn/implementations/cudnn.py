@@ -25,7 +25,8 @@ from jax.custom_batching import custom_vmap
 
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.kernel import Kernel, Sums
-from jattn.masks import And, Causal, Window
+from jattn.mask import And
+from jattn.masks import Causal, Window
 
 PLATFORMS = ("gpu", "cuda")  # JAX's names of one thing
 

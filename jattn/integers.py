@@ -1,0 +1,99 @@
+"""Whole numbers and ids in masks: compared in full, or refused by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.arrays import align, check_array, check_integers, is_known, saturate
+from jattn.shapes import Sizes
+
+
+def is_number(value) -> bool:
+    """Whether a value is a whole number of Python or NumPy."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def as_int32(x):
+    """An integer that combines with positions under strict promotion."""
+    return int(x) if is_number(x) else saturate(jnp.asarray(x))
+
+
+def one_number(where: str, name: str, value):
+    """One whole number as 1111, int32; one beyond its ends is as good as these.
+
+    It is NumPy's where it is known, so that what it hides is found before the call runs.
+    """
+    number = saturate(check_integers(where, name, value))
+    if number.size != 1:
+        raise ValueError(
+            f"{where}: `{name}` must be one whole number, got shape {number.shape}; for "
+            f"one of each example write a function, `lambda b, n, t, s: …{name}[b]…`."
+        )
+    return number.reshape(1, 1, 1, 1)
+
+
+def common_dtype(where: str, ids: dict):
+    """A type that holds the ids of both sides, or a sentence saying that there is none."""
+    left, right = (array.dtype for array in ids.values())
+    if left == right:
+        return left
+    dtype = np.promote_types(left, right)
+    if (
+        dtype.kind == "f"
+        or not jnp.zeros((), jax.dtypes.canonicalize_dtype(dtype)).dtype == dtype
+    ):
+        raise ValueError(
+            f"{where}: `query_ids` and `key_ids` must be of one type, or of two that a "
+            f"third holds, got {left} and {right}; convert one with `.astype`."
+        )
+    return dtype
+
+
+def padding_number(where: str, value, dtype):
+    """The id of padding as 1111, in the type of the ids."""
+    number = check_array(where, "padding_id", value) if hasattr(value, "dtype") else value
+    ends = jnp.iinfo(dtype)
+    known = is_known(number)
+    if known and not ends.min <= int(number) <= ends.max:
+        raise ValueError(
+            f"{where}: `padding_id` must be one of the numbers that ids of {dtype} can "
+            f"have, got {number}."
+        )
+    if known:
+        return np.full((1, 1, 1, 1), int(number), dtype)
+    return one_number(where, "padding_id", number).astype(dtype)
+
+
+def check_whole(where: str, name: str, value, signed: bool = True) -> None:
+    """Raises for what is no whole number that JAX has a type for, or array of them.
+
+    Leaves anything else that JAX may put into a pytree alone.
+    """
+    dtype = getattr(value, "dtype", None)
+    if is_number(value):
+        bits = jnp.iinfo(jnp.asarray(0).dtype).bits
+        if -(2 ** (bits - 1)) <= int(value) < 2 ** (bits - signed):
+            return
+        got = f"{value}, which does not fit {bits} bits"
+    elif dtype is not None:
+        if jnp.issubdtype(dtype, jnp.integer):
+            return
+        got = f"an array of {dtype}"
+    elif value is None or isinstance(value, float | bool | str | list | tuple):
+        got = repr(value)
+    else:
+        return
+    raise ValueError(f"{where}: `{name}` must be a whole number, got {got}.")
+
+
+def per_example(where: str, name: str, array, sizes: Sizes) -> jax.Array:
+    """One integer for all or one per example, as B111; as int32, which rows count in."""
+    array = saturate(check_integers(where, name, array))
+    if array.shape not in ((), sizes.batch, (1,) * len(sizes.batch)):
+        raise ValueError(
+            f"{where}: `{name}` must have shape () or B = {sizes.batch}, got "
+            f"{array.shape}; give one length for all or one per example."
+        )
+    if array.ndim == 0:
+        return array.reshape(1, 1, 1, 1)
+    return align(where, name, array, sizes, "")

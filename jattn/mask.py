@@ -1,0 +1,197 @@
+"""What a mask is, and masks made of others: `&`, `|`, `~`, functions and arrays."""
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jattn.arrays import align, check_array
+from jattn.pytree import as_written, pytree
+from jattn.shapes import Sizes
+
+
+class Mask:
+    """A predicate on pairs of a query and a key; subclasses say which pairs count."""
+
+    __array_ufunc__ = None  # so that `array & mask` asks the mask
+
+    def aligned(self, sizes: Sizes) -> Any:
+        """A pytree of arrays that broadcast to BNTS, read by row and column."""
+        del sizes
+        return ()
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """Whether this query may attend to this key, as a Boolean scalar."""
+        raise TypeError(f"{type(self).__name__} must define `allows`")
+
+    def __call__(self, b, n, t, s):
+        """The same, for a mask that reads positions only."""
+        return self.allows(b, n, t, s, ())
+
+    def known_blocks(self, where: str, sizes: Sizes, positions: tuple[bool, bool]) -> Any:
+        """Gives the blocks and their kinds that the mask brings with it; None as a rule.
+
+        `positions` says whether those of queries and of keys were given. The blocks are
+        how many queries and keys one has, the kinds as `jattn.blocks.kinds` has them.
+        """
+        del where, sizes, positions
+
+    def __and__(self, other) -> "Mask":
+        return And(self, as_mask(other))
+
+    def __rand__(self, other) -> "Mask":
+        return And(as_mask(other), self)
+
+    def __or__(self, other) -> "Mask":
+        return Or(self, as_mask(other))
+
+    def __ror__(self, other) -> "Mask":
+        return Or(as_mask(other), self)
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+    def __repr__(self) -> str:
+        """The mask as one writes it, `Causal() & Window(4, 0)`."""
+        return as_written(self)
+
+    def __bool__(self):
+        raise ValueError("masks: combine masks by & | ~; `and`, `or` and `not` drop one.")
+
+
+def as_mask(mask, where: str = "masks") -> Mask:
+    """A mask from a mask, a Boolean array, or a function of (b, n, t, s)."""
+    if isinstance(mask, Mask):
+        return mask
+    if isinstance(mask, type):
+        raise ValueError(
+            f"{where}: `mask` must be a mask, got the class {mask.__name__}; call it."
+        )
+    if callable(mask):
+        return Pointwise(mask)
+    return Explicit(_boolean(where, "mask", mask))
+
+
+@pytree(static=("function",))
+class Pointwise(Mask):
+    """A mask from any function (b, n, t, s) → bool, written for scalars."""
+
+    function: Callable
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """Asks the function."""
+        return self.function(b, n, t, s)
+
+
+class ByRow(Mask):
+    """A mask of arrays that lie along the inputs."""
+
+    def __call__(self, b, n, t, s):
+        """Refuses: positions alone do not say which row and column are meant."""
+        raise ValueError(
+            f"masks.{type(self).__name__}: reads its arrays by row and column, not by "
+            f"position; combine it by &, | and ~ instead of calling it."
+        )
+
+
+@pytree("array")
+class Explicit(ByRow):
+    """The mask in full: a Boolean array that broadcasts to BNTS."""
+
+    array: jax.Array
+
+    def aligned(self, sizes) -> Any:
+        """The array itself."""
+        array = _boolean("masks.Explicit", "array", self.array)
+        return align("masks.Explicit", "array", array, sizes)
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """What the array says."""
+        return elements
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Both(Mask):
+    """Two masks; reads the arrays of both."""
+
+    left: Mask
+    right: Mask
+    combine: ClassVar[Callable]
+
+    def aligned(self, sizes) -> Any:
+        """The arrays of each."""
+        return self.left.aligned(sizes), self.right.aligned(sizes)
+
+    def __call__(self, b, n, t, s):
+        """The same, for masks that read positions only."""
+        return self.combine(self.left(b, n, t, s), self.right(b, n, t, s))
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """Combines what each allows."""
+        left, right = elements
+        left = self.left.allows(b, n, t, s, left)
+        return self.combine(left, self.right.allows(b, n, t, s, right))
+
+
+@pytree("left", "right")
+class And(_Both):
+    """Both masks allow it: `left & right`."""
+
+    combine: ClassVar[Callable] = staticmethod(operator.and_)
+
+    def __repr__(self) -> str:
+        return f"{_within(self.left, Or)} & {_within(self.right, Or, And)}"
+
+
+@pytree("left", "right")
+class Or(_Both):
+    """Either mask allows it: `left | right`."""
+
+    combine: ClassVar[Callable] = staticmethod(operator.or_)
+
+    def __repr__(self) -> str:
+        return f"{self.left!r} | {_within(self.right, Or)}"
+
+
+@pytree("mask")
+class Not(Mask):
+    """The mask does not allow it: `~mask`."""
+
+    mask: Mask
+
+    def aligned(self, sizes) -> Any:
+        """The mask's arrays."""
+        return self.mask.aligned(sizes)
+
+    def __call__(self, b, n, t, s):
+        """The same, for a mask that reads positions only."""
+        return jnp.logical_not(self.mask(b, n, t, s))
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """The opposite of what the mask allows."""
+        return jnp.logical_not(self.mask.allows(b, n, t, s, elements))
+
+    def __repr__(self) -> str:
+        return f"~{_within(self.mask, Or, And)}"
+
+
+def _within(mask: Mask, *looser: type) -> str:
+    """Writes a mask, in parentheses if it is one of those that bind more loosely."""
+    return f"({mask!r})" if isinstance(mask, looser) else repr(mask)
+
+
+def _boolean(where: str, name: str, array) -> jax.Array:
+    """A Boolean array; a float one is told where it belongs."""
+    array = check_array(where, name, array)
+    if array.dtype == jnp.bool_:
+        return array
+    advice = "convert it with `.astype(bool)`"
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        advice = "what is added to the logits belongs in `bias`"
+    raise ValueError(
+        f"{where}: `{name}` must be Boolean (True = may attend), got {array.dtype}; "
+        f"{advice}."
+    )
