@@ -16,7 +16,7 @@ Reference:
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,28 +39,40 @@ from jattn.implementations.blockwise.tiles import (
 )
 
 
+class Rows(NamedTuple):
+    """What backward needs of each query: blocks × BKR, or a number of axes more."""
+
+    query: jax.Array  # scaled
+    d_output: jax.Array
+    top: jax.Array
+    inverse: jax.Array  # 1 / total
+    settled: jax.Array  # see `shared.row_factors`
+    delta: jax.Array
+    d_logsumexp: jax.Array
+
+    def at(self, i) -> "Rows":
+        """The rows of one block."""
+        return Rows(*(_at(x, i) for x in self))
+
+
 def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     """The cotangents of the wanted operands; None for the others."""
     wide = layout.problem.wide
     _, by_key = schedules(layout)
-    top, inverse, settled, *deltas = shared.row_numbers(outputs, cotangents)
-    d_output = cotangents[0]
-    if not layout.narrow:  # once for each row, not for each pair
-        d_output, *deltas = d_output * inverse[..., None], *(inverse * x for x in deltas)
-    rows = (d_output, top, inverse, settled, *deltas)
-    rows = tuple(map(layout.queries, rows))
-    actives = _actives(layout)
-    pick = lambda want, x: jnp.zeros(x.shape, wide) if want else None
-    wants = Active(wanted.bias, wanted.modifier.captured, wanted.modifier.aligned)
-    d_active = Active(
-        *(jax.tree.map(pick, x, y) for x, y in zip(wants, actives, strict=True))
-    )
+    rows = _rows(layout, outputs, cotangents)
+    d_active = _zeros(layout, wanted)
+    # A sum over all pairs, as each of these has, adds up what is wrong with δ.
+    felt = wanted.scale or bool(jax.tree.leaves(d_active))
 
     def one_head(head, carry):
         d_query, *carry = carry
-        queries = tuple(layout.row_blocks(x, **head.at) for x in (layout.query, *rows))
-        queries = (layout.scaled(queries[0]), layout.narrowed(queries[1]), *queries[2:])
-        d_rows = jnp.zeros_like(jnp.swapaxes(queries[0], -1, -2), wide)
+        queries = Rows(*(layout.row_blocks(x, **head.at) for x in (layout.query, *rows)))
+        queries = queries._replace(
+            query=layout.scaled(queries.query), d_output=layout.narrowed(queries.d_output)
+        )
+        if felt:
+            queries = queries._replace(delta=_deltas(layout, head, queries, by_key))
+        d_rows = jnp.zeros_like(jnp.swapaxes(queries.query, -1, -2), wide)
         body = functools.partial(_backward_block, layout, head, queries, by_key)
         d_rows, *carry = loop(layout.counts["S"], body, (d_rows, *carry))
         d_rows = jnp.swapaxes(d_rows, -1, -2)
@@ -76,16 +88,65 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     return _cotangents(layout, wanted, *results)
 
 
+def _rows(layout: Layout, outputs, cotangents) -> tuple[jax.Array, ...]:
+    """The fields of `Rows` but the query, BTN… padded.
+
+    But for narrow products, all that is linear in the cotangents is divided by the total
+    here, once for each row and not for each pair.
+    """
+    output, top, total = outputs
+    d_output, _, d_total = cotangents
+    inverse, settled = shared.row_factors(total)
+    d_logsumexp = d_total * total
+    if not layout.narrow:
+        d_output, d_logsumexp = d_output * inverse[..., None], d_logsumexp * inverse
+    delta = jnp.sum(d_output * output, axis=-1)
+    rows = d_output, top, inverse, settled, delta, d_logsumexp
+    return tuple(map(layout.queries, rows))
+
+
+def _zeros(layout: Layout, wanted: Operands) -> Active:
+    """Zeros for the wanted cotangents of what logits depend on; None for the others."""
+    pick = lambda want, x: jnp.zeros(x.shape, layout.problem.wide) if want else None
+    wants = Active(wanted.bias, wanted.modifier.captured, wanted.modifier.aligned)
+    pairs = zip(wants, _actives(layout), strict=True)
+    return Active(*(jax.tree.map(pick, x, y) for x, y in pairs))
+
+
+def _deltas(layout: Layout, head, queries: Rows, by_key):
+    """δ of each row, from the very products that it will be subtracted from.
+
+    δ as output · d_output is rounded apart from these: by no more than they are, but then
+    the cotangents of a row do not add up to that of its logsumexp.
+    """
+
+    def one_block(j, deltas):
+        key, value = _keys(layout, head, j)
+
+        def one_tile(masked, i, deltas):
+            rows = queries.at(i)
+            view, allowed, products = _pairs(layout, head, (i, j), rows, key, masked)
+            logits = view.logits(products, view.active)
+            weights, _ = _weights(layout, logits, rows, allowed)
+            part = jnp.sum(weights * _d_weights(view, rows, value), axis=-2)
+            part = part if layout.narrow else part * rows.inverse
+            return lax.dynamic_update_index_in_dim(deltas, _at(deltas, i) + part, i, 0)
+
+        body = lambda masked: functools.partial(one_tile, masked)
+        return over_tiles(by_key, head, j, layout.counts["T"], body, deltas)
+
+    return loop(layout.counts["S"], one_block, jnp.zeros_like(queries.delta))
+
+
 def _actives(layout: Layout) -> Active:
     operands, aligned = layout.operands, layout.aligned
     return Active(aligned.bias, operands.modifier.captured, aligned.modifier)
 
 
-def _backward_block(layout, head, queries, by_key, j, carry):
+def _backward_block(layout, head, queries: Rows, by_key, j, carry):
     """All that one block of keys adds: a loop over the rows that see it."""
     d_rows, d_key, d_value, *others = carry
-    key = layout.narrowed(layout.cut(head.key, "BKS.", S=j))
-    value = layout.narrowed(layout.cut(head.value, "BKS.", S=j))
+    key, value = _keys(layout, head, j)
     wide = layout.problem.wide
     body = functools.partial(_backward_tile, layout, head, queries, (key, value), j)
     start = (d_rows, jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide), *others)
@@ -96,61 +157,85 @@ def _backward_block(layout, head, queries, by_key, j, carry):
     return d_rows, put(d_key, key_part), put(d_value, value_part), *others
 
 
-def _backward_tile(layout, head, queries, keys, j, masked):
+def _keys(layout: Layout, head, j):
+    """The keys and values of one block, in the dtype of products."""
+    cut = lambda x: layout.narrowed(layout.cut(x, "BKS.", S=j))
+    return cut(head.key), cut(head.value)
+
+
+def _pairs(layout: Layout, head, at, rows: Rows, key, masked):
+    """A tile, which of its pairs count, and their products, scaled, BKSR."""
+    view = Tile(layout, head.aligned, *at, columns_first=True)
+    allowed = view.allowed() if masked else None
+    products = columns_of(rows.query, key, layout.problem.wide)
+    products = products * layout.operands.scale if layout.narrow else products
+    if layout.problem.modifier is not None:
+        products = shared.harmless(products, allowed)
+    return view, allowed, products
+
+
+def _weights(layout: Layout, logits, rows: Rows, allowed):
+    """The weights, without their division but for narrow products; and exponentials."""
+    row = lambda x: x[..., None, :]
+    powers = exponentials(logits, row(rows.top))
+    weights = powers * row(rows.inverse) if layout.narrow else powers
+    return weights if allowed is None else jnp.where(allowed, weights, 0), powers
+
+
+def _d_weights(view: Tile, rows: Rows, value):
+    """vₛ · d_output, of the values that dropout keeps."""
+    wide = view.problem.wide
+    return view.drop(dot("BKSD,BKRD->BKSR", value, rows.d_output, wide))
+
+
+def _backward_tile(layout, head, queries: Rows, keys, j, masked):
     """The body of the loop over the tiles of one block of keys."""
-    wide = layout.problem.wide
     isolated = masked and layout.problem.mask is not None
+    row = lambda x: x[..., None, :]
 
     def body(i, carry):
-        d_rows, d_key, d_value, d_active, d_scale = carry
-        query, d_output, top, inverse, *deltas = (_at(x, i) for x in queries)
-        key, value = keys
-        view = Tile(layout, head.aligned, i, j, columns_first=True)
-        allowed = view.allowed() if masked else None
+        *sums, d_active, d_scale = carry
+        (key, value), rows = keys, queries.at(i)
+        view, allowed, products = _pairs(layout, head, (i, j), rows, key, masked)
         keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
-        products = columns_of(query, key, wide)
-        products = products * layout.operands.scale if layout.narrow else products
-        if layout.problem.modifier is not None:
-            products = shared.harmless(products, allowed)
-        chosen = jax.tree.map(
-            lambda total, x: None if total is None else x,
-            d_active,
-            view.active,
-            is_leaf=lambda x: x is None,
-        )
+        chosen = view.active.where(d_active)
         logits, pull = jax.vjp(
             lambda x, chosen: view.logits(x, chosen.fill(view.active)), products, chosen
         )
+        clean = rows.d_output
         if isolated:  # what follows mixes rows, and columns, by products with zeros
-            query, key = shared.isolate(query)[0], shared.isolate(key)[0]
-            d_clean, poison = shared.isolate(d_output)
-            top = top + poison.astype(wide)
-        else:
-            d_clean = d_output
-        row = lambda x: x[..., None, :]
-        powers = exponentials(logits, row(top))
-        weights = powers * row(inverse) if layout.narrow else powers
-        weights = keep_allowed(weights)
-        d_weights = view.drop(dot("BKSD,BKRD->BKSR", value, d_output, wide))
-        settled, delta, offset = map(row, deltas)
-        d_weights = jnp.where(powers > settled, delta, d_weights)
-        d_logits = keep_allowed(weights * (d_weights - offset))
-        d_products, d_chosen = pull(d_logits)
+            key = shared.isolate(key)[0]
+            clean, poison = shared.isolate(rows.d_output)
+            top = rows.top + poison.astype(layout.problem.wide)
+            rows = rows._replace(query=shared.isolate(rows.query)[0], top=top)
+        weights, powers = _weights(layout, logits, rows, allowed)
+        d_weights = _d_weights(view, rows, value)
+        d_weights = jnp.where(powers > row(rows.settled), row(rows.delta), d_weights)
+        offset = rows.delta - rows.d_logsumexp
+        d_products, d_chosen = pull(keep_allowed(weights * (d_weights - row(offset))))
         if layout.problem.modifier is not None:
             d_products = keep_allowed(d_products)
         if d_scale is not None:  # times the scale
             d_scale = d_scale + shared.sum_all(keep_allowed(d_products * products))
-        d_products = layout.narrowed(d_products)
-        dropped = layout.narrowed(view.drop(weights))
-        d_key = d_key + dot("BKSR,BKRH->BKSH", d_products, query, wide)
-        d_value = d_value + dot("BKSR,BKRD->BKSD", dropped, d_clean, wide)
-        key = jnp.swapaxes(key, 2, 3)
-        d_row = _at(d_rows, i) + dot("BKHS,BKSR->BKHR", key, d_products, wide)
-        d_rows = lax.dynamic_update_index_in_dim(d_rows, d_row, i, 0)
+        given = rows.query, key, clean
+        sums = _add_products(layout, sums, given, i, d_products, view.drop(weights))
         d_active = _add_active(layout, d_active, d_chosen, T=i, S=j, **head.at)
-        return d_rows, d_key, d_value, d_active, d_scale
+        return *sums, d_active, d_scale
 
     return body
+
+
+def _add_products(layout, sums, given, i, d_products, weights):
+    """Adds what a tile gives to d_query (as columns of rows `i`), d_key and d_value."""
+    d_rows, d_key, d_value = sums
+    query, key, d_output = given
+    wide = layout.problem.wide
+    d_products, weights = layout.narrowed(d_products), layout.narrowed(weights)
+    d_key = d_key + dot("BKSR,BKRH->BKSH", d_products, query, wide)
+    d_value = d_value + dot("BKSR,BKRD->BKSD", weights, d_output, wide)
+    key = jnp.swapaxes(key, 2, 3)
+    d_row = _at(d_rows, i) + dot("BKHS,BKSR->BKHR", key, d_products, wide)
+    return lax.dynamic_update_index_in_dim(d_rows, d_row, i, 0), d_key, d_value
 
 
 def _add_active(layout: Layout, whole: Active, part: Active, **at) -> Active:

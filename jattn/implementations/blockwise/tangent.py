@@ -125,12 +125,7 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
         if d_key is not None:
             d_products += dot("BKRH,BKSH->BKRS", query, d_key, wide)
         d_active = _cut_active(layout, d_actives, T=i, S=j)
-        chosen = jax.tree.map(
-            lambda d, x: None if d is None else x,
-            d_active,
-            view.active,
-            is_leaf=lambda x: x is None,
-        )
+        chosen = view.active.where(d_active)
         d_active = jax.tree.map(lambda d, x: d.astype(x.dtype), d_active, chosen)
         logits, d_logits = jax.jvp(
             lambda x, chosen: view.logits(x, chosen.fill(view.active)),

@@ -22,6 +22,11 @@ class Active(NamedTuple):
     captured: Any
     modifier: Any
 
+    def where(self, other: "Active") -> "Active":
+        """This one's arrays where the other has some, and None elsewhere."""
+        pick = lambda other, mine: None if other is None else mine
+        return jax.tree.map(pick, other, self, is_leaf=lambda x: x is None)
+
     def fill(self, other: "Active") -> "Active":
         """The other's arrays where this one has None."""
         pick = lambda mine, other: other if mine is None else mine
