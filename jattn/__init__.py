@@ -36,6 +36,8 @@ Each module imports only from those above it:
 `paint`         colours in them, and what they mean
 `text_figure`   a text as a picture
 `plot`          pictures of masks and weights, with matplotlib
+`pages`         the parts of a page, and its templates
+`page`          pages of weights and masks, for a browser
 `command`       what `python -m jattn` does
 `adapters`      the same functions under other libraries' signatures
 

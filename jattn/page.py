@@ -17,7 +17,7 @@ from jattn.tables import shares
 
 __all__ = ["Page", "entropy", "mask", "received", "weights"]
 
-_MASK_SCRIPTS = ("unpack.js", "theme.js", "pairs.js", "mask.js")
+_MASK_SCRIPTS = ("unpack.js", "theme.js", "pairs.js", "names.js", "mask.js")
 
 
 def weights(
@@ -75,7 +75,7 @@ def weights(
         >>> words = "the cat sat on the mat".split()
         >>> query, key = jax.random.normal(jax.random.key(0), (2, 6, 4, 16))
         >>> weights(query, key, words, mask=lambda b, n, t, s: t >= s)
-        Page('attention of 4 heads, 6 tokens', 0.1 MB)
+        Page('Attention of 4 heads, 6 tokens', 0.1 MB)
     """
     where = "page.weights"
     options = {
@@ -114,7 +114,7 @@ def received(
 
     Example:
         >>> received([2.0, 0.5, 1.0], ["to", "be", "or"])
-        Page('received by 3 tokens, 1 head', 0.1 MB)
+        Page('Received by 3 tokens, 1 head', 0.1 MB)
     """
     where = "page.received"
     layers = per_layer(where, "received", received, "S")
@@ -145,7 +145,7 @@ def entropy(
 
     Example:
         >>> entropy([[3.0, 1.5], [0.5, 2.0]])
-        Page('entropy of 2 layers × 2 heads', 0.1 MB)
+        Page('Entropy of 2 layers × 2 heads', 0.1 MB)
     """
     where = "page.entropy"
     layers = per_layer(where, "entropies", entropies, "T", means=True)
@@ -188,7 +188,7 @@ def mask(
 
     Example:
         >>> mask(lambda b, n, t, s: t >= s, 1024)
-        Page('mask of 1024 queries × 1024 keys', 0.1 MB)
+        Page('Mask of 1024 queries × 1024 keys', 0.1 MB)
     """
     where = "page.mask"
     S = length if key_length is None else key_length
@@ -199,7 +199,7 @@ def mask(
         )
     names = _names(where, tokens, key_tokens, length, S)
     found = blocks_of(where, mask, length, S, block)
-    title = title or f"mask of {length} queries × {S} keys"
+    title = title or f"Mask of {length} queries × {S} keys"
     arrays = {name: getattr(found, name) for name in ("kinds", "pattern_of", "patterns")}
     places, numbers = packed(arrays)
     facts = {

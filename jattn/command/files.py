@@ -68,18 +68,25 @@ def replacing(path: str) -> Iterator[str]:
             os.remove(temporary)
 
 
+def is_page(path: str | None) -> bool:
+    """Whether a file is to be a page for a browser: its name ends in .html."""
+    return path is not None and _kind(path) == "html"
+
+
 def check_picture(path: str) -> None:
     """Makes sure, before anything is computed, that a picture of this name can be drawn.
 
     Raises:
         Refusal: If matplotlib is missing or does not know this kind of file.
     """
+    if is_page(path):
+        return
     if importlib.util.find_spec("matplotlib") is None:
         raise Refusal("--plot needs matplotlib; pip install 'jattn[plot]'.")
     from jattn.panels import kinds
 
     if _kind(path) not in kinds():
-        raise Refusal(f"{path}: the ending must be one of {', '.join(kinds())}.")
+        raise Refusal(f"{path}: the ending must be one of html, {', '.join(kinds())}.")
 
 
 def save_picture(figure, path: str, temporary: str) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 from jattn.pages.document import Page, document
 from jattn.pages.keeping import Entries, entries_of, kept, threshold
 from jattn.pages.looks import cell_of, look
-from jattn.pages.packing import bytes_of, packed, shares
+from jattn.pages.packing import bytes_of, codes, packed, rounded, shares
 
 __all__ = ["attending", "fitted", "summed"]
 
-_SCRIPTS = (
+SCRIPTS = (
     *("unpack.js", "numbers.js", "theme.js", "colours.js", "map.js", "text.js"),
     *("lines.js", "panel.js", "heads.js"),
 )
@@ -54,7 +54,7 @@ def attending(where: str, facts: dict[str, Any], layers, options, limit: float) 
     spread_facts, spread_arrays = _by_slot("entropy", spread)
     facts = {
         **{"kind": "weights", "heads": heads, **facts, **received_facts, **spread_facts},
-        "title": facts["title"] or f"attention of {_size(heads)}, {facts['T']} tokens",
+        "title": facts["title"] or f"Attention of {_size(heads)}, {facts['T']} tokens",
         "cells": list(pictures.shape[1:]),
         "cell": cell_of(facts["T"], facts["S"]),
         "all_keys": k == facts["S"],
@@ -78,7 +78,7 @@ def summed(kind: str, facts: dict[str, Any], layers: list[np.ndarray]) -> Page:
     heads = [layer.shape[1] for layer in layers]
     slots = np.concatenate([_with_mean(layer.T) for layer in layers])
     found, arrays = _by_slot(kind, slots)
-    of = f"received by {facts['T']} tokens," if kind == "received" else "entropy of"
+    of = f"Received by {facts['T']} tokens," if kind == "received" else "Entropy of"
     title = facts["title"] or f"{of} {_size(heads)}"
     facts = {"kind": kind, "heads": heads, **facts, **found, "title": title}
     return _written(facts, arrays)
@@ -103,9 +103,12 @@ def fitted(
         ValueError: If it is too large with the strongest weight of each query alone.
     """
     every = sum(int(np.count_nonzero(layer.codes)) for layer in layers)
-    least, best = len(_written(facts, arrays).html), None
+    best = None
+    least = len(_written(facts, arrays).html)
+    coarse = least + 2 * every * _BYTES_OF_ENTRY > limit  # all digits take twice as much
+    if coarse:
+        least = len(_written(facts, _rounded(arrays)).html)
     room = limit - least
-    coarse = every * 2 * _BYTES_OF_ENTRY > room  # with all digits a weight takes twice
     most = every if not coarse else min(every, int(room / _BYTES_OF_ENTRY))
     for _ in range(_ROUNDS):
         start = threshold(layers, most)
@@ -137,7 +140,12 @@ def _with_weights(facts, arrays, layers, least: int, coarse: bool) -> Page:
         "complete": bool(least == 1 and facts["all_keys"]),
         "exact": not coarse,
     }
-    return _written(facts, {**arrays, **held})
+    return _written(facts, {**(_rounded(arrays) if coarse else arrays), **held})
+
+
+def _rounded(arrays):
+    """Sums with fewer digits; pictures have few anyway."""
+    return {x: y if y.dtype == np.uint8 else rounded(y) for x, y in arrays.items()}
 
 
 def _held(facts, held) -> float:
@@ -148,19 +156,16 @@ def _held(facts, held) -> float:
 
 
 def _by_slot(name: str, numbers: np.ndarray) -> tuple[dict, dict]:
-    """One number for each slot and position: as facts of each slot, and as bytes.
-
-    The bytes are shares of the slot's largest number, so that they need no more digits.
-    """
+    """One number for each slot and position: facts of each slot, and shares of its top."""
     tops = np.max(numbers, axis=1, initial=0.0, where=np.isfinite(numbers))
     tops = np.where(tops > 0, tops, 1.0)
     facts = {"top": _plain(tops), "mean": _plain(numbers.mean(axis=1))}
-    return {name: facts}, {name: bytes_of(numbers / tops[:, None])}
+    return {name: facts}, {name: codes(numbers / tops[:, None])}
 
 
 def _written(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> Page:
     where, numbers = packed(arrays)
-    return document("heads.html", _SCRIPTS, {**facts, "arrays": where}, numbers)
+    return document("heads.html", SCRIPTS, {**facts, "arrays": where}, numbers)
 
 
 def _with_mean(heads: np.ndarray) -> np.ndarray:

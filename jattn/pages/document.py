@@ -60,6 +60,9 @@ class Page:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(temporary)
 
+    def __repr__(self) -> str:
+        return f"Page({self.title!r}, {len(self.html) / 1e6:.1f} MB)"
+
     def _repr_html_(self) -> str:
         """The page in a frame of its own, so that it and the notebook share no style."""
         return _FRAME.format(title=html.escape(self.title), page=html.escape(self.html))

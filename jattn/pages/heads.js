@@ -39,7 +39,9 @@ start((arrays) => {
       if (isCross ? !facts[name] : view.colours !== name) continue;
       const isOn = view.colours !== "none";
       const amounts = elements(kind).map((_, at) => isOn ? numbers.of(name, view.slots, at) : 0);
-      const top = amounts.reduce((x, y) => Math.max(x, y || 0), 1e-9);
+      // Few tokens receive far more than all others: of these the largest sets the scale.
+      const known = amounts.filter((amount) => amount > 0).sort((x, y) => y - x);
+      const top = known[Math.floor(0.02 * known.length)] || 1;
       elements(kind).forEach((element, at) => element.style.setProperty("--r", shade(amounts[at] / top)));
     }
     if (view.colours === "none") sides.forEach((side) => side.elements.forEach((x) => x.style.removeProperty("--r")));
@@ -80,7 +82,8 @@ start((arrays) => {
       return place.kind === "query" ? there(place.at, other.at) : there(other.at, place.at);
     }
     const [forth, back] = [there(place.at, other.at), there(other.at, place.at)];
-    return back.most > forth.most ? back : forth;
+    const isBack = back.most === forth.most ? other.at > place.at : back.most > forth.most;
+    return isBack ? back : forth;
   }
 
   function show() {
@@ -101,7 +104,7 @@ start((arrays) => {
   function paint() {
     for (const element of painted) {
       element.classList.remove("out", "in", "active");
-      element.removeAttribute("aria-selected");
+      element.setAttribute("aria-selected", "false");
     }
     painted = [];
     byId("curves").replaceChildren();

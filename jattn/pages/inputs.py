@@ -83,8 +83,8 @@ def per_layer(
     Raises:
         ValueError: If there is no layer, or one does not fit.
     """
-    is_one = not isinstance(layers, list | tuple) or not np.ndim(layers[0] if layers else 0)
-    arrays = [np.asarray(layer, np.float64) for layer in ([layers] if is_one else layers)]
+    is_many = isinstance(layers, list | tuple) and not (layers and np.ndim(layers[0]) == 0)
+    arrays = [np.asarray(layer, np.float64) for layer in (layers if is_many else [layers])]
     arrays = [x[0] if x.ndim == 3 and len(x) == 1 else x for x in arrays]
     one_axis = (lambda x: x[None]) if means else (lambda x: x[:, None])
     arrays = [one_axis(x) if x.ndim == 1 else x for x in arrays]

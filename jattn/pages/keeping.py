@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jattn.pages.looks import Look
-from jattn.pages.packing import COARSE, STEPS, codes
+from jattn.pages.packing import STEPS, codes, rounded
 
 __all__ = ["Entries", "entries_of", "kept", "threshold"]
 
@@ -31,9 +31,9 @@ def entries_of(look: Look) -> Entries:
     """The entries of one layer; a weight next to nothing is none."""
     k = look.indices.shape[-1]
     keys, weights = look.indices.reshape(-1, k), look.weights.reshape(-1, k)
-    is_there = (keys >= 0) & (codes(weights) > 0)
+    code = codes(np.where(keys >= 0, weights, 0))
     small = np.uint16 if keys.max(initial=0) < 2**16 else np.uint32  # half the memory
-    return Entries(keys.clip(0).astype(small), np.where(is_there, codes(weights), 0))
+    return Entries(keys.clip(0).astype(small), code)
 
 
 def threshold(layers: list[Entries], most: int) -> int:
@@ -68,11 +68,6 @@ def kept(layers: list[Entries], least: int, coarse: bool) -> dict[str, np.ndarra
         stays[:, 0] = layer.codes[:, 0] > 0
         counts.append(stays.sum(axis=1))
         keys.append(layer.keys[stays].astype(np.uint32))
-        weights.append(_rounded(layer.codes[stays]) if coarse else layer.codes[stays])
+        weights.append(rounded(layer.codes[stays]) if coarse else layer.codes[stays])
     arrays = {"counts": counts, "keys": keys, "weights": weights}
     return {name: np.concatenate(parts) for name, parts in arrays.items()}
-
-
-def _rounded(code: np.ndarray) -> np.ndarray:
-    """Codes in steps of 256, none of them 0: what stays is to be seen."""
-    return (np.clip((code + COARSE / 2) // COARSE, 1, 255) * COARSE).astype(np.uint16)

@@ -9,19 +9,23 @@ function drawLines(from, found, className) {
     const box = element.getBoundingClientRect();
     return [box.left + box.width / 2 - origin.left, box.top - origin.top + 1];
   };
-  const [x, y] = top(from);
+  const [x, y] = top(from), parts = document.createDocumentFragment();
   for (const [element, weight] of found.slice(0, MOST_LINES)) {
-    if (element === from) continue;
     const [u, v] = top(element);
+    // What is farther off than a window shows is marked in the strip beside the text.
+    if (element === from || Math.abs(v - y) > innerHeight) continue;
     // The farther apart, the higher the bow, so that lines along one line of text do not meet.
     const rise = Math.min(12 + 0.12 * Math.hypot(u - x, v - y), 44);
     const path = document.createElementNS(svg.namespaceURI, "path");
-    path.setAttribute("d", `M${x},${y} C${x},${y - rise} ${u},${v - rise} ${u},${v}`);
+    const isSame = element.parentElement === from.parentElement, half = (y + v) / 2;
+    const [a, b] = isSame ? [y - rise, v - rise] : [half, half];
+    path.setAttribute("d", `M${x},${y} C${x},${a} ${u},${b} ${u},${v}`);
     path.setAttribute("class", className);
     path.setAttribute("stroke-width", (1 + 3 * Math.sqrt(weight)).toFixed(2));
     path.setAttribute("stroke-opacity", Math.max(0.12, Math.sqrt(weight)).toFixed(2));
-    svg.append(path);
+    parts.append(path);
   }
+  svg.append(parts);
 }
 
 // A strip beside a long text: one mark for each token that is coloured.

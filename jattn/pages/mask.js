@@ -1,6 +1,6 @@
 // The picture of a mask that can be moved and zoomed, and the pair under the pointer in words.
 
-const MOST_PAIRS = 2 ** 20; // drawn one by one in a frame; of more, their blocks
+const SMALLEST = 4; // pixels of a block, to draw the pairs in it; else the block
 const LARGEST = 48; // pixels of a pair at the closest
 
 start((arrays) => {
@@ -8,6 +8,7 @@ start((arrays) => {
   // `scale`: pixels of a pair; `left`, `top`: the key and the query at the corner.
   const view = { scale: 1, left: 0, top: 0, at: null };
   let colours = {}, blocks = null, width = 0, height = 0, ratio = 1, isAsked = false;
+  let gutter = { x: 0, y: 0 }; // where names are, at the left and above
 
   const smallest = () => Math.min(width / facts.S, height / facts.T);
   const within = (x, low, high) => Math.min(Math.max(x, low), high);
@@ -36,14 +37,23 @@ start((arrays) => {
   function draw() {
     isAsked = false;
     const { scale, left, top } = view;
-    paint.setTransform(ratio, 0, 0, ratio, 0, 0);
-    paint.clearRect(0, 0, width, height);
+    paint.setTransform(ratio, 0, 0, ratio, gutter.x * ratio, gutter.y * ratio);
+    paint.clearRect(-gutter.x, -gutter.y, width + gutter.x, height + gutter.y);
+    const [x, y] = [(key) => (key - left) * scale, (query) => (query - top) * scale];
+    drawNames(paint, view, { x, y, width, height, gutter, colour: colours.soft });
+    paint.save();
+    paint.beginPath();
+    paint.rect(0, 0, width, height);
+    paint.clip();
     const [s, t] = [Math.floor(Math.max(left, 0)), Math.floor(Math.max(top, 0))];
     const [S, T] = [Math.min(facts.S, Math.ceil(left + width / scale)), Math.min(facts.T, Math.ceil(top + height / scale))];
-    const x = (key) => (key - left) * scale, y = (query) => (query - top) * scale;
-    if ((S - s) * (T - t) <= MOST_PAIRS) {
-      paint.imageSmoothingEnabled = scale < 1;
-      paint.drawImage(pairs.pairsPicture(t, s, T - t, S - s, colours), x(s), y(t), (S - s) * scale, (T - t) * scale);
+    if (scale * Math.min(pairs.rows, pairs.columns) >= SMALLEST) {
+      // Each pair, or of many pairs in one pixel the one in its middle.
+      const step = Math.max(1 / (scale * ratio), 1);
+      const chosen = (from, to) => Uint32Array.from({ length: Math.ceil((to - from) / step) }, (_, i) => Math.min(from + (i + 0.5) * step, to - 1));
+      const [queries, keys] = [chosen(t, T), chosen(s, S)];
+      paint.imageSmoothingEnabled = false;
+      paint.drawImage(pairs.pairsPicture(queries, keys, colours), x(s), y(t), keys.length * step * scale, queries.length * step * scale);
     } else {
       // The picture of blocks ends where the last block would.
       paint.imageSmoothingEnabled = scale * pairs.columns < 1;
@@ -54,14 +64,14 @@ start((arrays) => {
       paint.drawImage(blocks, x(0), y(0), pairs.across * pairs.columns * scale, pairs.down * pairs.rows * scale);
       paint.restore();
     }
-    if (scale >= 9) rule(1, 1, "--paper", 1);
-    if (scale * Math.min(pairs.rows, pairs.columns) >= 12) rule(pairs.rows, pairs.columns, "--paper", 2);
+    if (scale >= 9) rule(1, 1, 1);
+    if (scale * Math.min(pairs.rows, pairs.columns) >= 12) rule(pairs.rows, pairs.columns, 2);
     drawCursor(x, y);
-    labels(x, y);
+    paint.restore();
   }
 
   // Lines between pairs, or between blocks.
-  function rule(rows, columns, name, thick) {
+  function rule(rows, columns, thick) {
     const { scale, left, top } = view;
     paint.fillStyle = `rgb(${colours.paper.join(" ")})`;
     for (let s = Math.max(Math.ceil(left / columns), 1) * columns; s < Math.min(left + width / scale, facts.S); s += columns) {
@@ -80,36 +90,6 @@ start((arrays) => {
     paint.strokeRect(x(key) - 1, y(query) - 1, size + 2, size + 2);
   }
 
-  // Names along the sides, where a pair is as high as a letter.
-  function labels(x, y) {
-    if (view.scale < 15 || !facts.tokens) return;
-    paint.font = "12px system-ui, sans-serif";
-    paint.textBaseline = "middle";
-    const write = (text, place, turned) => {
-      paint.save();
-      paint.translate(...place);
-      if (turned) paint.rotate(-Math.PI / 2);
-      const wide = Math.min(paint.measureText(text).width, 90);
-      paint.fillStyle = `rgb(${colours.paper.join(" ")} / 0.85)`;
-      paint.fillRect(-3, -8, wide + 6, 16);
-      paint.fillStyle = `rgb(${colours.ink.join(" ")})`;
-      paint.fillText(text, 0, 0, 90);
-      paint.restore();
-    };
-    const middle = view.scale / 2, [top, left] = [Math.max(view.top, 0), Math.max(view.left, 0)];
-    for (let t = Math.floor(top); t < Math.min(facts.T, top + height / view.scale); t++) {
-      write(name("query", t), [Math.max(x(0), 0) + 6, y(t) + middle], false);
-    }
-    for (let s = Math.floor(left) + 1; s < Math.min(facts.S, left + width / view.scale); s++) {
-      write(name("key", s), [x(s) + middle, Math.min(y(facts.T), height) - 6], true);
-    }
-  }
-
-  function name(kind, at) {
-    const words = kind === "key" && facts.key_tokens ? facts.key_tokens : facts.tokens;
-    return words ? `${at} ${words[at]}` : String(at);
-  }
-
   function read() {
     if (!view.at) {
       byId("read").textContent = "Point at a pair, or go to it with the arrow keys.";
@@ -119,7 +99,7 @@ start((arrays) => {
     const may = allowed === null ? "perhaps may attend" : allowed ? "may attend" : "may not attend";
     const kind = ["is empty: it is skipped", "is partial: the mask is asked", "is full: no mask is needed"][pairs.kind(query, key)];
     const block = `${Math.floor(query / pairs.rows)}, ${Math.floor(key / pairs.columns)}`;
-    byId("read").textContent = `Query ${name("query", query)} ${may} to key ${name("key", key)}. Block ${block} ${kind}.`;
+    byId("read").textContent = `Query ${nameOf("query", query)} ${may} to key ${nameOf("key", key)}. Block ${block} ${kind}.`;
   }
 
   function point(x, y) {
@@ -133,7 +113,7 @@ start((arrays) => {
   const places = new Map(); // of the fingers or the mouse, while they press
   const local = (event) => {
     const box = canvas.getBoundingClientRect();
-    return [event.clientX - box.left, event.clientY - box.top];
+    return [event.clientX - box.left - gutter.x, event.clientY - box.top - gutter.y];
   };
   canvas.addEventListener("pointerdown", (event) => {
     canvas.setPointerCapture(event.pointerId);
@@ -194,7 +174,7 @@ start((arrays) => {
   }
 
   function recolour() {
-    const names = ["paper", "ink", "ring", "empty", "partial", "full", "some", "gap"];
+    const names = ["paper", "ink", "ring", "empty", "partial", "full", "some", "gap", "soft"];
     colours = Object.fromEntries(names.map((name) => [name, colourOf(name)]));
     blocks = pairs.blocksPicture(colours);
     settle();
@@ -202,23 +182,35 @@ start((arrays) => {
 
   function resize() {
     const isWhole = view.scale <= smallest() * 1.001 || !width;
-    width = canvas.clientWidth;
-    height = canvas.clientHeight;
+    const digits = 8 * String(Math.max(facts.T, facts.S)).length + 16;
+    const named = facts.tokens ? Math.min(120, 0.24 * innerWidth) : digits;
+    gutter = { x: named, y: Math.min(named, 80) };
+    // Of the mask's own shape, so that no room beside it is left.
+    const tall = canvas.clientHeight - gutter.y;
+    canvas.style.maxWidth = `${Math.max(tall * facts.S / facts.T, 240) + gutter.x}px`;
+    [width, height] = [canvas.clientWidth - gutter.x, tall];
     ratio = devicePixelRatio || 1;
-    Object.assign(canvas, { width: width * ratio, height: height * ratio });
+    Object.assign(canvas, { width: canvas.clientWidth * ratio, height: canvas.clientHeight * ratio });
     if (isWhole) whole(); else settle();
   }
 
   const why = facts.why ? ` · single pairs are not all here: ${facts.why}` : "";
   const [rows, columns] = facts.block;
   byId("about").textContent = `${facts.T} queries × ${facts.S} keys in blocks of ${rows} × ${columns}: ${facts.shares.join(", ")}${why}`;
-  const entry = (name, text) => {
+  const has = (kind) => pairs.kinds.includes(kind);
+  const entry = (isThere, name, text) => {
+    if (!isThere) return "";
     const dot = make("span", { className: "dot square" });
     dot.style.background = `var(--${name})`;
     return make("li", {}, dot, text);
   };
-  byId("legend").append(entry("full", "full block"), entry("partial", "partial block"),
-    entry("some", "pair in it that may attend"), entry("gap", "pair in it that may not"), entry("empty", "empty block"));
+  const isPairwise = rows * columns === 1;
+  byId("legend").append(
+    entry(has(FULL), "full", isPairwise ? "may attend" : "full block"),
+    entry(has(PARTIAL), "partial", "partial block"),
+    entry(has(PARTIAL), "some", "pair in it that may attend"),
+    entry(has(PARTIAL), "gap", "pair in it that may not"),
+    entry(has(EMPTY), "empty", isPairwise ? "may not" : "empty block"));
   byId("closer").addEventListener("click", () => zoom(2, ...cursor()));
   byId("farther").addEventListener("click", () => zoom(0.5, ...cursor()));
   byId("whole").addEventListener("click", whole);

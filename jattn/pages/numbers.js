@@ -89,8 +89,8 @@ class Numbers {
     const length = name === "received" ? facts.S : facts.T, { top } = facts[name];
     let sum = 0;
     for (const slot of slots) {
-      const byte = this.arrays[name][slot * length + at];
-      sum += byte === 255 ? NaN : top[slot] * (byte / 254) ** 2;
+      const code = this.arrays[name][slot * length + at];
+      sum += code === 65535 ? NaN : top[slot] * (code / 65280) ** 2;
     }
     return sum / slots.length;
   }
@@ -123,10 +123,11 @@ function percent(share) {
   return value >= 0.95 ? `${value.toFixed(1)} %` : value >= 0.005 ? `${value.toFixed(2)} %` : "< 0.01 %";
 }
 
-// A number for reading, in three digits.
+// A number for reading, in three digits; in two where the page has no more.
 function short(number) {
   if (number === null || Number.isNaN(number)) return "not a number";
-  return number >= 99.95 ? String(Math.round(number)) : number.toPrecision(number < 1 ? 2 : 3);
+  const digits = number < 1 || facts.exact === false ? 2 : 3;
+  return number >= 99.5 ? String(Math.round(number)) : number.toPrecision(digits);
 }
 
 // How many keys a query spreads over: as many as alike ones of the same entropy.

@@ -7,7 +7,7 @@ numbers and large ones.
 A share from 0 to 1, such as a weight, is stored as its square root in steps of 1/65280,
 which is 255 · 256: small weights keep their digits. Where room is short it is rounded to
 steps of 256/65280 = 1/255, and its lower plane is all zeros. Near the weight w the
-error is at most √w / 65280, or √w / 255.
+error is at most √w / 65280, or √w / 255. The number 65535 is none: not a number.
 """
 
 import base64
@@ -15,18 +15,18 @@ import zlib
 
 import numpy as np
 
-__all__ = ["BYTES", "COARSE", "STEPS", "codes", "packed", "shares"]
+__all__ = ["BYTES", "STEPS", "bytes_of", "codes", "packed", "rounded", "shares"]
 
 STEPS = 65280
-COARSE = 256
-UNKNOWN = 255  # an 8-bit share that is not a number
+UNKNOWN = 65535
+_COARSE = 256
 # How many planes each array of a page has. 3 bytes number 16 million keys or patterns.
 BYTES = {
     "counts": 2,
     "keys": 3,
     "weights": 2,
-    "received": 1,
-    "entropy": 1,
+    "received": 2,
+    "entropy": 2,
     "pictures": 1,
     "kinds": 1,
     "pattern_of": 3,
@@ -34,22 +34,28 @@ BYTES = {
 }
 
 
-def codes(shares: np.ndarray, coarse: bool = False) -> np.ndarray:
-    """Shares as whole numbers up to STEPS, uint16: their square roots in steps."""
+def codes(shares: np.ndarray) -> np.ndarray:
+    """Shares as whole numbers, uint16: their square roots in steps of 1/STEPS."""
     roots = np.sqrt(np.clip(np.nan_to_num(shares), 0, 1))
-    step = COARSE if coarse else 1
-    return (np.rint(roots * (STEPS // step)) * step).astype(np.uint16)
+    return np.where(np.isnan(shares), UNKNOWN, np.rint(roots * STEPS)).astype(np.uint16)
+
+
+def rounded(codes: np.ndarray) -> np.ndarray:
+    """Codes in steps of 256, for where room is short. What is not 0 does not become 0."""
+    near = np.rint(codes / _COARSE).astype(np.uint16) * np.uint16(_COARSE)
+    near = np.where((codes > 0) & (near == 0), np.uint16(_COARSE), near)
+    return np.where(codes == UNKNOWN, np.uint16(UNKNOWN), near)
 
 
 def shares(codes: np.ndarray) -> np.ndarray:
-    """What `codes` stand for."""
+    """What codes stand for."""
     return np.square(codes / STEPS)
 
 
 def bytes_of(shares: np.ndarray) -> np.ndarray:
-    """Shares in one byte: their square roots in steps of 1/254; 255 is not a number."""
+    """Shares in one byte, for pictures: square roots in steps of 1/254; 255 is no number."""
     roots = np.sqrt(np.clip(np.nan_to_num(shares), 0, 1))
-    return np.where(np.isnan(shares), UNKNOWN, np.rint(254 * roots)).astype(np.uint8)
+    return np.where(np.isnan(shares), 255, np.rint(254 * roots)).astype(np.uint8)
 
 
 def packed(arrays: dict[str, np.ndarray]) -> tuple[dict[str, list[int]], str]:

@@ -40,18 +40,19 @@ class Pairs {
     return canvas;
   }
 
-  // A picture with one pixel for each pair of a rectangle.
-  pairsPicture(query, key, height, width, colours) {
+  // A picture of the pairs at these queries and keys, one pixel each.
+  pairsPicture(queries, keys, colours) {
+    const [height, width] = [queries.length, keys.length];
     const canvas = make("canvas", { width, height }), image = new ImageData(width, height);
     const words = new Uint32Array(image.data.buffer);
     const word = ([red, green, blue]) => (255 << 24 | blue << 16 | green << 8 | red) >>> 0;
     const [no, yes, all, unknown, never] = ["gap", "some", "full", "partial", "empty"].map((name) => word(colours[name]));
     for (let t = 0; t < height; t++) {
       for (let s = 0; s < width; s++) {
-        const kind = this.kind(query + t, key + s);
+        const kind = this.kind(queries[t], keys[s]);
         let colour = kind === FULL ? all : never;
         if (kind === PARTIAL) {
-          const allowed = this.allows(query + t, key + s);
+          const allowed = this.allows(queries[t], keys[s]);
           colour = allowed === null ? unknown : allowed ? yes : no;
         }
         words[t * width + s] = colour;

@@ -123,16 +123,17 @@ class Panel {
   showPair({ query, key }, slots, place, out, into) {
     this.showToken(place, slots, out, into);
     const all = this.numbers.slots.map((_, slot) => [slot, this.numbers.weight(slot, query, key)]);
+    const mean = slots.reduce((sum, slot) => sum + (all[slot][1] || 0), 0) / slots.length;
     const heads = all.filter(([slot, weight]) => weight && this.numbers.slots[slot].head !== null);
     heads.sort((a, b) => b[1] - a[1]);
     const words = [spoken(this.words.query[query]), spoken(this.words.key[key])];
-    const title = this.heading(`${words[0]} → ${words[1]}, in all heads`, "base");
+    const title = this.heading(`${words[0]} → ${words[1]}: ${percent(mean)}`, "base");
     const listed = heads.slice(0, 5).map(([slot, weight]) => {
       const text = `${this.numbers.name(slot)}: ${percent(weight)}`;
       return make("li", { textContent: text });
     });
-    const none = this.note("No head on this page has a weight for this pair.");
-    const list = listed.length ? make("ul", { className: "found" }, ...listed) : none;
-    this.box.children[1].before(make("div", { className: "pair" }, title, list));
+    const lead = listed.length ? "In all heads, the largest:" : "No head on this page has a weight for this pair.";
+    const list = make("ul", { className: "found" }, ...listed);
+    this.box.children[1].before(make("div", { className: "pair" }, title, this.note(lead), list));
   }
 }

@@ -23,7 +23,7 @@ class Side {
     this.kind = kind;
     this.tokens = tokens;
     const isPieces = tokens.some((token) => MARKS.test(token) || /[\s\u010a]/.test(token));
-    this.box = make("div", { className: "tokens", role: "listbox", tabIndex: 0, id: `tokens-${kind}` });
+    this.box = make("div", { className: `tokens ${tokens.length > 300 ? "long" : tokens.length > 80 ? "" : "brief"}`, role: "listbox", tabIndex: 0, id: `tokens-${kind}` });
     this.box.setAttribute("aria-label", heading);
     this.elements = tokens.map((token, at) => this.element(token, at, isPieces));
     const title = kind === "both" ? [] : [make("h3", { textContent: heading })];
