@@ -203,8 +203,14 @@ def mask(
     arrays = {name: getattr(found, name) for name in ("kinds", "pattern_of", "patterns")}
     places, numbers = packed(arrays)
     facts = {
-        **{"kind": "mask", "title": title, "T": length, "S": S, "arrays": places},
-        **{"block": found.block, "why": found.why, "shares": shares(found.kinds)},
+        "kind": "mask",
+        "title": title,
+        "T": length,
+        "S": S,
+        "block": found.block,
+        "shares": shares(found.kinds),
+        "why": found.why,
+        "arrays": places,
         **(names if tokens is not None or key_tokens is not None else {}),
     }
     return document("mask.html", _MASK_SCRIPTS, facts, numbers)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import dense, dispatch, picture
+from jattn import dense, dispatch, page, picture
 from jattn.__main__ import main
 from jattn.command import attend, welcome
 from jattn.masks import Causal, Window
@@ -161,6 +161,22 @@ def test_attend_draws_the_weights(arrays, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "o.npz", "o.png"]
 
 
+def test_attend_writes_a_page_of_one_example(arrays, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attend, "_all_weights", None)  # never all at once
+    monkeypatch.setattr(attend, "_MOST_BYTES", 2**9)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    one = {name: array[:1] for name, array in arrays.items()}
+    np.savez("b.npz", **one)
+    assert main(["attend", "b.npz", "--mask", "Causal()", "--plot", "o.html"]) == 0
+    assert capsys.readouterr().out.endswith("\nwrote o.html\n")
+    made = page.weights(one["query"], one["key"], mask=Causal(), title="b.npz")
+    assert (tmp_path / "o.html").read_text("utf-8") == made.html
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["a.npz", "b.npz", "o.html"]
+    assert main(["attend", "b.npz", "--plot", "o.html"]) == 2
+    assert "o.html: the file exists; add --force" in capsys.readouterr().err
+
+
 def test_attend_replaces_a_file_when_told_to(arrays, tmp_path):
     (tmp_path / "o.npz").write_text("old")
     assert main(["attend", "a.npz", "--out", "o.npz", "--force"]) == 0
@@ -192,7 +208,8 @@ ATTEND_REFUSALS = {
     "a.npz --out no/o.npz": "no/o.npz: there is no folder no",
     "a.npz --out folder": "folder: this is a folder; name a file in it",
     "a.npz --out o.png --plot o.png": "--out and --plot name the same file",
-    "a.npz --plot o.xyz": "o.xyz: the ending must be one of",
+    "a.npz --plot o.xyz": "o.xyz: the ending must be one of html, ",
+    "a.npz --plot o.html": "a.npz: a page shows one example, and there are 2; write them",
     "none.npz --plot o.png": "none.npz: there are no weights to draw",
     "a.npz --sca 1": "unrecognized arguments: --sca 1",
     "": "the following arguments are required: FILE.npz",
@@ -285,6 +302,15 @@ def test_mask_is_drawn_as_a_picture(tmp_path, capsys):
     assert main(["mask", "Causal()", "--length", "3", "--plot", str(target)]) == 0
     assert capsys.readouterr().out == f"wrote {target}\n"
     assert "<svg" in target.read_text()
+
+
+def test_mask_is_written_as_a_page(tmp_path, capsys):
+    target = tmp_path / "m.html"
+    options = ["--length", "40", "--blocks", "8", "--plot", str(target)]
+    assert main(["mask", "Causal()", *options]) == 0
+    assert capsys.readouterr().out == f"wrote {target}\n"
+    made = page.mask(Causal(), 40, block=8, title="Causal()")
+    assert target.read_text("utf-8") == made.html
 
 
 def test_blocks_of_a_mask_are_drawn_as_text(monkeypatch, capsys):

@@ -120,7 +120,7 @@ def _check(arguments, arrays, options):
 
 def _needs_all_weights(arguments) -> bool:
     """A page takes them from views instead, so that there may be any number."""
-    return bool(arguments.out or arguments.plot and not is_page(arguments.plot))
+    return bool(arguments.out or (arguments.plot and not is_page(arguments.plot)))
 
 
 def _all_weights(query, key, options, sizes) -> np.ndarray:

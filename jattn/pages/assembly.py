@@ -53,7 +53,11 @@ def attending(where: str, facts: dict[str, Any], layers, options, limit: float) 
     received_facts, received_arrays = _by_slot("received", received)
     spread_facts, spread_arrays = _by_slot("entropy", spread)
     facts = {
-        **{"kind": "weights", "heads": heads, **facts, **received_facts, **spread_facts},
+        "kind": "weights",
+        "heads": heads,
+        **facts,
+        **received_facts,
+        **spread_facts,
         "title": facts["title"] or f"Attention of {_size(heads)}, {facts['T']} tokens",
         "cells": list(pictures.shape[1:]),
         "cell": cell_of(facts["T"], facts["S"]),
@@ -125,9 +129,9 @@ def fitted(
         best = _with_weights(facts, arrays, layers, 2**16, True)
     if len(best.html) > limit:
         raise ValueError(
-            f"{where}: the page takes {len(best.html) / 1e6:.1f} MB with one weight for each "
-            f"query and head, and `megabytes` is {limit / 1e6:g}; give fewer layers, a "
-            f"shorter text, or more megabytes."
+            f"{where}: the page takes {len(best.html) / 1e6:.1f} MB with one weight for "
+            f"each query and head, and `megabytes` is {limit / 1e6:g}; give fewer layers, "
+            f"a shorter text, or more megabytes."
         )
     return best
 

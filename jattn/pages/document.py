@@ -68,7 +68,9 @@ class Page:
         return _FRAME.format(title=html.escape(self.title), page=html.escape(self.html))
 
 
-def document(body: str, scripts: Sequence[str], facts: dict[str, Any], numbers: str) -> Page:
+def document(
+    body: str, scripts: Sequence[str], facts: dict[str, Any], numbers: str
+) -> Page:
     """Puts a page together.
 
     Args:

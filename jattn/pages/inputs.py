@@ -19,8 +19,8 @@ def layers_of(where: str, query, key) -> list[tuple[Any, Any]]:
     queries, keys = _sequence(query), _sequence(key)
     if not queries or len(queries) != len(keys):
         raise ValueError(
-            f"{where}: `query` and `key` must have the same number of layers, at least one, "
-            f"got {len(queries)} and {len(keys)}."
+            f"{where}: `query` and `key` must have the same number of layers, at least "
+            f"one, got {len(queries)} and {len(keys)}."
         )
     layers = []
     for layer in zip(queries, keys, strict=True):
@@ -92,8 +92,8 @@ def per_layer(
     if not arrays or any(x.ndim != 2 or not x.size for x in arrays) or len(lengths) > 1:
         alone = "N" if means else letter
         raise ValueError(
-            f"{where}: `{name}` must be {letter}N or {alone}, of one example and not empty, "
-            f"or one such array for each layer, all of one length {letter}; got shapes "
+            f"{where}: `{name}` must be {letter}N or {alone}, of one example and not "
+            f"empty, or one such array for each layer, all of one length {letter}; got shapes "
             f"{[x.shape for x in arrays]}."
         )
     return arrays
@@ -106,7 +106,7 @@ def _sequence(arrays) -> Sequence:
 def _one_example(where: str, name: str, array):
     array = check_array(where, name, array)
     letters = "TNH" if name == "query" else "SKH"
-    if array.ndim not in (3, 4) or array.ndim == 4 and array.shape[0] != 1:
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[0] != 1):
         raise ValueError(
             f"{where}: `{name}` must be {letters} of one example, or a list of one such "
             f"array for each layer, got shape {array.shape}; take one example by its index."

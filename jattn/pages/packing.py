@@ -53,7 +53,7 @@ def shares(codes: np.ndarray) -> np.ndarray:
 
 
 def bytes_of(shares: np.ndarray) -> np.ndarray:
-    """Shares in one byte, for pictures: square roots in steps of 1/254; 255 is no number."""
+    """Shares in one byte, for pictures: roots in steps of 1/254; 255 is not a number."""
     roots = np.sqrt(np.clip(np.nan_to_num(shares), 0, 1))
     return np.where(np.isnan(shares), 255, np.rint(254 * roots)).astype(np.uint8)
 
