@@ -126,6 +126,18 @@ def test_a_pressed_token_stays_and_a_second_one_is_compared_in_all_heads(tab, we
     assert tab.js("document.querySelectorAll('.token.active').length") == 0
 
 
+def test_pointing_at_a_list_moves_nothing_and_compares(tab):
+    tab.click("#both-8")
+    entry = ".lists > div:nth-child(2) .found li:nth-child(2) button"
+    before = tab.middle(entry)
+    tab.hover(entry)
+    assert tab.js("document.querySelector('.token.other').id") == "both-9"
+    assert tab.middle(entry) == before
+    tab.click(entry)
+    assert tab.js("document.activeElement.matches('.found button')")
+    assert tab.js("document.querySelector('.token.active').id") == "both-8"
+
+
 def test_the_keyboard_reaches_everything(tab):
     reached = []
     for _ in range(12):

@@ -37,6 +37,7 @@ PUBLIC = {
     "jattn.adapters.linen": {"attention"},
     "jattn.adapters.equinox": {"MultiheadAttention"},
     "jattn.adapters.haiku": {"MultiHeadAttention"},
+    "jattn.page": {"Page", "entropy", "mask", "received", "weights"},
     "jattn.testing": {
         *("CASES", "Case", "assert_matches_definition", "check_gradients"),
         *("derivatives", "errors", "random_inputs"),

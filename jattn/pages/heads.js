@@ -92,6 +92,8 @@ start((arrays) => {
     view.into = place && place.kind !== "query" && hasWeights ? numbers.attendedBy(slots, place.at) : [];
     sides.forEach((side) => side.box.classList.toggle("looking", Boolean(place) && hasWeights));
     paint();
+    if (place) panel.showToken(place, slots, view.out, view.into, Boolean(view.pinned));
+    else panel.showHeads(slots);
     showPair();
     overviews.forEach((overview, i) => {
       const isKeys = sides[i].kind !== "query", isQueries = sides[i].kind !== "key";
@@ -134,9 +136,7 @@ start((arrays) => {
     ringed = view.other ? elements(view.other.kind)[view.other.at] : null;
     if (ringed) ringed.classList.add("other");
     const found = pair();
-    if (!view.place) panel.showHeads(view.slots);
-    else if (view.other && found) panel.showPair(found, view.slots, view.place, view.out, view.into);
-    else panel.showToken(view.place, view.slots, view.out, view.into);
+    if (view.place) panel.showPair(view.other && found, view.slots);
     if (view.shows === "pair") drawMap(found);
   }
 
@@ -200,5 +200,5 @@ start((arrays) => {
   byId("colours").hidden = !hasText;
   choose(view.slots);
   startTheme(() => { drawMap(); show(); });
-  addEventListener("resize", () => { paint(); });
+  addEventListener("resize", show);
 });

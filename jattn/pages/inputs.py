@@ -93,8 +93,8 @@ def per_layer(
         alone = "N" if means else letter
         raise ValueError(
             f"{where}: `{name}` must be {letter}N or {alone}, of one example and not "
-            f"empty, or one such array for each layer, all of one length {letter}; got shapes "
-            f"{[x.shape for x in arrays]}."
+            f"empty, or one such array for each layer, all of one length {letter}; got "
+            f"shapes {[x.shape for x in arrays]}."
         )
     return arrays
 

@@ -84,15 +84,18 @@ class Panel {
   }
 
   // Of a token: what it attends to, what attends to it, and both sums.
-  showToken({ kind, at }, slots, out, into) {
+  showToken({ kind, at }, slots, out, into, isPinned) {
     this.box.classList.remove("idle");
     const words = this.words[kind === "key" ? "key" : "query"];
     const name = make("p", { className: "name", textContent: spoken(words[at]) });
     name.append(make("small", { className: "note", textContent: `  token ${at}` }));
+    // It has room for what `showPair` writes, so that nothing below it moves then.
+    this.pair = make("div", { className: "pair" });
     const lists = make("div", { className: "lists" });
     if (kind !== "key") lists.append(make("div", {}, ...this.outgoing(at, slots, out)));
     if (kind !== "query") lists.append(make("div", {}, ...this.incoming(at, slots, into)));
-    this.box.replaceChildren(name, lists);
+    this.box.replaceChildren(name, this.pair, lists);
+    this.pair.hidden = !isPinned || !this.numbers.hasWeights;
   }
 
   outgoing(at, slots, out) {
@@ -104,8 +107,9 @@ class Panel {
     if (!out.length) return [...parts, this.note("It sees no key.")];
     parts.push(...this.list("key", out, "out", percent, Math.max(out[0][1], 0.5)));
     const rest = 1 - out.reduce((sum, [, weight]) => sum + weight, 0);
-    const where = facts.sink ? "on other keys or the sink" : "on other keys";
-    if (rest > 0.005) parts.push(this.note(`The rest, ${percent(rest)}, is ${where}.`));
+    const sink = facts.sink ? ["goes to the sink"] : [], small = facts.complete ? [] : ["is too small for this page"];
+    const where = [...sink, ...small].join(" or ");
+    if (rest > 0.005 && where) parts.push(this.note(`The rest, ${percent(rest)}, ${where}.`));
     return parts;
   }
 
@@ -120,20 +124,21 @@ class Panel {
   }
 
   // Of two tokens: how much one attends to the other in the chosen heads, and in which most.
-  showPair({ query, key }, slots, place, out, into) {
-    this.showToken(place, slots, out, into);
+  showPair(pair, slots) {
+    if (!pair) {
+      this.pair.replaceChildren(this.note("Point at a second token, or choose one from a list, to compare all heads."));
+      return;
+    }
+    const { query, key } = pair, words = this.words;
     const all = this.numbers.slots.map((_, slot) => [slot, this.numbers.weight(slot, query, key)]);
     const mean = slots.reduce((sum, slot) => sum + (all[slot][1] || 0), 0) / slots.length;
     const heads = all.filter(([slot, weight]) => weight && this.numbers.slots[slot].head !== null);
     heads.sort((a, b) => b[1] - a[1]);
-    const words = [spoken(this.words.query[query]), spoken(this.words.key[key])];
-    const title = this.heading(`${words[0]} → ${words[1]}: ${percent(mean)}`, "base");
-    const listed = heads.slice(0, 5).map(([slot, weight]) => {
-      const text = `${this.numbers.name(slot)}: ${percent(weight)}`;
-      return make("li", { textContent: text });
-    });
-    const lead = listed.length ? "In all heads, the largest:" : "No head on this page has a weight for this pair.";
-    const list = make("ul", { className: "found" }, ...listed);
-    this.box.children[1].before(make("div", { className: "pair" }, title, this.note(lead), list));
+    const names = `${spoken(words.query[query])} → ${spoken(words.key[key])}`;
+    const listed = heads.slice(0, 3).map(([slot, weight]) =>
+      make("li", { textContent: `${this.numbers.name(slot)}: ${percent(weight)}` }));
+    const lead = listed.length ? "The most in all heads:" : "No head has a weight for this pair here.";
+    this.pair.replaceChildren(this.heading(`${names}: ${percent(mean)}`, "base"), this.note(lead),
+      make("ul", { className: "found" }, ...listed));
   }
 }

@@ -3,10 +3,13 @@
 const MARKS = /^[ \u0120\u2581]+/; // a space, and what tokenizers write for one
 const NEWLINE = /^[\n\u010a]+$/;
 
+// Whether the tokens are pieces of a text, which have their spaces in them, or words.
+const arePieces = (tokens) => tokens.some((token) => MARKS.test(token) || /\s$|\u010a/.test(token));
+
 // What to write for a token, and whether a gap comes before it or a line ends after it.
 function written(token, isPieces) {
   if (NEWLINE.test(token)) return { text: "⏎", gap: false, ends: true, sign: true };
-  const gap = !isPieces || MARKS.test(token);
+  const gap = isPieces ? MARKS.test(token) : !token.startsWith("##"); // BERT's pieces
   let text = isPieces ? token.replace(MARKS, "") : token;
   const escaped = (x) => x === "\n" ? "⏎" : `\\x${x.codePointAt(0).toString(16).padStart(2, "0")}`;
   text = text.replace(/[\u0000-\u001f\u007f-\u009f]/g, escaped);
@@ -22,7 +25,7 @@ class Side {
   constructor(kind, tokens, heading) {
     this.kind = kind;
     this.tokens = tokens;
-    const isPieces = tokens.some((token) => MARKS.test(token) || /[\s\u010a]/.test(token));
+    const isPieces = arePieces(tokens);
     this.box = make("div", { className: `tokens ${tokens.length > 300 ? "long" : tokens.length > 80 ? "" : "brief"}`, role: "listbox", tabIndex: 0, id: `tokens-${kind}` });
     this.box.setAttribute("aria-label", heading);
     this.elements = tokens.map((token, at) => this.element(token, at, isPieces));
@@ -39,7 +42,8 @@ class Side {
     element.dataset.at = at;
     if (sign) element.classList.add("sign");
     // A line may break before each token. A space at a break takes no room.
-    this.box.append(gap ? " " : make("wbr"), element);
+    const isAfterSpace = at > 0 && isPieces && this.tokens[at - 1].endsWith(" ");
+    this.box.append(gap || isAfterSpace ? " " : make("wbr"), element);
     if (ends) this.box.append(make("br"));
     return element;
   }

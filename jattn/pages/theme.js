@@ -11,6 +11,7 @@ function isDark() {
 function startTheme(onChange) {
   const button = byId("theme");
   const show = () => {
+    colourOf.known.clear();
     button.textContent = isDark() ? "☀" : "☾";
     button.setAttribute("aria-label", isDark() ? "Light colours" : "Dark colours");
     button.title = button.getAttribute("aria-label");
@@ -32,6 +33,13 @@ function startTheme(onChange) {
 
 // A colour of the style as [red, green, blue]: a canvas cannot read the style's names.
 function colourOf(name) {
+  if (!colourOf.known.has(name)) colourOf.known.set(name, readColour(name));
+  return colourOf.known.get(name);
+}
+
+colourOf.known = new Map(); // until the theme changes
+
+function readColour(name) {
   const probe = make("i");
   probe.style.color = `var(--${name})`;
   document.body.append(probe);
