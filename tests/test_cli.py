@@ -166,10 +166,11 @@ def test_attend_writes_a_page_of_one_example(arrays, tmp_path, monkeypatch, caps
     monkeypatch.setattr(attend, "_MOST_BYTES", 2**9)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     one = {name: array[:1] for name, array in arrays.items()}
-    np.savez("b.npz", **one)
+    words = [*"abcdef", "</script>"]
+    np.savez("b.npz", **one, tokens=words)
     assert main(["attend", "b.npz", "--mask", "Causal()", "--plot", "o.html"]) == 0
     assert capsys.readouterr().out.endswith("\nwrote o.html\n")
-    made = page.weights(one["query"], one["key"], mask=Causal(), title="b.npz")
+    made = page.weights(one["query"], one["key"], words, mask=Causal(), title="b.npz")
     assert (tmp_path / "o.html").read_text("utf-8") == made.html
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["a.npz", "b.npz", "o.html"]
@@ -210,6 +211,8 @@ ATTEND_REFUSALS = {
     "a.npz --out o.png --plot o.png": "--out and --plot name the same file",
     "a.npz --plot o.xyz": "o.xyz: the ending must be one of html, ",
     "a.npz --plot o.html": "a.npz: a page shows one example, and there are 2; write them",
+    "few.npz --plot o.html": "few.npz: there are 2 tokens, and T=3",
+    "numbers.npz --plot o.html": "numbers.npz: `tokens` must be strings in one axis, got",
     "none.npz --plot o.png": "none.npz: there are no weights to draw",
     "a.npz --sca 1": "unrecognized arguments: --sca 1",
     "": "the following arguments are required: FILE.npz",
@@ -231,6 +234,9 @@ def bad_files(arrays, tmp_path):
     np.savez("whole.npz", **{name: np.ones((3, 1, 2), np.int64) for name in arrays})
     np.savez("sizes.npz", query=ones(3, 1, 2), key=ones(3, 1, 4), value=ones(3, 1, 2))
     np.savez("axes.npz", query=ones(3, 1, 2), key=ones(3, 2), value=ones(3, 2))
+    threes = {name: ones(3, 1, 2) for name in arrays}
+    np.savez("few.npz", **threes, tokens=["a", "b"])
+    np.savez("numbers.npz", **threes, tokens=ones(3))
     np.savez("none.npz", query=ones(0, 1, 2), key=ones(0, 1, 2), value=ones(0, 1, 2))
 
 

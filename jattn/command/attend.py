@@ -15,6 +15,7 @@ from jattn.command.files import (
     check_target,
     is_page,
     read,
+    read_words,
     replacing,
     save_picture,
 )
@@ -51,26 +52,32 @@ def run(arguments: argparse.Namespace) -> int:
     """Attends, writes what is asked for, and prints the strongest weights per query."""
     _check_targets(arguments)
     arrays, unused = read(arguments.file, _NAMES)
+    tokens = None
+    if is_page(arguments.plot) and "tokens" in unused:
+        tokens = read_words(arguments.file, "tokens")
+        unused.remove("tokens")
     one_head = all(array.ndim == 2 for array in arrays)
     if one_head:
         arrays = [array[:, None] for array in arrays]
     # Without it, JAX would take float64 for float32, and int64 for int32 in messages.
     wide = jax.config.read("jax_enable_x64") or any(x.dtype.itemsize > 4 for x in arrays)
     with jax.enable_x64(wide):
-        _attend(arguments, arrays, one_head, unused)
+        _attend(arguments, arrays, one_head, tokens, unused)
     return 0
 
 
-def _attend(arguments, arrays, one_head, unused) -> None:
+def _attend(arguments, arrays, one_head, tokens, unused) -> None:
     query, key, value = arrays
     options = {"mask": _mask(arguments.mask), "scale": arguments.scale}
     sizes = _check(arguments, arrays, options)
+    if tokens is not None and len(tokens) != sizes.T:
+        raise Refusal(f"{arguments.file}: there are {len(tokens)} tokens, and T={sizes.T}.")
     state = jattn.attention_state(query, key, value, **options)
     weights = None
     if _needs_all_weights(arguments):
         weights = _all_weights(query, key, options, sizes)
     one_axis = lambda array: array.reshape(-1, *array.shape[-3:])  # of the batch
-    page_of = {"query": one_axis(query), "key": one_axis(key), **options}
+    page_of = {"query": one_axis(query), "key": one_axis(key), "tokens": tokens, **options}
     _write(arguments, state, weights, one_head, page_of)
     _print_summary(arguments, arrays, options, one_head, unused)
     _print_strongest(query, key, options, sizes, one_head)

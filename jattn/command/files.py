@@ -35,6 +35,25 @@ def read(path: str, names: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
         return arrays, sorted(set(entries.files) - set(names))
 
 
+def read_words(path: str, name: str) -> list[str]:
+    """Reads an array of strings of an .npz file that `read` has read.
+
+    Raises:
+        Refusal: If it is no such array.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as entries:
+            words = entries[name]
+    except _BROKEN as error:
+        raise Refusal(f"{path}: `{name}` cannot be read, {error}.") from None
+    if words.dtype.kind != "U" or words.ndim != 1:
+        raise Refusal(
+            f"{path}: `{name}` must be strings in one axis, got {words.dtype} of shape "
+            f"{words.shape}."
+        )
+    return words.tolist()
+
+
 def check_target(path: str, force: bool, source: str | None = None) -> None:
     """Makes sure, before anything is computed, that a file can be written there.
 
