@@ -14,4 +14,4 @@ function drawPicture(canvas, cells, [rows, columns], colour, none) {
 }
 
 // Of 0…1, how much colour: roots again, so that 1 % and 10 % differ to the eye.
-const shade = (share) => Math.sqrt(Math.min(Math.max(share || 0, 0), 1)).toFixed(3);
+const shade = (share) => Math.sqrt(Math.min(Math.max(share || 0, 0), 1)).toFixed(2);

@@ -42,9 +42,15 @@ start((arrays) => {
       // Few tokens receive far more than all others: of these the largest sets the scale.
       const known = amounts.filter((amount) => amount > 0).sort((x, y) => y - x);
       const top = known[Math.floor(0.02 * known.length)] || 1;
-      elements(kind).forEach((element, at) => element.style.setProperty("--r", shade(amounts[at] / top)));
+      elements(kind).forEach((element, at) => setShade(element, shade(amounts[at] / top)));
     }
-    if (view.colours === "none") sides.forEach((side) => side.elements.forEach((x) => x.style.removeProperty("--r")));
+    if (view.colours === "none") sides.forEach((side) => side.elements.forEach((x) => setShade(x, "0.00")));
+  }
+
+  // Only what changes is set: to style thousands of tokens anew takes time.
+  function setShade(element, share) {
+    if (element.share !== share) element.style.setProperty("--r", share);
+    element.share = share;
   }
 
   // A token is looked at while it is pointed at, and stays once it is pressed.

@@ -89,11 +89,14 @@ class HeadMap {
         const canvas = cell.querySelector("canvas") || make("canvas");
         drawPicture(canvas, this.numbers.picture([slot]), facts.cells, colour, none);
         cell.replaceChildren(canvas);
+        cell.said = null;
         cell.title = name;
         cell.setAttribute("aria-label", `${name}, ${spreadOver(facts.entropy.mean[slot])}`);
         return;
       }
       const [share, text, said] = this.amount(mode, slot, pair);
+      if (cell.said === said) return; // most heads have nothing for most pairs
+      cell.said = said;
       cell.style.setProperty("--w", shade(share));
       cell.replaceChildren(...(this.size >= 30 && text ? [make("span", { textContent: text })] : []));
       cell.title = `${name}: ${said}`;
