@@ -185,12 +185,14 @@ start((arrays) => {
     const digits = 8 * String(Math.max(facts.T, facts.S)).length + 16;
     const named = facts.tokens ? Math.min(120, 0.24 * innerWidth) : digits;
     gutter = { x: named, y: Math.min(named, 80) };
-    // Of the mask's own shape, so that no room beside it is left.
-    const tall = canvas.clientHeight - gutter.y;
-    canvas.style.maxWidth = `${Math.max(tall * facts.S / facts.T, 240) + gutter.x}px`;
-    [width, height] = [canvas.clientWidth - gutter.x, tall];
+    // Of the mask's own shape, as far as there is room, and never so thin that it is lost.
+    const tallest = within(innerHeight - 235, 320, 740) - gutter.y;
+    width = Math.min(canvas.parentElement.clientWidth - gutter.x, Math.max(tallest * facts.S / facts.T, 200));
+    height = within(width * facts.T / facts.S, Math.min(200, tallest), tallest);
     ratio = devicePixelRatio || 1;
-    Object.assign(canvas, { width: canvas.clientWidth * ratio, height: canvas.clientHeight * ratio });
+    const [wide, tall] = [width + gutter.x, height + gutter.y];
+    Object.assign(canvas.style, { width: `${wide}px`, height: `${tall}px` });
+    Object.assign(canvas, { width: wide * ratio, height: tall * ratio });
     if (isWhole) whole(); else settle();
   }
 
@@ -217,5 +219,5 @@ start((arrays) => {
   startTheme(recolour);
   resize();
   read();
-  new ResizeObserver(resize).observe(canvas);
+  addEventListener("resize", resize);
 });
