@@ -13,7 +13,7 @@ from jattn.pages.keeping import Entries, entries_of, kept, threshold
 from jattn.pages.looks import cell_of, look
 from jattn.pages.packing import bytes_of, codes, packed, rounded, shares
 
-__all__ = ["attending", "fitted", "summed"]
+__all__ = ["SCRIPTS", "attending", "fitted", "summed"]
 
 SCRIPTS = (
     *("unpack.js", "numbers.js", "theme.js", "colours.js", "map.js", "text.js"),
@@ -27,7 +27,7 @@ _FULL_ENOUGH = 0.9  # of the size asked for, so that another round is not worth 
 
 
 def attending(where: str, facts: dict[str, Any], layers, options, limit: float) -> Page:
-    """The page of weights.
+    """Makes the page of weights.
 
     Args:
         where: Who asks, for messages.
@@ -69,7 +69,7 @@ def attending(where: str, facts: dict[str, Any], layers, options, limit: float) 
 
 
 def summed(kind: str, facts: dict[str, Any], layers: list[np.ndarray]) -> Page:
-    """The page of what tokens receive, or of entropies.
+    """Makes the page of what tokens receive, or of entropies.
 
     Args:
         kind: `"received"` or `"entropy"`.
@@ -91,7 +91,7 @@ def summed(kind: str, facts: dict[str, Any], layers: list[np.ndarray]) -> Page:
 def fitted(
     where: str, facts: dict[str, Any], arrays, layers: list[Entries], limit: float
 ) -> Page:
-    """The page with as many weights as fit into its size.
+    """Makes the page with as many weights as fit into its size.
 
     Args:
         where: Who asks, for messages.
@@ -108,11 +108,11 @@ def fitted(
     """
     every = sum(int(np.count_nonzero(layer.codes)) for layer in layers)
     best = None
-    least = len(_written(facts, arrays).html)
-    coarse = least + 2 * every * _BYTES_OF_ENTRY > limit  # all digits take twice as much
+    rest = len(_written(facts, arrays).html)
+    coarse = rest + 2 * every * _BYTES_OF_ENTRY > limit  # all digits take twice as much
     if coarse:
-        least = len(_written(facts, _rounded(arrays)).html)
-    room = limit - least
+        rest = len(_written(facts, _rounded(arrays)).html)
+    room = limit - rest
     most = every if not coarse else min(every, int(room / _BYTES_OF_ENTRY))
     for _ in range(_ROUNDS):
         start = threshold(layers, most)
@@ -123,7 +123,7 @@ def fitted(
         if size <= limit and (start == 1 or size > _FULL_ENOUGH * limit):
             break
         # A little less than in proportion, so that the next round fits.
-        most = min(every, int(0.97 * most * room / max(size - least, 1)))
+        most = min(every, int(0.97 * most * room / max(size - rest, 1)))
         coarse = True
     if best is None:
         best = _with_weights(facts, arrays, layers, 2**16, True)
@@ -153,10 +153,12 @@ def _rounded(arrays):
 
 
 def _held(facts, held) -> float:
-    """Which share of all weights is on the page."""
-    means = [mean or 0.0 for mean in facts["received"]["mean"]]
-    total = facts["S"] * sum(means)
-    return min(float(shares(held["weights"]).sum()) / total, 1.0) if total else 1.0
+    """Which share of all weights of all heads is on the page; means over heads apart."""
+    is_head = np.concatenate([np.arange(count + 1) < count for count in facts["heads"]])
+    slot = np.repeat(np.arange(held["counts"].size) // facts["T"], held["counts"])
+    found = np.bincount(slot, shares(held["weights"]), len(is_head))[is_head].sum()
+    every = facts["S"] * np.nansum(np.array(facts["received"]["mean"], float)[is_head])
+    return min(float(found / every), 1.0) if every else 1.0
 
 
 def _by_slot(name: str, numbers: np.ndarray) -> tuple[dict, dict]:

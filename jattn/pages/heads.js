@@ -177,17 +177,19 @@ start((arrays) => {
   }
 
   function about() {
-    const { heads, T, S } = facts, layers = heads.length;
-    const parts = [`${layers} ${layers > 1 ? "layers" : "layer"}, ${heads.reduce((x, y) => x + y)} heads`];
-    parts.push(isCross ? `${T} queries, ${S} keys` : `${T} tokens`);
+    const { heads, T, S } = facts;
+    const parts = [`${count(heads.length, "layer")}, ${count(heads.reduce((x, y) => x + y), "head")}`];
+    if (isCross) parts.push(`${T === 1 ? "1 query" : `${T} queries`}, ${count(S, "key")}`);
+    else if (hasText) parts.push(count(T, "token"));
     if (hasWeights && facts.complete) parts.push("every weight is on this page");
     else if (hasWeights) parts.push(`the largest weights are on this page: ${percent(facts.held)} of all`);
     return parts.join(" · ");
   }
 
   byId("about").textContent = about();
-  const hasText = facts.kind !== "entropy" || facts.T > 1;
-  byId("sides").hidden = !hasText;
+  byId("text").hidden = !hasText;
+  byId("main").classList.toggle("no-text", !hasText);
+  byId("several").parentElement.hidden = numbers.slots.length === 2;
   byId("lines-label").hidden = !hasWeights;
   byId("lines-on").addEventListener("change", paint);
   sides.forEach((side) => side.listen(look));
@@ -203,7 +205,6 @@ start((arrays) => {
   view.slots = [facts.heads[0] > 1 ? facts.heads[0] : 0];
   choice(byId("shows"), shows, (value) => { view.shows = value; drawMap(); })(Object.keys(shows)[0]);
   choice(byId("colours"), colours, (value) => { view.colours = value; colour(); })(Object.keys(colours)[0]);
-  byId("colours").hidden = !hasText;
   choose(view.slots);
   startTheme(() => { drawMap(); show(); });
   addEventListener("resize", show);

@@ -7,11 +7,11 @@ import numpy as np
 
 from jattn.shapes import check_array
 
-__all__ = ["layers_of", "named_tokens", "options_of"]
+__all__ = ["layers_of", "named_tokens", "options_of", "per_layer"]
 
 
 def layers_of(where: str, query, key) -> list[tuple[Any, Any]]:
-    """The query and key of each layer, of one example each.
+    """Checks the query and key of each layer, of one example each.
 
     Raises:
         ValueError: If the layers do not go together, or have several examples.
@@ -31,7 +31,7 @@ def layers_of(where: str, query, key) -> list[tuple[Any, Any]]:
 
 
 def options_of(where: str, options: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The options of each layer; a list or a tuple has one for each.
+    """Gives each layer its options; a list or a tuple has one for each.
 
     Raises:
         ValueError: If a list has another length.
@@ -49,7 +49,7 @@ def options_of(where: str, options: dict[str, Any], count: int) -> list[dict[str
 
 
 def named_tokens(where: str, name: str, tokens, letter: str, length: int) -> list[str]:
-    """The tokens as text; numbers where there are none.
+    """Gives the tokens as text; numbers where there are none.
 
     Raises:
         ValueError: If there are more or fewer than there are queries or keys.
@@ -68,7 +68,7 @@ def named_tokens(where: str, name: str, tokens, letter: str, length: int) -> lis
 def per_layer(
     where: str, name: str, layers, letter: str, *, means: bool = False
 ) -> list[np.ndarray]:
-    """Arrays of numbers by position and head, one for each layer, as float64.
+    """Checks arrays of numbers by position and head, one for each layer.
 
     Args:
         where: Whose argument it is.
@@ -78,7 +78,7 @@ def per_layer(
         means: Whether an array may lack this axis, as means over it.
 
     Returns:
-        Positions × heads, or 1 × heads of means.
+        Positions × heads in float64, or 1 × heads of means.
 
     Raises:
         ValueError: If there is no layer, or one does not fit.

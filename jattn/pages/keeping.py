@@ -28,7 +28,7 @@ class Entries(NamedTuple):
 
 
 def entries_of(look: Look) -> Entries:
-    """The entries of one layer; a weight next to nothing is none."""
+    """Gives the entries of one layer; a weight next to nothing is none."""
     k = look.indices.shape[-1]
     keys, weights = look.indices.reshape(-1, k), look.weights.reshape(-1, k)
     code = codes(np.where(keys >= 0, weights, 0))
@@ -37,7 +37,7 @@ def entries_of(look: Look) -> Entries:
 
 
 def threshold(layers: list[Entries], most: int) -> int:
-    """The least code that stays, so that about `most` entries do, at least 1.
+    """Finds the least code that stays, so that about `most` entries do, at least 1.
 
     Of each row the first stays anyway.
     """
@@ -52,7 +52,7 @@ def threshold(layers: list[Entries], most: int) -> int:
 
 
 def kept(layers: list[Entries], least: int, coarse: bool) -> dict[str, np.ndarray]:
-    """The arrays of a page that hold the weights from `least` on.
+    """Makes the arrays of a page that hold the weights from `least` on.
 
     Args:
         layers: The entries of each layer.

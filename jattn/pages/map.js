@@ -17,7 +17,8 @@ class HeadMap {
   build() {
     const most = Math.max(...facts.heads), mean = most > 1;
     this.map = byId("map");
-    const room = innerWidth <= 640 ? innerWidth - 60 : Math.min(440, 0.29 * innerWidth);
+    const wide = hasText ? Math.min(440, 0.29 * innerWidth) : Math.min(900, 0.6 * innerWidth);
+    const room = innerWidth <= 640 ? innerWidth - 80 : wide;
     const size = Math.min(64, Math.max(20, Math.floor(room / (most + mean)) - 2));
     this.size = size;
     this.map.style.setProperty("--cell", `${size}px`);

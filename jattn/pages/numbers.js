@@ -115,6 +115,11 @@ class Numbers {
   }
 }
 
+// Whether there is a text, or only a number for each head.
+const hasText = facts.kind !== "entropy" || facts.T > 1;
+
+const count = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
+
 // A share for reading: 37 %, 4.2 %, 0.03 %.
 function percent(share) {
   if (Number.isNaN(share)) return "not a number";

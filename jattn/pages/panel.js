@@ -44,7 +44,9 @@ class Panel {
   showHeads(slots) {
     const parts = [];
     this.box.classList.add("idle");
-    parts.push(make("p", { className: "name", textContent: "All tokens" }));
+    const chosen = slots.length > 1 ? `mean of ${slots.length} heads` : this.numbers.name(slots[0]);
+    parts.push(make("p", { className: "name", textContent: hasText ? "All tokens" : chosen }));
+    if (this.numbers.hasWeights) parts.push(this.note("Point at a token, or tap it, to see what it attends to."));
     if (facts.entropy) {
       const means = slots.map((slot) => facts.entropy.mean[slot]);
       const mean = means.reduce((x, y) => x + y, 0) / means.length;
