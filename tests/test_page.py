@@ -125,6 +125,7 @@ def test_queries_and_keys_may_be_other_texts():
     made = Read(page.weights(query[None], key[None], WORDS, key_tokens=list("abc")))
     assert made.facts["tokens"] == WORDS
     assert made.facts["key_tokens"] == list("abc")
+    assert made.facts["title"] == "Attention of 4 heads, 7 queries, 3 keys"
     expected = with_mean(jattn.attention_weights(query, key))
     np.testing.assert_allclose(made.weights(), expected, atol=STEP)
     # The picture of a short text has every pair; it has one byte for a root.

@@ -58,7 +58,7 @@ def attending(where: str, facts: dict[str, Any], layers, options, limit: float) 
         **facts,
         **received_facts,
         **spread_facts,
-        "title": facts["title"] or f"Attention of {_size(heads)}, {facts['T']} tokens",
+        "title": facts["title"] or f"Attention of {_size(heads)}, {_length(facts)}",
         "cells": list(pictures.shape[1:]),
         "cell": cell_of(facts["T"], facts["S"]),
         "all_keys": k == facts["S"],
@@ -82,7 +82,7 @@ def summed(kind: str, facts: dict[str, Any], layers: list[np.ndarray]) -> Page:
     heads = [layer.shape[1] for layer in layers]
     slots = np.concatenate([_with_mean(layer.T) for layer in layers])
     found, arrays = _by_slot(kind, slots)
-    of = f"Received by {facts['T']} tokens," if kind == "received" else "Entropy of"
+    of = f"Received by {_length(facts)}," if kind == "received" else "Entropy of"
     title = facts["title"] or f"{of} {_size(heads)}"
     facts = {"kind": kind, "heads": heads, **facts, **found, "title": title}
     return _written(facts, arrays)
@@ -187,6 +187,15 @@ def _size(heads: list[int]) -> str:
     alike = "–".join(map(str, sorted({min(heads), max(heads)})))
     count = f"{alike} {'head' if alike == '1' else 'heads'}"
     return count if len(heads) == 1 else f"{len(heads)} layers × {count}"
+
+
+def _length(facts) -> str:
+    """How long the text is, or both texts are: `4000 tokens`."""
+    T, S = facts["T"], facts["S"]
+    if facts["key_tokens"] is None:
+        return f"{T} {'token' if T == 1 else 'tokens'}"
+    queries, keys = "query" if T == 1 else "queries", "key" if S == 1 else "keys"
+    return f"{T} {queries}, {S} {keys}"
 
 
 def _plain(numbers: np.ndarray) -> list[float | None]:
