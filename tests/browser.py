@@ -13,6 +13,7 @@ import os
 import pathlib
 import select
 import shutil
+import signal
 import tempfile
 import time
 
@@ -128,9 +129,19 @@ def opened():
         finally:
             with contextlib.suppress(OSError):
                 os.write(read[1], b'{"id":0,"method":"Browser.close"}\0')
-            os.waitpid(process, 0)
+            _end(process)
             os.close(read[1])
             os.close(write[0])
+
+
+def _end(process: int) -> None:
+    """Waits until the browser has closed itself, and ends it if it does not."""
+    for _ in range(500):
+        if os.waitpid(process, os.WNOHANG) != (0, 0):
+            return
+        time.sleep(0.02)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
 
 
 def _tab(to: int, of: int) -> Tab:

@@ -20,6 +20,9 @@ WORDS = [
 ]
 
 
+PIECES = ["Ġthe", "Ġcat", "s", "Ċ", "▁a", "", "\x07", " "]
+
+
 @pytest.fixture(scope="module")
 def weights():
     """Layers × heads × T × S, and the page of them."""
@@ -36,6 +39,7 @@ def files(weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     pages = {
         "weights": weights[1],
+        "pieces": page.received(np.ones(8), PIECES),
         "received": page.received(np.arange(22.0).reshape(11, 2), WORDS),
         "entropy": page.entropy([[3.0, 1.5], [0.5, 2.0]]),
         "mask": page.mask(Causal() & Window(60, 0), 200, block=32),
@@ -179,6 +183,16 @@ def test_tokens_and_titles_are_written_as_text(tab):
     assert tab.js("document.querySelector('#both-10').textContent") == WORDS[-1]
     assert tab.js("document.querySelector('#title').textContent") == "a & b"
     assert tab.js("document.scripts.length") == 2  # numbers are gone
+
+
+def test_marks_of_tokenizers_are_written_as_spaces_and_what_has_no_letter_as_a_sign(
+    browser, files
+):
+    browser.open(files / "pieces.html")
+    tokens = "[...document.querySelectorAll('.token')].map((x) => x.textContent)"
+    assert browser.js(tokens) == ["the", "cat", "s", "⏎", "a", "∅", "\\x07", "␣"]
+    text = browser.js("document.querySelector('.tokens').innerText").split("\n")
+    assert text == ["the cats⏎", "a∅\\x07 ␣"]
 
 
 def test_colours_are_those_of_the_system_until_the_switch_is_pressed(tab, files):
