@@ -29,6 +29,8 @@ Each module imports only from those above it:
 `pictures`      masks and weights as small arrays and figures
 `terminal`      pictures as text
 `plot`          pictures of masks and weights, with matplotlib
+`pages`         the parts of a page, and its templates
+`page`          pages of weights and masks, for a browser
 `command`       what `python -m jattn` does
 `adapters`      the same functions under other libraries' signatures
 
@@ -74,7 +76,7 @@ __all__ = [
 ]
 
 # Loaded when touched: each needs more than attention does.
-_LATER = ("adapters", "plot", "terminal", "testing")
+_LATER = ("adapters", "page", "plot", "terminal", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,8 @@ _ALLOWED = f"""A mask expression holds {", ".join(map(signature, MASKS))},
 with whole numbers, None and lists of whole numbers, joined by &, |, ~ and parentheses."""
 _ATTEND = """Attends from `query` to `key` and `value`, arrays of FILE.npz with the axes
 TNH, SKH, SKD, or BTNH, BSKH, BSKD, or with the two axes T×H of one head. Prints the
-strongest weights of each query. Writes nothing but what --out and --plot name."""
+strongest weights of each query. An array `tokens` of strings names the queries on the
+page of --plot OUT.html. Writes nothing but what --out and --plot name."""
 _MASK = "Draws a mask: rows are queries, columns are keys, █ may attend, · may not."
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jattn
+from jattn import page
 from jattn.__main__ import main
 from jattn.command import attend, welcome
 from jattn.implementations import dispatch
@@ -164,6 +165,23 @@ def test_attend_draws_the_weights(arrays, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "o.npz", "o.png"]
 
 
+def test_attend_writes_a_page_of_one_example(arrays, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attend, "_all_weights", None)  # never all at once
+    monkeypatch.setattr(attend, "_MOST_BYTES", 2**9)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    one = {name: array[:1] for name, array in arrays.items()}
+    words = [*"abcdef", "</script>"]
+    np.savez("b.npz", **one, tokens=words)
+    assert main(["attend", "b.npz", "--mask", "Causal()", "--plot", "o.html"]) == 0
+    assert capsys.readouterr().out.endswith("\nwrote o.html\n")
+    made = page.weights(one["query"], one["key"], words, mask=Causal(), title="b.npz")
+    assert (tmp_path / "o.html").read_text("utf-8") == made.html
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["a.npz", "b.npz", "o.html"]
+    assert main(["attend", "b.npz", "--plot", "o.html"]) == 2
+    assert "o.html: the file exists; add --force" in capsys.readouterr().err
+
+
 def test_attend_replaces_a_file_when_told_to(arrays, tmp_path):
     (tmp_path / "o.npz").write_text("old")
     assert main(["attend", "a.npz", "--out", "o.npz", "--force"]) == 0
@@ -195,7 +213,10 @@ ATTEND_REFUSALS = {
     "a.npz --out no/o.npz": "no/o.npz: there is no folder no",
     "a.npz --out folder": "folder: this is a folder; name a file in it",
     "a.npz --out o.png --plot o.png": "--out and --plot name the same file",
-    "a.npz --plot o.xyz": "o.xyz: the ending must be one of",
+    "a.npz --plot o.xyz": "o.xyz: the ending must be one of html, ",
+    "a.npz --plot o.html": "a.npz: a page shows one example, and there are 2; write them",
+    "few.npz --plot o.html": "few.npz: there are 2 tokens, and T=3",
+    "numbers.npz --plot o.html": "numbers.npz: `tokens` must be strings in one axis, got",
     "none.npz --plot o.png": "none.npz: there are no weights to draw",
     "a.npz --sca 1": "unrecognized arguments: --sca 1",
     "": "the following arguments are required: FILE.npz",
@@ -217,6 +238,9 @@ def bad_files(arrays, tmp_path):
     np.savez("whole.npz", **{name: np.ones((3, 1, 2), np.int64) for name in arrays})
     np.savez("sizes.npz", query=ones(3, 1, 2), key=ones(3, 1, 4), value=ones(3, 1, 2))
     np.savez("axes.npz", query=ones(3, 1, 2), key=ones(3, 2), value=ones(3, 2))
+    threes = {name: ones(3, 1, 2) for name in arrays}
+    np.savez("few.npz", **threes, tokens=["a", "b"])
+    np.savez("numbers.npz", **threes, tokens=ones(3))
     np.savez("none.npz", query=ones(0, 1, 2), key=ones(0, 1, 2), value=ones(0, 1, 2))
 
 
@@ -288,6 +312,15 @@ def test_mask_is_drawn_as_a_picture(tmp_path, capsys):
     assert main(["mask", "Causal()", "--length", "3", "--plot", str(target)]) == 0
     assert capsys.readouterr().out == f"wrote {target}\n"
     assert "<svg" in target.read_text()
+
+
+def test_mask_is_written_as_a_page(tmp_path, capsys):
+    target = tmp_path / "m.html"
+    options = ["--length", "40", "--blocks", "8", "--plot", str(target)]
+    assert main(["mask", "Causal()", *options]) == 0
+    assert capsys.readouterr().out == f"wrote {target}\n"
+    made = page.mask(Causal(), 40, block=8, title="Causal()")
+    assert target.read_text("utf-8") == made.html
 
 
 def test_blocks_of_a_mask_are_drawn_as_text(monkeypatch, capsys):

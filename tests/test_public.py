@@ -42,6 +42,7 @@ PUBLIC = {
     "jattn.adapters.linen": {"attention"},
     "jattn.adapters.equinox": {"MultiheadAttention"},
     "jattn.adapters.haiku": {"MultiHeadAttention"},
+    "jattn.page": {"Page", "entropy", "mask", "received", "weights"},
     "jattn.testing": {
         *("CASES", "Case", "assert_matches_definition", "check_gradients"),
         *("derivatives", "errors", "random_inputs"),
@@ -85,7 +86,14 @@ def test_import_starts_no_backend_and_loads_no_extra():
 
 
 def test_what_one_can_type_after_the_dot_is_what_is_public():
-    assert set(dir(jattn)) == {*jattn.__all__, "adapters", "plot", "terminal", "testing"}
+    assert set(dir(jattn)) == {
+        *jattn.__all__,
+        "adapters",
+        "page",
+        "plot",
+        "terminal",
+        "testing",
+    }
     code = "import jattn; jattn.testing.CASES; jattn.terminal.mask; jattn.adapters"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
     with pytest.raises(AttributeError, match="module 'jattn' has no attribute 'attend'"):

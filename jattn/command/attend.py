@@ -9,9 +9,18 @@ import jax
 import numpy as np
 
 import jattn
+from jattn import page
 from jattn.call.pose import pose
 from jattn.command.expression import parse
-from jattn.command.files import check_picture, check_target, read, replacing, save_picture
+from jattn.command.files import (
+    check_picture,
+    check_target,
+    is_page,
+    read,
+    read_words,
+    replacing,
+    save_picture,
+)
 from jattn.command.refusal import Refusal
 from jattn.pictures.numbers import bar
 
@@ -31,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="OUT.npz", help="write output, weights and logsumexp here"
     )
-    parser.add_argument("--plot", metavar="OUT.png", help="draw the weights here")
+    parser.add_argument(
+        "--plot",
+        metavar="OUT.png",
+        help="draw the weights here; OUT.html is a page to look around in, of any length",
+    )
     parser.add_argument("--force", action="store_true", help="replace existing files")
 
 
@@ -39,24 +52,33 @@ def run(arguments: argparse.Namespace) -> int:
     """Attends, writes what is asked for, and prints the strongest weights per query."""
     _check_targets(arguments)
     arrays, unused = read(arguments.file, _NAMES)
+    tokens = None
+    if is_page(arguments.plot) and "tokens" in unused:
+        tokens = read_words(arguments.file, "tokens")
+        unused.remove("tokens")
     one_head = all(array.ndim == 2 for array in arrays)
     if one_head:
         arrays = [array[:, None] for array in arrays]
     # Without it, JAX would take float64 for float32, and int64 for int32 in messages.
     wide = jax.config.read("jax_enable_x64") or any(x.dtype.itemsize > 4 for x in arrays)
     with jax.enable_x64(wide):
-        _attend(arguments, arrays, one_head, unused)
+        _attend(arguments, arrays, one_head, tokens, unused)
     return 0
 
 
-def _attend(arguments, arrays, one_head, unused) -> None:
+def _attend(arguments, arrays, one_head, tokens, unused) -> None:
     query, key, value = arrays
     options = {"mask": _mask(arguments.mask), "scale": arguments.scale}
     sizes = _check(arguments, arrays, options)
+    if tokens is not None and len(tokens) != sizes.T:
+        raise Refusal(f"{arguments.file}: there are {len(tokens)} tokens, and T={sizes.T}.")
     state = jattn.attention_state(query, key, value, **options)
-    if arguments.out or arguments.plot:
+    weights = None
+    if _needs_all_weights(arguments):
         weights = _all_weights(query, key, options, sizes)
-        _write(arguments, state, weights, one_head)
+    one_axis = lambda array: array.reshape(-1, *array.shape[-3:])  # of the batch
+    page_of = {"query": one_axis(query), "key": one_axis(key), "tokens": tokens, **options}
+    _write(arguments, state, weights, one_head, page_of)
     _print_summary(arguments, arrays, options, one_head, unused)
     _print_strongest(query, key, options, sizes, one_head)
     for path in filter(None, (arguments.out, arguments.plot)):
@@ -90,12 +112,22 @@ def _check(arguments, arrays, options):
     size = math.prod(problem.sizes.BNTS) * problem.wide.itemsize
     if arguments.plot and size == 0:
         raise Refusal(f"{arguments.file}: there are no weights to draw.")
-    if (arguments.out or arguments.plot) and size > _MOST_BYTES:
+    if is_page(arguments.plot) and problem.sizes.B != 1:
+        raise Refusal(
+            f"{arguments.file}: a page shows one example, and there are "
+            f"{problem.sizes.B}; write them to files of their own."
+        )
+    if _needs_all_weights(arguments) and size > _MOST_BYTES:
         raise Refusal(
             f"{arguments.file}: all weights, BNTS = {problem.sizes.BNTS}, take "
             f"{size / 2**30:.0f} GiB; --out and --plot take up to {_MOST_BYTES >> 30}."
         )
     return problem.sizes
+
+
+def _needs_all_weights(arguments) -> bool:
+    """A page takes them from views instead, so that there may be any number."""
+    return bool(arguments.out or (arguments.plot and not is_page(arguments.plot)))
 
 
 def _all_weights(query, key, options, sizes) -> np.ndarray:
@@ -108,8 +140,9 @@ def _all_weights(query, key, options, sizes) -> np.ndarray:
     return np.concatenate(parts, axis=-2)
 
 
-def _write(arguments, state, weights, one_head) -> None:
-    """Writes both files or neither."""
+def _write(arguments, state, weights, one_head, page_of) -> None:
+    """Writes both files or neither; `page_of` is what a page is made of."""
+    title = os.path.basename(arguments.file)
     with contextlib.ExitStack() as stack:
         if arguments.out:
             output, logsumexp = map(np.asarray, state)
@@ -119,11 +152,14 @@ def _write(arguments, state, weights, one_head) -> None:
             with open(temporary, "wb") as file:
                 written = weights[0] if one_head else weights
                 np.savez(file, output=output, weights=written, logsumexp=logsumexp)
-        if arguments.plot:
+        if is_page(arguments.plot):
+            temporary = stack.enter_context(replacing(arguments.plot))
+            page.weights(**page_of, title=title).save(temporary)
+        elif arguments.plot:
             from jattn import plot
 
             temporary = stack.enter_context(replacing(arguments.plot))
-            figure = plot.weights(weights, title=os.path.basename(arguments.file))
+            figure = plot.weights(weights, title=title)
             save_picture(figure, arguments.plot, temporary)
 
 

@@ -35,6 +35,25 @@ def read(path: str, names: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
         return arrays, sorted(set(entries.files) - set(names))
 
 
+def read_words(path: str, name: str) -> list[str]:
+    """Reads an array of strings of an .npz file that `read` has read.
+
+    Raises:
+        Refusal: If it is no such array.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as entries:
+            words = entries[name]
+    except _BROKEN as error:
+        raise Refusal(f"{path}: `{name}` cannot be read, {error}.") from None
+    if words.dtype.kind != "U" or words.ndim != 1:
+        raise Refusal(
+            f"{path}: `{name}` must be strings in one axis, got {words.dtype} of shape "
+            f"{words.shape}."
+        )
+    return words.tolist()
+
+
 def check_target(path: str, force: bool, source: str | None = None) -> None:
     """Makes sure, before anything is computed, that a file can be written there.
 
@@ -68,18 +87,25 @@ def replacing(path: str) -> Iterator[str]:
             os.remove(temporary)
 
 
+def is_page(path: str | None) -> bool:
+    """Whether a file is to be a page for a browser: its name ends in .html."""
+    return path is not None and _kind(path) == "html"
+
+
 def check_picture(path: str) -> None:
     """Makes sure, before anything is computed, that a picture of this name can be drawn.
 
     Raises:
         Refusal: If matplotlib is missing or does not know this kind of file.
     """
+    if is_page(path):
+        return
     if importlib.util.find_spec("matplotlib") is None:
         raise Refusal("--plot needs matplotlib; pip install 'jattn[plot]'.")
     from jattn.pictures.panels import kinds
 
     if _kind(path) not in kinds():
-        raise Refusal(f"{path}: the ending must be one of {', '.join(kinds())}.")
+        raise Refusal(f"{path}: the ending must be one of html, {', '.join(kinds())}.")
 
 
 def save_picture(figure, path: str, temporary: str) -> None:

@@ -7,10 +7,17 @@ import shutil
 import jax
 import numpy as np
 
+from jattn import page
 from jattn.blocks.block_table import BlockTable, block_table
 from jattn.blocks.kinds import shares, spread
 from jattn.command.expression import parse
-from jattn.command.files import check_picture, check_target, replacing, save_picture
+from jattn.command.files import (
+    check_picture,
+    check_target,
+    is_page,
+    replacing,
+    save_picture,
+)
 from jattn.command.refusal import Refusal
 from jattn.pictures.numbers import cells, grid
 
@@ -35,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw what is known of blocks of SIZE × SIZE pairs without asking each pair: "
         "which ones attention skips, and which need no mask",
     )
-    parser.add_argument("--plot", metavar="OUT.png", help="draw a picture instead")
+    parser.add_argument(
+        "--plot",
+        metavar="OUT.png",
+        help="draw a picture instead; OUT.html is a page, down to single pairs",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
 
@@ -99,6 +110,11 @@ def block_size(T: int, S: int, width: int) -> tuple[int, int]:
 def _plot(arguments, mask, T: int, S: int) -> None:
     check_target(arguments.plot, arguments.force)
     check_picture(arguments.plot)
+    if is_page(arguments.plot):
+        with replacing(arguments.plot) as temporary:
+            page.mask(mask, T, S, title=arguments.expression).save(temporary)
+        print(f"wrote {arguments.plot}")
+        return
     from jattn import plot
 
     figure = plot.mask(mask, T, S, title=arguments.expression)

@@ -1,0 +1,111 @@
+"""One HTML file that needs nothing else: no server, no network, no other file.
+
+Whatever comes from the user, a token or a title, goes into the page as JSON with `<`, `>`
+and `&` written as numbers. A token `</script>` therefore ends no script, and the script
+of the page writes it as text.
+"""
+
+import contextlib
+import dataclasses
+import html
+import importlib.resources
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["Page", "document"]
+
+_SAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+_FRAME = (
+    '<iframe title="{title}" srcdoc="{page}" sandbox="allow-scripts" loading="lazy" '
+    'style="width:100%;height:720px;border:0;border-radius:8px"></iframe>'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A page that opens in any browser, without a network; a notebook shows it.
+
+    Attributes:
+        html: The whole page, as text.
+        title: What stands above it.
+    """
+
+    html: str = dataclasses.field(repr=False)
+    title: str = ""
+
+    def save(self, path, *, replace: bool = False) -> None:
+        """Writes the page to a file, whole or not at all.
+
+        Args:
+            path: Where to, such as `"weights.html"`.
+            replace: Whether a file that is there may be replaced.
+
+        Raises:
+            FileExistsError: If the file is there and `replace` is False.
+        """
+        path = os.fspath(path)
+        if os.path.exists(path) and not replace:
+            raise FileExistsError(
+                f"Page.save: the file {path} exists; give another name, or `replace=True`."
+            )
+        temporary = f"{path}.{os.getpid()}.part"
+        try:
+            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+                file.write(self.html)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
+
+    def __repr__(self) -> str:
+        return f"Page({self.title!r}, {len(self.html) / 1e6:.1f} MB)"
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that it and the notebook share no style."""
+        return _FRAME.format(title=html.escape(self.title), page=html.escape(self.html))
+
+
+def document(
+    body: str, scripts: Sequence[str], facts: dict[str, Any], numbers: str
+) -> Page:
+    """Puts a page together.
+
+    Args:
+        body: The template of what is between the header and the scripts.
+        scripts: The names of the scripts, in their order.
+        facts: What the scripts read as JSON; `title` also stands in the header.
+        numbers: What `packing.packed` gives, in letters that need no escape.
+
+    Returns:
+        The page.
+    """
+    parts = {
+        "title": plain(facts["title"]),
+        "style": _template("style.css"),
+        "body": _template(body),
+        "facts": _json(facts),
+        "numbers": numbers,
+        "script": "\n".join(_template(name) for name in scripts),
+    }
+    # One pass over the template: what is put in is not read again.
+    fill = lambda found: parts[found[1]]
+    page = re.sub(r"\{\{(\w+)\}\}", fill, _template("page.html"))
+    return Page(page, facts["title"])
+
+
+def plain(text: str) -> str:
+    """Text for HTML, in ASCII: half of a surrogate pair would not fit into a file."""
+    return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
+
+
+def _json(facts: dict[str, Any]) -> str:
+    """JSON that may stand inside a `<script>` element."""
+    text = json.dumps(facts, separators=(",", ":"), allow_nan=False)
+    return re.sub("[<>&]", lambda found: _SAFE[found[0]], text)
+
+
+def _template(name: str) -> str:
+    return importlib.resources.files("jattn.pages").joinpath(name).read_text("utf-8")

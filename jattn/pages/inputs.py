@@ -1,0 +1,126 @@
+"""What a page is given: layers, options of each layer, and tokens, checked at the door."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jattn.arrays import check_array
+
+__all__ = ["layers_of", "named_tokens", "options_of", "per_layer"]
+
+
+def layers_of(where: str, query, key) -> list[tuple[Any, Any]]:
+    """Checks the query and key of each layer, of one example each.
+
+    Raises:
+        ValueError: If the layers do not go together, or have several examples.
+    """
+    queries, keys = _sequence(query), _sequence(key)
+    if not queries or len(queries) != len(keys):
+        raise ValueError(
+            f"{where}: `query` and `key` must have the same number of layers, at least "
+            f"one, got {len(queries)} and {len(keys)}."
+        )
+    layers = []
+    for layer in zip(queries, keys, strict=True):
+        pair = [_one_example(where, *x) for x in zip(("query", "key"), layer, strict=True)]
+        layers.append((pair[0], pair[1]))
+    _check_lengths(where, layers)
+    return layers
+
+
+def options_of(where: str, options: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Gives each layer its options; a list or a tuple has one for each.
+
+    Raises:
+        ValueError: If a list has another length.
+    """
+    for name, option in options.items():
+        if isinstance(option, list | tuple) and len(option) != count:
+            raise ValueError(
+                f"{where}: `{name}` is a list of {len(option)}, but there are {count} "
+                f"layers; give one for each layer, or one that is not a list for all."
+            )
+    return [
+        {name: x[i] if isinstance(x, list | tuple) else x for name, x in options.items()}
+        for i in range(count)
+    ]
+
+
+def named_tokens(where: str, name: str, tokens, letter: str, length: int) -> list[str]:
+    """Gives the tokens as text; numbers where there are none.
+
+    Raises:
+        ValueError: If there are more or fewer than there are queries or keys.
+    """
+    if tokens is None:
+        return [str(place) for place in range(length)]
+    if isinstance(tokens, str) or len(tokens) != length:
+        got = "one string" if isinstance(tokens, str) else str(len(tokens))
+        raise ValueError(
+            f"{where}: `{name}` must have {letter}={length} tokens, got {got}; give one "
+            f"string for each."
+        )
+    return [str(token) for token in tokens]
+
+
+def per_layer(
+    where: str, name: str, layers, letter: str, *, means: bool = False
+) -> list[np.ndarray]:
+    """Checks arrays of numbers by position and head, one for each layer.
+
+    Args:
+        where: Whose argument it is.
+        name: The argument.
+        layers: One array or a sequence of arrays; an axis of one example may come first.
+        letter: What the axis of positions is called, T or S.
+        means: Whether an array may lack this axis, as means over it.
+
+    Returns:
+        Positions × heads in float64, or 1 × heads of means.
+
+    Raises:
+        ValueError: If there is no layer, or one does not fit.
+    """
+    is_many = isinstance(layers, list | tuple) and not (layers and np.ndim(layers[0]) == 0)
+    arrays = [np.asarray(layer, np.float64) for layer in (layers if is_many else [layers])]
+    arrays = [x[0] if x.ndim == 3 and len(x) == 1 else x for x in arrays]
+    one_axis = (lambda x: x[None]) if means else (lambda x: x[:, None])
+    arrays = [one_axis(x) if x.ndim == 1 else x for x in arrays]
+    lengths = {len(x) for x in arrays}
+    if not arrays or any(x.ndim != 2 or not x.size for x in arrays) or len(lengths) > 1:
+        alone = "N" if means else letter
+        raise ValueError(
+            f"{where}: `{name}` must be {letter}N or {alone}, of one example and not "
+            f"empty, or one such array for each layer, all of one length {letter}; got "
+            f"shapes {[x.shape for x in arrays]}."
+        )
+    return arrays
+
+
+def _sequence(arrays) -> Sequence:
+    return arrays if isinstance(arrays, list | tuple) else [arrays]
+
+
+def _one_example(where: str, name: str, array):
+    array = check_array(where, name, array)
+    letters = "TNH" if name == "query" else "SKH"
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[0] != 1):
+        raise ValueError(
+            f"{where}: `{name}` must be {letters} of one example, or a list of one such "
+            f"array for each layer, got shape {array.shape}; take one example by its index."
+        )
+    return array
+
+
+def _check_lengths(where: str, layers) -> None:
+    found = {(query.shape[-3], key.shape[-3]) for query, key in layers}
+    if len(found) > 1 or 0 in next(iter(found)):
+        raise ValueError(
+            f"{where}: all layers must have the same T queries and S keys, at least one of "
+            f"each, got (T, S) = {sorted(found)}."
+        )
+    heads = {query.shape[-2] for query, _ in layers}
+    if 0 in heads:
+        raise ValueError(f"{where}: `query` must have a head in each layer, got N=0.")
