@@ -19,6 +19,7 @@ from jattn.implementations import dense
 from jattn.implementations import run as operation
 from jattn.implementations.blockwise import forward
 from tests.helpers import small_tiles
+from tests.helpers.params import quick_and_slow
 
 blockwise_attention = functools.partial(jattn.attention, implementation="blockwise")
 dense_attention = functools.partial(jattn.attention, implementation="dense")
@@ -108,7 +109,10 @@ RUNGS = [(case, rung) for case in CASES for rung in ("jvp of grad",)]
 RUNGS += [("alibi", rung) for rung in LADDER if rung != "hessian"] + [("plain", "hessian")]
 
 
-@pytest.mark.parametrize(("case", "rung"), dict.fromkeys(RUNGS))
+QUICK = {("relative", "jvp of grad"), ("alibi", "grad of grad"), ("alibi", "vmap of grad")}
+
+
+@pytest.mark.parametrize(("case", "rung"), quick_and_slow(dict.fromkeys(RUNGS), QUICK))
 def test_derivatives_equal_those_of_the_definition(case, rung):
     options, x = CASES[case]
     x = (*inputs(T=1 if rung == "hessian" else 7), x)
@@ -125,7 +129,12 @@ def temporaries(function, T, **shape):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("rung", ["value_and_grad", "jvp", "jvp of grad", "grad of grad"])
+@pytest.mark.parametrize(
+    "rung",
+    quick_and_slow(
+        ["value_and_grad", "jvp", "jvp of grad", "grad of grad"], ["jvp of grad"]
+    ),
+)
 def test_memory_is_linear(rung):
     def climb(*x):
         f = lambda q, k, v, _: jnp.sum(blockwise_attention(q, k, v, mask=masks.Causal()))
@@ -195,8 +204,9 @@ LONG = {  # T and S, of which none is whole blocks of keys
 
 
 @pytest.mark.parametrize("options", [{}, {"mask": masks.Causal(2000)}], ids=["all", "some"])
-@pytest.mark.parametrize(("T", "S"), LONG.values(), ids=LONG)
-def test_keys_and_values_are_not_padded(T, S, options):
+@pytest.mark.parametrize("name", quick_and_slow(LONG, ["one over"]))
+def test_keys_and_values_are_not_padded(name, options):
+    T, S = LONG[name]
     x = inputs(B=1, T=T, S=S, N=1, K=1, H=4, D=4, dtype=jnp.float32)
     f = functools.partial(blockwise_attention, **options)
     loss = lambda *x: jnp.sum(jnp.sin(f(*x)))
@@ -212,7 +222,9 @@ def test_keys_and_values_are_not_padded(T, S, options):
     jax.tree.map(close, compiled(*x), jax.jit(run)(*x))
 
 
-@pytest.mark.parametrize("case", ["plain", "causal", "relative", "dropout"])
+@pytest.mark.parametrize(
+    "case", quick_and_slow(["plain", "causal", "relative", "dropout"], ["causal"])
+)
 def test_the_last_block_counts_no_key_twice(case):
     options, x = CASES[case]
     x = (*inputs(T=7, S=13), x)

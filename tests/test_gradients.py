@@ -11,6 +11,7 @@ import jattn
 from jattn import definition
 from jattn.implementations.dispatch import DEFAULT_ORDER
 from jattn.testing import CASES, check_gradients
+from tests.helpers.params import quick_and_slow
 
 # Cases that differ only in sizes or in how a mask is written have the same derivatives.
 OF_THE_DEFINITION = (
@@ -22,15 +23,15 @@ OF_THE_DEFINITION = (
 OF_IMPLEMENTATIONS = ("segments_with_padding", "infinite_bias", "captured", "everything")
 
 
-def of_names(names):
-    return [
-        pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))
-        for case in CASES
-        if case.name in names
-    ]
+# The case of all options runs in every run.
+QUICK = ("everything",)
 
 
 by_name = {case.name: case for case in CASES}
+
+
+def of_names(names):
+    return quick_and_slow([by_name[name] for name in names], QUICK, group=True)
 
 
 @pytest.mark.parametrize("implementation", DEFAULT_ORDER)

@@ -11,14 +11,15 @@ import jattn
 from jattn.implementations.dispatch import DEFAULT_ORDER
 from jattn.testing import CASES, assert_matches_definition, errors
 from tests.helpers import small_tiles
+from tests.helpers.params import quick_and_slow
 
-# Cases of one name go to one process, where they share what is compiled.
-cases = [
-    pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name))
-    for case in CASES
-]
 TELLING = ("everything", "segments_with_padding", "captured", "large_logits")
-telling = [param for param in cases if param.id in TELLING]
+named = {case.name: case for case in CASES}
+# Cases of one name go to one process, where they share what is compiled.
+telling = quick_and_slow([named[name] for name in TELLING], TELLING, group=True)
+most_telling = quick_and_slow([named[name] for name in TELLING], TELLING[:1], group=True)
+IN_TILES = "blockwise_in_small_tiles"
+EVERY = [(case, name) for case in CASES for name in ("dense", IN_TILES)]
 every = pytest.mark.parametrize("implementation", DEFAULT_ORDER)
 
 
@@ -33,10 +34,14 @@ _STATES = {
 
 
 # At these sizes blockwise has one tile, as dense has, unless tiles are small.
-@pytest.mark.parametrize("implementation", ["dense", "blockwise_in_small_tiles"])
-@pytest.mark.parametrize("case", cases)
+QUICK = {(case.name, IN_TILES) for case in CASES} | {(x, "dense") for x in TELLING}
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"), quick_and_slow(EVERY, QUICK, group=True)
+)
 def test_implementation_equals_definition(case, implementation):
-    if (case.name, implementation) == ("large_logits", "blockwise_in_small_tiles"):
+    if (case.name, implementation) == ("large_logits", IN_TILES):
         assert_exact_but_for_rounded_logits(case, implementation)
     else:
         assert_matches_definition(state(implementation), case)
@@ -59,20 +64,20 @@ def test_blockwise_in_one_tile_equals_definition(case):
 
 @every
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("case", telling)
+@pytest.mark.parametrize("case", most_telling)
 def test_implementation_equals_definition_in_half_precision(case, dtype, implementation):
     assert_matches_definition(state(implementation), case, dtype)
 
 
 @every
-@pytest.mark.parametrize("case", telling)
+@pytest.mark.parametrize("case", most_telling)
 def test_implementation_equals_definition_in_double_precision(case, implementation):
     with jax.enable_x64(True):
         assert_matches_definition(state(implementation), case, "float64")
 
 
 @every
-@pytest.mark.parametrize("case", telling[-1:])
+@pytest.mark.parametrize("case", quick_and_slow([named[TELLING[-1]]], TELLING))
 def test_implementation_equals_definition_with_x64_on(case, implementation):
     with jax.enable_x64(True):
         assert_matches_definition(state(implementation), case, "float32")
