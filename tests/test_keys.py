@@ -157,6 +157,19 @@ def test_alike_calls_compile_once(name):
         np.testing.assert_allclose(result, want, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["causal", "window", "cap"])
+def test_a_jitted_call_is_traced_once_for_all_numbers(name):
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def attend(query, i):
+        return jattn.attention(query, KEY, KEY, **ALIKE[name](i))
+
+    for i in range(1, 6):
+        attend(QUERY, jnp.int32(i) if name != "cap" else jnp.float32(i))
+
+
 def test_numbers_are_traced_once_inside_jit():
     @jax.jit
     @chex.assert_max_traces(n=1)

@@ -4,6 +4,7 @@ import functools
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,3 +257,18 @@ def test_dropout_is_equal_to_the_definition_s(state):
     output, _ = state(QUERY, KEY, VALUE, dropout=dropout)
     expected = jattn.definition.attention(QUERY, KEY, VALUE, dropout=dropout)
     np.testing.assert_allclose(output, expected, atol=1e-6)
+
+
+class WithAndWithoutJit(chex.TestCase):
+    """Calls agree to the rounding of a compiler that joins operations."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_state_and_gradients_are_those_of_the_definition(self):
+        def run(state, *arrays):
+            options = {"mask": Causal(-1), "sink": jnp.float32(0.5)}
+            return state(*arrays, **options), gradients(state, *arrays, **options)
+
+        got = self.variant(functools.partial(run, jattn.attention_state))
+        want = functools.partial(run, jattn.definition.attention_state)
+        arrays = QUERY, KEY, VALUE
+        chex.assert_trees_all_close(got(*arrays), want(*arrays), atol=2e-6)
