@@ -50,7 +50,7 @@ from jattn.strongest import StrongestKeys, strongest_keys
 from jattn.views import attention_entropy, attention_received
 from jattn.weights import attention_logits, attention_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EMPTY",
