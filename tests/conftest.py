@@ -1,5 +1,7 @@
 """The sternest settings that JAX has, for every test; docstrings keep a user's."""
 
+import pathlib
+
 import jax
 import pytest
 
@@ -15,6 +17,18 @@ OPTIMIZED = {
     "test_exactness",
     "test_bench",
 }
+
+
+# Names of tests that take long; `python -m tests.helpers.slow` writes it.
+LISTED = (pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines()
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
+def pytest_collection_modifyitems(items):
+    listed = set(LISTED)
+    for item in items:
+        if item.nodeid.partition("@")[0] in listed:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

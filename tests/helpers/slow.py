@@ -1,0 +1,58 @@
+"""Lists the tests that take long, from what pytest printed.
+
+    pytest -m "slow or not slow" --durations=0 --durations-min=0.1 > durations.txt
+    python -m tests.helpers.slow durations.txt --seconds 2
+
+A test that takes more seconds than that enters `tests/slow.txt`, and then runs where
+`pytest -m slow` asks for it. A file's quickest test stays, whatever it takes.
+"""
+
+import argparse
+import collections
+import pathlib
+import re
+
+LIST = pathlib.Path(__file__).parents[1] / "slow.txt"
+HEADER = """# Tests that take long; `pytest -m slow` runs them, as .ci/run does.
+# Written by `python -m tests.helpers.slow`, which says how.
+"""
+ROW = re.compile(r"^([\d.]+)s (?:call|setup) +(.+?)(?:@\w+)?$", re.MULTILINE)
+
+
+def durations(text: str) -> dict[str, float]:
+    """Reads how many seconds each test took, with what was set up for it."""
+    found: dict[str, float] = collections.defaultdict(float)
+    for seconds, name in re.findall(
+        r"^([\d.]+)s (?:call|setup) +(.+?)(?:@\w+)?$", text, re.M
+    ):
+        found[name.rstrip()] += float(seconds)
+    return dict(found)
+
+
+def slow(found: dict[str, float], seconds: float) -> list[str]:
+    """Picks the tests that take longer, but for the quickest of each file."""
+    quickest: dict[str, str] = {}
+    for name in sorted(found, key=found.__getitem__, reverse=True):
+        quickest[name.partition("::")[0]] = name
+    kept = set(quickest.values())
+    return sorted(x for x, took in found.items() if took > seconds and x not in kept)
+
+
+def main() -> None:
+    """Reads the command line and writes the list."""
+    parser = argparse.ArgumentParser(
+        "python -m tests.helpers.slow", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("durations", nargs="+", type=pathlib.Path, help="what was printed")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="above which one is slow"
+    )
+    chosen = parser.parse_args()
+    found: dict[str, float] = {}
+    for path in chosen.durations:
+        found |= durations(path.read_text())
+    LIST.write_text(HEADER + "".join(f"{x}\n" for x in slow(found, chosen.seconds)))
+
+
+if __name__ == "__main__":
+    main()
