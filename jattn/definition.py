@@ -49,7 +49,7 @@ def softmax(logits, sink=-jnp.inf):
     are 0.
     """
     top = jnp.maximum(jnp.max(logits, initial=-jnp.inf), sink)
-    top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
+    top = jax.lax.stop_gradient(jnp.where(jnp.isinf(top), 0, top))
     exponentials = jnp.exp(logits - top)
     total = jnp.sum(exponentials) + jnp.exp(sink - top)
     return exponentials / jnp.where(total == 0, 1, total)

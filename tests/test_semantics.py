@@ -259,6 +259,15 @@ def test_dropout_is_equal_to_the_definition_s(state):
     np.testing.assert_allclose(output, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("attend", [*STATES.values(), jattn.definition.attention_state])
+def test_an_infinite_sink_takes_all_weight_or_none(attend):
+    sink = jnp.array([jnp.inf, -jnp.inf, 0, 1])
+    output = attend(QUERY, KEY, VALUE, sink=sink).output
+    np.testing.assert_array_equal(output[:, :, 0], 0)
+    plain = attend(QUERY, KEY, VALUE).output
+    np.testing.assert_allclose(output[:, :, 1], plain[:, :, 1], atol=1e-6)
+
+
 class WithAndWithoutJit(chex.TestCase):
     """Calls agree to the rounding of a compiler that joins operations."""
 
