@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError:
         return _fail(arguments, "this takes more memory than there is.")
     except jax.errors.JaxRuntimeError as error:
+        # XLA's way to say that an allocation failed; other errors are defects.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail(arguments, "this takes more memory than there is.")
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of stdout, such as `head`, has closed it. Python flushes stdout once
         # more at its exit and would raise again; so stdout now leads to nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 141  # 128 + SIGPIPE, as a shell reports it; below, 128 + SIGINT
     except KeyboardInterrupt:
         welcome.progress("")
         return 130

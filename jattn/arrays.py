@@ -99,6 +99,8 @@ def align(where: str, name: str, array, sizes: Sizes, axes: str = "NTS") -> jax.
     fits = len(padded) == len(full) and all(
         have == 1 or have == want for have, want in zip(padded, full, strict=True)
     )
+    # An array BS or BTS would broadcast by its last axes, as TS or NTS, if the sizes happen
+    # to agree. The caller may have meant either, so it is refused.
     cure = _per_example(array, sizes) if axes == "NTS" else None
     if fits and cure and (array.ndim == 2 or array.dtype == jnp.bool_):
         other = "query" if array.ndim == 2 else "head"
@@ -116,6 +118,7 @@ def align(where: str, name: str, array, sizes: Sizes, axes: str = "NTS") -> jax.
         )
     batch, rest = padded[: len(sizes.batch)], padded[len(sizes.batch) :]
     array = array.reshape(padded)
+    # The batch of the inputs is one axis B inside the library; so is this array's.
     if all(size == 1 for size in batch):
         batch = (1,)
     else:  # several batch axes, some of them broadcast: count them as one

@@ -35,10 +35,13 @@ class LogBucket:
         """Gives the bucket of s − t, an integer."""
         both, exact, count = self.bidirectional, self.exact, self.count
         far = jnp.abs(offset) if both else jnp.maximum(-offset, 0)
+        # bucket = exact + ⌊log(far / exact) / log(max_distance / exact) · (count − exact)⌋
+        # for far ≥ exact. Nearer distances take `far` itself; the 1 avoids log 0 there.
         ratio = jnp.maximum(far, 1).astype(jnp.float32) / exact
         log = jnp.log(ratio) / jnp.log(jnp.float32(self.max_distance / exact))
         log = exact + (log * (count - exact)).astype(jnp.int32)
         index = jnp.where(far < exact, far, jnp.minimum(log, count - 1))
+        # Later keys have the second half of the buckets.
         return index + jnp.where(offset > 0, count, 0) if both else index
 
     def __repr__(self) -> str:

@@ -71,6 +71,7 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
             f"counted_from: `rule` must be a mask, a modifier or a dropout, got the class "
             f"{rule.__name__}; call it."
         )
+    # A function of (b, n, t, s), or of (logit, b, n, t, s): b is the fourth from the end.
     return lambda *x: rule(*x[:-4], x[-4] + _int32(b), x[-3] + _int32(n), *x[-2:])
 
 
@@ -96,6 +97,7 @@ class _Counted:
             whole = dataclasses.replace(whole, batch=(self.B,))
         if self.N is not None:
             whole = dataclasses.replace(whole, N=self.N)
+        # For examples and heads: the axis, its length in the whole, and this part of it.
         cuts = ((0, self.B, self.b, sizes.B), (1, self.N, self.n, sizes.N))
 
         def part(array):

@@ -50,6 +50,7 @@ def softmax(logits, sink=-jnp.inf):
     are 0.
     """
     top = jnp.maximum(jnp.max(logits, initial=-jnp.inf), sink)
+    # Any finite `top` gives the same weights, so no gradient flows through it.
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     exponentials = jnp.exp(logits - top)
     total = jnp.sum(exponentials) + jnp.exp(sink - top)

@@ -157,6 +157,7 @@ def explain(
 
     shapes = [leaf for leaf, shape in zip(leaves, is_shape, strict=True) if shape]
     jax.eval_shape(posed, shapes)
+    # Blocks can be found only if no array that decides them is a mere shape.
     (problem,), operands = problems, None
     bias = given.get("bias")
     names = ("mask", "modifier", "query_position", "key_position")
@@ -179,6 +180,7 @@ def _explain(
     """
     sizes = problem.sizes
     B, T, S, N, K, H, D = (getattr(sizes, letter) for letter in "BTSNKHD")
+    # q·k takes 2H operations for each pair, and weight·v takes 2D.
     item = problem.dtype.itemsize
     name = choose(where, problem, platform, implementation)
     blocks = _blocks(problem, operands, name)

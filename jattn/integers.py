@@ -74,6 +74,8 @@ def check_whole(where: str, name: str, value, signed: bool = True) -> None:
     """
     dtype = getattr(value, "dtype", None)
     if is_number(value):
+        # The width of JAX's default integer: 64 bits with `jax_enable_x64`, else 32. An
+        # unsigned type holds one bit more above.
         bits = jnp.iinfo(jnp.asarray(0).dtype).bits
         if -(2 ** (bits - 1)) <= int(value) < 2 ** (bits - signed):
             return

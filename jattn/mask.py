@@ -132,6 +132,7 @@ class _Both(Mask):
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """Combines what each mask allows."""
+        # `aligned` gave a pair of trees, so each mask gets its own elements.
         left, right = elements
         left = self.left.allows(b, n, t, s, left)
         return self.combine(left, self.right.allows(b, n, t, s, right))

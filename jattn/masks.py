@@ -192,6 +192,7 @@ class Segments(ByRow):
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """Says whether both are in one segment, and that is not the padding."""
         query_id, key_id, padding_id = elements
+        # Where the two ids are equal, it is enough to compare one of them with padding.
         same = query_id == key_id
         return same if padding_id is None else same & (query_id != padding_id)
 
@@ -212,6 +213,7 @@ class Lengths(ByRow):
     def aligned(self, sizes) -> Any:
         """Gives each side's indices and lengths; only the keys' without `query_lengths`."""
         where, sides = "masks.Lengths", []
+        # Lengths count rows and columns, not positions, so these are aligned arrays too.
         column = jnp.arange(sizes.S, dtype=jnp.int32).reshape(1, 1, 1, -1)
         sides.append((column, per_example(where, "key_lengths", self.key_lengths, sizes)))
         if self.query_lengths is not None:

@@ -39,6 +39,7 @@ def across(letters: str):
         def on_any_mesh(*args, **kwargs):
             leaves, tree = jax.tree.flatten((args, kwargs))
             mesh = _explicit_mesh(leaves)
+            # Without explicit axes, no type says where an array lies.
             if mesh is None:
                 return function(*args, **kwargs)
             given = dict(zip(names, args, strict=False)) | kwargs
@@ -115,6 +116,7 @@ def _left_to_xla(mesh):
 def _axes(query, key) -> dict:
     """Gives for each letter the sizes of its axes and the mesh axes that cut them."""
     found = {}
+    # The query comes last, so that the batch lies as the query's, if both have a mesh.
     for array, names in ((key, "SN"), (query, "TN")):
         if _mesh_of(array) is None or array.ndim < 3:
             continue
@@ -130,6 +132,7 @@ def _spec(word: str, result, axes: dict):
     if len(word) - 1 + len(axes.get("B", ())) > result.ndim:
         word = word.replace("N", "")
     pairs = [x for letter in word for x in axes.get(letter, uncut)]
+    # Axes are counted from the last one; leading axes without a letter are not cut.
     pairs = ([*uncut * result.ndim, *pairs])[-result.ndim :] if result.ndim else []
     spec, taken = [], set()
     for size, (want, names) in zip(result.shape, pairs, strict=True):

@@ -97,6 +97,7 @@ class Compose(Modifier):
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
         """Applies the first modifier, then the second one."""
         first, second = elements
+        # The first modifier may change the dtype; the second gets the logit's again.
         logit = self.first.modify(logit, b, n, t, s, first).astype(logit.dtype)
         return self.second.modify(logit, b, n, t, s, second)
 
@@ -195,6 +196,7 @@ class ALiBi(Modifier):
 
 def alibi_slopes(num_heads: int) -> jax.Array:
     """Computes the slopes of the ALiBi paper, a geometric sequence: one per head."""
+    # The largest power of two that is at most N.
     below = 2 ** (num_heads.bit_length() - 1) if num_heads else 1
 
     def powers(count):

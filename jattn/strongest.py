@@ -88,6 +88,7 @@ def _found(problem: Problem, k: int, average: bool, tile, arrays):
     operands, spoil = apart(arrays[0])
     normalizer = summaries.closed(_normalizer(problem, operands, *arrays[1:]))
     indices, weights = strongest(problem, operands, normalizer, k, average, tile)
+    # A normalizer of NaN makes all weights of the query NaN, and no key the strongest.
     unknown = jnp.isnan(spoil(normalizer))
     unknown = (jnp.any(unknown, axis=2) if average else unknown)[..., None]
     return jnp.where(unknown, -1, indices), jnp.where(unknown, jnp.nan, weights)

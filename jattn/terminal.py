@@ -115,6 +115,7 @@ def mask(mask, length: int, key_length: int | None = None, *, width: int = 80) -
         )
     most = max(min(width - len(str(length)) - 1, _MOST_CELLS), 1)
     block = math.ceil(max(length, key_length) / most)
+    # A `BlockTable` has `blocks`; of any other mask a cell may be one pair.
     size = max(getattr(mask, "blocks", (1, 1)))
     block = size * math.ceil(block / size)  # whole blocks of a table
     kinds = cells(mask, length, key_length, (block, block))
@@ -253,6 +254,7 @@ def _legend(what: str, array: np.ndarray) -> str:
 
 
 def _shade(share: float) -> str:
+    # Five shades: the limits between them are 0.1, 0.3, 0.5 and 0.7, as in the legend.
     return _SHADES[min(int(5 * share + 0.5), 4)] if math.isfinite(share) else "?"
 
 

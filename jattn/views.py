@@ -168,6 +168,7 @@ def _entropy(problem: Problem, average: bool, arrays, tile=None):
     normalizer = _normalizer(problem, operands, sink, logsumexp)
     entropy = summaries.entropy(problem, operands, summaries.closed(normalizer), tile)
     if sink is not None:
+        # The sink is one more key with the logit `sink`, so it adds its −w log w.
         sink = jnp.broadcast_to(sink.astype(problem.wide), normalizer.shape)
         entropy += summaries.surprise(sink - summaries.closed(normalizer))
     return spoil(jnp.mean(entropy, axis=2) if average else entropy)

@@ -91,6 +91,7 @@ class BlockTable(Mask):
 
     def __str__(self) -> str:
         kinds = self.kinds
+        # Transformations may also put objects other than arrays in place of the kinds.
         if isinstance(kinds, jax.core.Tracer) or not hasattr(kinds, "ndim"):
             return f"{self!r}: known when it runs"
         kinds = np.asarray(spread(np.asarray(kinds), self.lengths, self.blocks))
@@ -140,6 +141,7 @@ def block_table(
     where = "block_table"
     blocks = _check_block(where, block)
     query, key = _check_shape(where, "query", query), _check_shape(where, "key", key)
+    # The mask does not see the values, so the keys stand in for them.
     sizes = measure(where, query, key, key)
     if not sizes.are_known:
         raise ValueError(
@@ -147,6 +149,7 @@ def block_table(
             f"`attention` with the mask itself takes symbolic ones."
         )
     mask = as_mask(mask, where)
+    # Of a table, only the mask counts: its kinds are for other blocks.
     mask = mask.mask if isinstance(mask, BlockTable) else mask
     places = {"query_position": query_position, "key_position": key_position}
     return BlockTable(

@@ -69,6 +69,7 @@ class Bounds(NamedTuple):
     def band(self, layout: Layout):
         """Returns bounds on row − column if these are bounds on t − s, else None."""
         order = sorted(self.form.items(), key=lambda item: sorted(item[0].sides))
+        # A band of t − s needs exactly one position of each side, with opposite signs.
         if [count for _, count in order] not in ([1, -1], [-1, 1]):
             return None
         (x, count), (y, _) = order
@@ -113,6 +114,7 @@ def find_bounds(literals: Iterable[Literal]) -> list[Bounds]:
         form, known = {}, []
         for operand, sign in zip(node.operands, (1, -1), strict=True):
             _linear(operand, sign, form, known)
+        # Bounds have 64 bits if the compared integers do, otherwise 32.
         wide = node.operation.operands[0].dtype.itemsize == np.dtype(np.int64).itemsize
         kind = np.int64 if wide else np.int32
         lo, hi = _ends(limits, known, kind)
@@ -125,6 +127,7 @@ def find_bounds(literals: Iterable[Literal]) -> list[Bounds]:
         if old is not None:
             xp = namespace(lo, hi, old.lo, old.hi)
             lo, hi = xp.maximum(lo, old.lo), xp.minimum(hi, old.hi)
+        # The literals are kept, to know which ones the bounds stand for.
         before = () if old is None else old.literals
         result[key, kind] = Bounds(dict(key), lo, hi, (*before, (node, positive)))
     return list(result.values())

@@ -76,6 +76,7 @@ def grid(
     Returns:
         The grid.
     """
+    # For each of the axes BNTS an array of its indices, which broadcasts to BNTS.
     index = lambda axis: np.arange(sizes[axis], dtype=np.int32).reshape(
         [-1 if i == axis else 1 for i in range(4)]
     )
@@ -134,6 +135,7 @@ def classify(jaxpr, arrays, points: Grid, aligned=()):
         0 empty, 1 partial, 2 full: int8, one axis each for examples, heads, query blocks
         and key blocks. An axis is 1 long if the mask does not depend on it.
     """
+    # 0 where True is impossible, 1 where it is possible, 2 where it is also certain.
     definitely, possibly = evaluate(jaxpr, arrays, points, aligned)
     return possibly.astype(np.int8) + (definitely & possibly).astype(np.int8)
 
@@ -201,6 +203,7 @@ def _graph(jaxpr, arrays, points: Grid, aligned) -> tuple[Node, Layout]:
 
 
 def _logit(aval) -> Node:
+    # A logit may be any finite number.
     most = np.full((1, 1, 1, 1), jnp.finfo(aval.dtype).max, aval.dtype)
     return Node(None, (), frozenset(), Interval(-most, most))
 

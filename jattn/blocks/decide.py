@@ -73,6 +73,7 @@ class Decision:
         """Returns the values of a node."""
         if not parts(node, True):
             return self.everything.value(node)
+        # A Boolean is certain where its negation is impossible.
         possible = [self._is_possible(node, positive) for positive in (False, True)]
         return Interval(~possible[0], possible[1])
 
@@ -99,6 +100,7 @@ class Decision:
         """Says on which blocks a conjunction may hold for some pair."""
         is_tired, literals = self.is_tired, sorted(term, key=self._place)
         selection = self.everything if is_tired else self._selection(literals)
+        # The literals that see both sides; `dense` ones see at most one side.
         pairs = [x for x in literals if x[0].dense is None]
         result = selection.is_inhabited()
         bands = find_bounds(pairs)
@@ -155,6 +157,7 @@ class Decision:
         for side, (lo, hi) in sides.items():
             (first, last), other = indices[side], indices[QUERY + KEY - side]
             xp = namespace(first, last, *other, wraps, lo, hi)
+            # Where the positions may wrap around, the band says nothing.
             least = xp.maximum(first, xp.where(wraps, first, other.lo + lo))
             most = xp.minimum(last, xp.where(wraps, last, other.hi + hi))
             inhabited = inhabited & (least <= most)

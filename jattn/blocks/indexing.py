@@ -40,6 +40,8 @@ def _dynamic_slice(xp, op, x, *starts):
 @rule("gather")
 def _gather(xp, op, x, where):
     names, shape = op.parameter("dimension_numbers"), op.operands[0].shape
+    # The rule is for one index vector, which picks a single element or whole axes: what
+    # `array[i, j]` becomes for scalars i and j.
     axes = attribute(names, "start_index_map")
     whole = [1 if i in axes else size for i, size in enumerate(shape)]
     plain = tuple(sorted(axes)) == tuple(attribute(names, "collapsed_slice_dims"))
@@ -106,6 +108,7 @@ def _take(table, indices):
     lead = np.broadcast_shapes(*(i.shape for i in indices))
     runs = [_run(index) for index in indices]
     axes = [axis for axis, _ in runs if axis is not None]
+    # Runs along different axes, in order, need only a slice, no gather.
     if len(axes) == len(runs) and sorted(set(axes)) == axes:
         return table[tuple(run for _, run in runs)].reshape(lead + table.shape[len(runs) :])
     if namespace(table, *indices) is np:

@@ -37,6 +37,7 @@ def _has_infinite_part(node: Node, known: dict[Node, bool], depth: int) -> bool:
         return not _is_known(node.dense) or bool((np.isinf(lo) | np.isinf(hi)).any())
     if not jnp.issubdtype(operation.result.dtype, jnp.floating):
         return False
+    # Without a rule the result is unknown, so it is never surely −∞ on a whole block.
     if not has_rule(operation.name) or operation.name in _FINITE:
         return False
     parts = node.operands

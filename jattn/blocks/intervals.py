@@ -134,10 +134,12 @@ def apply(op: Operation, operands: list[Interval]) -> Interval:
     if op.name not in _RULES or not all(map(is_real, (*op.operands, op.result))):
         return unknown(op.result)
     function, exact = _RULES[op.name]
+    # A scalar operand gets as many axes as the others have, of length 1, at its end.
     if op.name in _ELEMENTWISE:
         rank = max(x.lo.ndim for x in operands)
         operands = [both(x, lambda a: _as_rank(a, rank)) for x in operands]
     xp = namespace(*(bound for x in operands for bound in x))
+    # Only integers and Booleans: single floats need the rule, whose bounds allow rounding.
     discrete = not any(is_float(aval) for aval in (*op.operands, op.result))
     # Bounds may overflow or be NaN; the rules handle that.
     with np.errstate(all="ignore"):

@@ -30,6 +30,7 @@ def resize(kinds, lengths, blocks, wanted):
     Returns:
         The kinds, int8; an axis of blocks is 1 where it was.
     """
+    # A new block has one kind for sure if the least and the greatest old kind agree.
     low = high = kinds
     for axis, length, have, want in zip((-2, -1), lengths, blocks, wanted, strict=True):
         if kinds.shape[axis] == 1 or have == want:
@@ -47,6 +48,7 @@ def _overlaps(length: int, have: int, want: int) -> np.ndarray:
     The last of them is repeated, so that all new blocks have equally many.
     """
     first = np.arange(0, length, want)
+    # The first and the last old block that each new block overlaps.
     start, last = first // have, (np.minimum(first + want, length) - 1) // have
     most = np.max(last - start, initial=0) + 1
     return np.minimum(start[:, None] + np.arange(most), last[:, None])

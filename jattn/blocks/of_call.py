@@ -51,6 +51,7 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
 
 def _block_table(problem: Problem, block_q: int, block_kv: int, operands: Operands):
     B, N, T, S = problem.sizes.BNTS
+    # Without a mask all blocks are full; a modifier and a bias may make some of them empty.
     kinds = np.full((1, 1, -(-T // block_q), -(-S // block_kv)), FULL, np.int8)
     positions = (operands.query_position, operands.key_position)
     points = classify.grid((B, N, T, S), (block_q, block_kv), *positions)
@@ -58,7 +59,7 @@ def _block_table(problem: Problem, block_q: int, block_kv: int, operands: Operan
     mask, modifier = operands.mask, operands.modifier
     if operands.kinds is not None:
         kinds = resize(operands.kinds, (T, S), problem.blocks, (block_q, block_kv))
-        if problem.settled:
+        if problem.settled:  # the table has the modifier and the bias in it
             return kinds
     elif problem.mask is not None:
         jaxpr = problem.mask.jaxpr
@@ -68,6 +69,7 @@ def _block_table(problem: Problem, block_q: int, block_kv: int, operands: Operan
         dead = classify.dead_blocks(jaxpr, modifier.captured, points, modifier.aligned)
         kinds = kinds * (~dead).astype(np.int8)
     if _is_one_sided(operands.bias):
+        # A block is empty if its largest bias is −∞.
         most: Any = concrete(operands.bias)
         for axis, size in ((QUERY, block_q), (KEY, block_kv)):
             most = per_block(most, axis, size, "max")

@@ -139,6 +139,7 @@ def per_block(array, axis: int, size: int, extreme: str):
     if length == 1:
         return array
     xp = namespace(array)
+    # The last block is filled with its last value, which changes no extreme.
     if extra := -length % size:
         widths = [(0, extra if i == axis else 0) for i in range(array.ndim)]
         array = xp.pad(array, widths, mode="edge")

@@ -46,11 +46,13 @@ class _Value:
     @property
     def is_hoisted(self) -> bool:
         """Says whether it is evaluated outside, if the program inside needs it."""
+        # Random keys, for example, are neither numbers nor Booleans, and stay inside.
         number = any(
             jnp.issubdtype(self.aval.dtype, kind) for kind in (jnp.number, jnp.bool_)
         )
         if self.is_joint or self.is_input or self.aval.shape or not number:
             return False
+        # A value that reads no index is the same for all pairs, so it is computed once.
         return self.is_costly or not self.reads
 
 
@@ -90,6 +92,7 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
         The program, and its arrays.
     """
     indexed = (*index, *arrays.aligned)
+    # A modifier has one input more than a mask, the logit, which reads all axes.
     logits = ["bnts"] * (len(program.jaxpr.invars) - len(indexed))
     reads = [*logits, *(_letters(x.shape) for x in indexed)]
     captured, inputs, result, steps = _graph(program.jaxpr, reads)
@@ -106,6 +109,7 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
             whole[value] = _outside(value, steps, given, leading)
 
     def joint(*scalars):
+        # The order of inputs that `Program` has: the logit, b, n, t, s, aligned elements.
         front = (*logits, *inputs[:4])
         values = given | dict(zip((*front, *whole), scalars, strict=True))
         for step in inside:
@@ -121,6 +125,8 @@ def joint_equations(program: Program, logit: bool) -> list:
 
     `logit` says whether the program takes a logit.
     """
+    # Positions may differ by example, and aligned arrays may have all four axes: that reads
+    # most, so it leaves most inside.
     reads = [*["bnts"] * logit, "b", "n", "bt", "bs"]
     reads += ["bnts"] * (len(program.jaxpr.invars) - len(reads))
     *_, result, steps = _graph(program.jaxpr, reads)
@@ -185,6 +191,7 @@ def _needed(steps: list[_Step], result) -> tuple[list[_Step], set]:
 
 def _outside(value: _Value, steps: list[_Step], given: dict, leading: dict) -> jax.Array:
     """Evaluates a value at every index that it reads, as an array of four axes."""
+    # The cone has the steps that the value depends on, the last one first.
     cone, needed = [], {value}
     for step in reversed(steps):
         if any(x in needed for x in step.results):

@@ -45,6 +45,8 @@ def structure(jaxpr, orders: int = _ORDERS) -> Hashable:
 
     def equation(eqn):
         params = eqn.params
+        # The rules in the parameters are functions, made anew in each trace; so the key
+        # has the jaxprs that they trace to.
         if eqn.primitive.name in _RULES:
             params = {"call": eqn.params["call_jaxpr"], "rule": _Rule(eqn)}
         return (
@@ -73,6 +75,7 @@ def _parameter(value, orders: int) -> Hashable:
         return type(value), items
     if isinstance(value, float | complex | np.ndarray | np.generic | jax.Array):
         return type(value), by_content(value)
+    # The type is part of the key, since 1 and True are equal.
     try:
         hash(value)
     except TypeError:
@@ -101,6 +104,7 @@ class _Rule:
         """Gives the inputs of the call, and after them tangents or cotangents."""
         real = lambda x: jnp.issubdtype(x.aval.dtype, jnp.inexact)
         forward = self.equation.primitive.name == "custom_jvp_call"
+        # A jvp takes tangents of the inputs, a vjp cotangents of the outputs.
         ends = self.equation.invars if forward else self.equation.outvars
         return [*self.equation.invars, *filter(real, ends)]
 

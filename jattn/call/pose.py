@@ -87,6 +87,7 @@ def pose_mask(
     Raises:
         ValueError: As `pose` does.
     """
+    # Only a mask such as a `BlockTable` brings blocks with it.
     blocks = kinds = None
     are_given = given(query_position), given(key_position)
     if isinstance(mask, Mask):
@@ -181,6 +182,7 @@ def check_bias(where: str, bias, sizes: Sizes) -> jax.Array:
 
 
 def _check_scale(where, scale, sizes):
+    # With H = 0 all products are 0, whatever the scale.
     if scale is None:
         return jnp.asarray(sizes.H**-0.5 if sizes.H else 1.0)
     scale = check_array(where, "scale", scale)

@@ -45,7 +45,7 @@ class Problem:
 
     @property
     def wide(self) -> jnp.dtype:
-        """The precision of logits, softmax and sums."""
+        """Gives the precision of logits, softmax and sums."""
         return wide_dtype(self.dtype)
 
 
@@ -91,6 +91,7 @@ def given(position) -> bool:
 
 def example(problem: Problem, xp):
     """Gives the number b of each example, B or 1 of them; xp is `numpy` or `jax.numpy`."""
+    # An axis of length 1, since then b is 0 everywhere.
     if is_one(problem.examples):
         return xp.zeros(1, xp.int32)
     count = xp.arange(problem.sizes.B, dtype=xp.int32)
@@ -119,6 +120,7 @@ def kept(problem: Problem, operands: Operands, index: Index):
 def drawn(problem: Problem, operands: Operands, index: Index):
     """Computes the words of dropout for queries and for keys."""
     b, n = index.b, index.n
+    # A shared draw is that of example 0 and head 0, as in `definition`.
     if problem.shared:
         b = n = jnp.zeros((1, 1, 1, 1), jnp.int32)
     query_words = words(operands.rng, b, n, index.t, side=0)
@@ -129,7 +131,7 @@ def select_rows(problem: Problem, operands: Operands, rows: jax.Array):
     """Gives the same call for some of its queries only."""
     count = rows.shape[0]
 
-    def cut(array):
+    def cut(array):  # an axis of length 1 stands for all queries
         return array if array.shape[2] == 1 else jnp.take(array, rows, axis=2)
 
     def cut_aligned(arrays):

@@ -67,6 +67,7 @@ def trace(where: str, function: Callable, aligned, logit=None):
     Raises a ValueError unless the function returns one scalar: a Boolean, or a floating
     number if it takes a logit, whose dtype is `logit`.
     """
+    # The order of inputs: the logit if there is one, b, n, t, s, aligned elements.
     scalars = [jax.ShapeDtypeStruct((), jnp.int32)] * len(INDICES)
     scalars += [jax.ShapeDtypeStruct((), array.dtype) for array in aligned]
     if logit is not None:
@@ -78,6 +79,7 @@ def trace(where: str, function: Callable, aligned, logit=None):
             f"{where}: a function of positions must index JAX arrays, got a NumPy array "
             f"indexed by a traced position; wrap the array in `jnp.asarray`."
         ) from None
+    # `checkify` turns its checks into results, so fewer effects are left if there are any.
     effects = jaxpr.effects
     if effects and len(_without_checks(function, scalars).effects) < len(effects):
         raise ValueError(
@@ -109,6 +111,7 @@ def over_axes(function, inputs, used):
 
     An input that is not `used` does not add its axes to the result.
     """
+    # An unused input becomes one element of it, or a zero where it is empty.
     inputs = [
         x
         if flag
@@ -139,6 +142,7 @@ def _over_axes(function, inputs):
 
 def _used(jaxpr) -> tuple[bool, ...]:
     """Says for each input whether the result depends on it."""
+    # Backward from the outputs; by identity, for literals may not be hashable.
     live = set(map(id, jaxpr.outvars))
     for equation in reversed(jaxpr.eqns):
         if any(id(var) in live for var in equation.outvars):

@@ -50,6 +50,7 @@ class _Derivative(Operation):
         joined = self.operation.joined(size, self.split(mapped)[0], tuple(apart))
         if joined is None:
             return None
+        # The operation's outputs are arguments here: they join as its outputs do.
         kept = joined.outputs if self.operation.names else ()
         return joined, (*joined.arguments, *kept), choose(self.active, joined.arguments)
 
@@ -138,5 +139,6 @@ class Pullback(_Derivative):
         if found is None:
             return None
         inner, arguments, active = found
+        # Cotangents join as the outputs do, and come out as the active arguments.
         operation = Pullback(inner.operation, self.active)
         return Joined(operation, (*arguments, *inner.outputs), tuple(active))

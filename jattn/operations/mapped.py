@@ -62,6 +62,7 @@ class Mapped(Operation):
 
     def types(self, *types):
         """Gives the types of the operation's outputs; stacked ones have the new axis."""
+        # The operation sees mapped arguments without their first axis.
         inner = [
             retype(x, x.shape[1:], spec=x.sharding.spec[1:]) if mapped else x
             for x, mapped in zip(types, self.mapped, strict=True)
@@ -132,6 +133,7 @@ class Mapped(Operation):
         cut = lambda part: [
             part(x) if mapped else x for x, mapped in zip(arrays, self.mapped, strict=True)
         ]
+        # Whole chunks run in a scan; the rest of the slices, if any, runs after it.
         head = lambda x: x[: count * chunk].reshape(count, chunk, *x.shape[1:])
         types = self.types(*map(jax.typeof, arrays))
         sums = [
@@ -140,6 +142,7 @@ class Mapped(Operation):
             if summed
         ]
 
+        # Summed outputs are carried, stacked ones are the outputs of the scan.
         def step(sums, scanned):
             scanned = iter(scanned)
             given = [

@@ -87,6 +87,7 @@ class Operation:
 
     def pull(self, active, primals, outputs, cotangents, spread: bool):
         """Computes cotangents of the active arguments from cotangents of the outputs."""
+        # JAX differentiates `reference` anew, so it needs no outputs of the forward pass.
         del outputs, spread
         function, chosen = restrict(self.reference, active, primals)
         return jax.vjp(function, *chosen)[1](tuple(cotangents))
@@ -155,6 +156,7 @@ def vary(arrays):
 
     JAX refuses to combine arrays in one equation that vary over different axes.
     """
+    # Outside of `shard_map` no array varies, and nothing changes.
     axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = frozenset().union(*axes)
     return [

@@ -26,6 +26,7 @@ def locally(function: Callable, statics: tuple[Hashable, ...], *trees):
     leaves, tree = jax.tree.flatten(trees)
     if not any(_varies(x) for x in leaves):
         return function(*statics, *trees)
+    # Random keys pass through the operation as the integers that they are made of.
     keys = [_key_impl(x) for x in leaves]
     leaves = [
         x if key is None else jax.random.key_data(x)
