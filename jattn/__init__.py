@@ -1,6 +1,6 @@
 """Attention for JAX: one definition, and fast implementations that equal it.
 
-Each module imports only from those above it:
+Each module imports only from the modules above it:
 
 `shapes`        the letters B T S N K H D, and which shapes fit each other
 `arrays`        arrays as a caller gives them: checked and aligned

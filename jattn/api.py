@@ -65,10 +65,10 @@ def attention(
         modifier: One of `jattn.modifiers` or a function (logit, b, n, t, s) → logit.
         sink: A logit that only takes weight away: one per query head, or one for all.
         scale: Multiplies q·k; 1/√H by default.
-        query_position: The positions of the queries: that of the first query, or one for
-            each query, `T` or `BT`; 0, 1, … by default. Masks and modifiers see them as t.
-        key_position: The positions of the keys, likewise, `S` or `BS`. Masks and modifiers
-            see them as s.
+        query_position: The position of the first query, or the position of each query, `T`
+            or `BT`; 0, 1, … by default. Masks and modifiers see positions of queries as t.
+        key_position: The position of the first key, or the position of each key, `S` or
+            `BS`; 0, 1, … by default. Masks and modifiers see positions of keys as s.
         dropout: A `jattn.Dropout(rate, rng)`; `shared=True` drops the same pairs in all
             examples and heads.
         implementation: None chooses one. A name runs that implementation, or raises the

@@ -79,7 +79,7 @@ def fits(array, dtype=np.int32):
 
 
 def saturate(array: jax.Array) -> jax.Array:
-    """Gives integers as int32; those beyond its ends become its least or greatest."""
+    """Gives integers as int32; numbers beyond its range become the nearest end of it."""
     if array.dtype == jnp.int32:
         return array
     ends = jnp.iinfo(jnp.int32)
@@ -90,8 +90,8 @@ def saturate(array: jax.Array) -> jax.Array:
 def align(where: str, name: str, array, sizes: Sizes, axes: str = "NTS") -> jax.Array:
     """Gives the array with four axes BNTS, each of the letter's size or 1.
 
-    `axes` names the last axes of `array`; the axes before them are those of the batch, as
-    many as the inputs have. Any axis may be 1, and leading axes may be left out.
+    `axes` names the last axes of `array`; the axes before them are batch axes, as many as
+    the inputs have. Any axis may be 1, and leading axes may be left out.
     """
     array = check_array(where, name, array)
     full = (*sizes.batch, *(getattr(sizes, letter) for letter in axes))

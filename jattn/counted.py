@@ -38,7 +38,8 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
         n: The number of the first query head.
         B: How many examples the whole call has. Then arrays of `rule` that are aligned
             with the inputs, such as the lengths of `Lengths`, are those of the whole call.
-        N: How many query heads the whole call has; likewise. `ALiBi()` needs it.
+        N: How many query heads the whole call has. Then arrays of `rule` with an axis of
+            heads are those of the whole call. `ALiBi()` needs it.
 
     Returns:
         A rule of the same kind.

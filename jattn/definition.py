@@ -201,7 +201,7 @@ def _attend_all(
             change = lambda x, s, e: modifier.modify(x, b, n, t, s, e).astype(wide)
             modify = lambda scores: jax.vmap(change)(scores, s, modifier_elements)
         if dropout is not None:
-            # A shared draw does not depend on b and n: it is that of example 0, head 0.
+            # A shared draw does not depend on b and n: it is the draw of b = 0, n = 0.
             here = (0 * b, 0 * n) if dropout.shared else (b, n)
             kept = keep(
                 words(dropout.rng, *here, t, side=0),

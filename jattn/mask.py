@@ -88,7 +88,7 @@ class Pointwise(Mask):
 
 
 class ByRow(Mask):
-    """A mask of arrays whose axes are those of the inputs."""
+    """A mask of arrays that have the axes of the inputs, and are not read by position."""
 
     def __call__(self, b, n, t, s):
         """Raises: positions alone do not say which row and column are meant."""
@@ -181,7 +181,7 @@ class Not(Mask):
 
 
 def _within(mask: Mask, *looser: type) -> str:
-    """Writes a mask, in parentheses if its type is one of `looser`, which bind less."""
+    """Writes a mask; in parentheses if it is a `looser` one, whose operator binds less."""
     return f"({mask!r})" if isinstance(mask, looser) else repr(mask)
 
 

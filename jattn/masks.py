@@ -157,8 +157,8 @@ class Segments(ByRow):
     """A mask that shows a query the keys of its segment: query_ids[row] = key_ids[column].
 
     Ids are integers, `T` and `S` or `BT` and `BS`; without `key_ids` the keys have the
-    ids of the queries. Rows whose id is `padding_id` see nothing, and columns with that
-    id are seen by no row.
+    ids of the queries. A row whose id is `padding_id` sees nothing, and no row sees a
+    column whose id is `padding_id`.
 
         Segments(jnp.array([7, 7, 8]))   1 1 0
                                          1 1 0

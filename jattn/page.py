@@ -36,7 +36,7 @@ def weights(
     query_position=None,
     key_position=None,
 ) -> Page:
-    """Shows which tokens attend to which, in every layer and head.
+    """Shows which tokens attend to which tokens, in every layer and head.
 
     Point at a token, or tap it, to see what it attends to and what attends to it. A head
     is chosen from small pictures of all of them; several chosen heads show their mean.

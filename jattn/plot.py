@@ -165,7 +165,7 @@ def _few(drawn, names, heads) -> tuple[np.ndarray, list[str], list[str]]:
 
 
 def _across(names: list[str]) -> int:
-    """Gives the number of panels side by side: those of one example, at most four."""
+    """Gives the number of panels side by side: the heads of one example, at most four."""
     heads = sum(name.startswith(names[0].partition("head")[0]) for name in names)
     return heads if heads <= 4 else 4
 

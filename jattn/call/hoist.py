@@ -79,9 +79,8 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
 
     The result is the same function: with the same index and logit, it gives the same
     values. Captured scalars become aligned arrays of one element. Other captured arrays
-    stay captured if an equation that joins both sides indexes them. Empty blocks are
-    better found from the program before the split, which shows how it computes from
-    positions.
+    stay captured if an equation that joins both sides indexes them. To find empty blocks,
+    take the program before the split: bounds on positions say more than arrays of values.
 
     Args:
         program: The program of a mask or a modifier.

@@ -15,7 +15,7 @@ CALLS = {
     "remat": "jaxpr",
     "remat2": "jaxpr",
 }
-# Calls of functions with their own derivatives, which inlining the call would lose.
+# Calls of functions with their own derivatives. Inlining such a call would lose these.
 RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 

@@ -132,8 +132,8 @@ def _traced_reading(function, scalars):
 class _Reading(jax.core.Trace):
     """A trace that passes everything on to the `inner` trace, except explicit axes.
 
-    It replaces each array with explicit axes, once, by one without them, which the `outer`
-    trace makes.
+    It replaces each array with explicit axes, once, by an array without explicit axes. The
+    `outer` trace makes that array.
     """
 
     def __init__(self, inner, outer, mesh):

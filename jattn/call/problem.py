@@ -19,7 +19,7 @@ from jattn.shapes import Sizes, is_one, wide_dtype
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The facts that decide what is compiled; hashable."""
+    """The facts that decide which program is compiled; hashable."""
 
     sizes: Sizes
     dtype: jnp.dtype

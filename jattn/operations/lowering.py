@@ -40,7 +40,7 @@ def _is_spread(axes) -> bool:
     """Says whether the program runs on several devices that share its arrays."""
     if not _is_manual(axes):
         return (axes.num_devices or 1) > 1
-    # In `shard_map`, arrays are shared along those axes of the mesh that are not manual.
+    # In `shard_map`, devices share arrays along the axes of the mesh that are not manual.
     shape = dict(axes.mesh.shape)
     rest = [size for name, size in shape.items() if name not in axes.manual_axes]
     return math.prod(rest) > 1
