@@ -1,16 +1,16 @@
-"""Attention for JAX: one definition, and everything fast equal to it.
+"""Attention for JAX: one definition, and fast implementations that equal it.
 
-Each module imports only from those above it:
+Each module imports only from the modules above it:
 
 `shapes`        the letters B T S N K H D, and which shapes fit each other
 `arrays`        arrays as a caller gives them: checked and aligned
 `positions`     where queries and keys stand, in int32
 `meshes`        arrays on several devices: what their types say, kept out of the rest
 `pytree`        frozen dataclasses that JAX sees as trees of arrays
-`mask`          what a mask is: a function (b, n, t, s) → bool, and `&`, `|`, `~` of such
-`integers`      the numbers and ids of masks: in full, or refused by name
+`mask`          what a mask is: a function (b, n, t, s) → bool, and `&`, `|`, `~` of masks
+`integers`      the numbers and ids of masks: used in full, or refused with their name
 `masks`         which keys a query may attend to: causal, windows, segments, lengths
-`buckets`       which number of a table a distance gets
+`buckets`       which column of a table a distance reads
 `modifiers`     what happens to a logit: functions (logit, b, n, t, s) → logit
 `dropout`       which weights drop: a pure function of the seed and (b, n, t, s)
 `state`         how partial answers combine: (output, logsumexp) under merge
@@ -18,7 +18,7 @@ Each module imports only from those above it:
 `operations`    functions with their own derivatives that JAX transforms in every way
 `call`          what is asked: one call, as data
 `blocks`        which blocks count: a mask evaluated over intervals
-`counted`       masks, modifiers and dropout of a whole, seen from one device's part
+`counted`       masks, modifiers and dropout of a whole call, seen from one device's part
 `implementations`  who computes: dense, blockwise, kernels; and which one runs
 `weights`       the logits and weights themselves, or some rows of them
 `views`         a look at the weights of any length
@@ -34,7 +34,7 @@ Each module imports only from those above it:
 `command`       what `python -m jattn` does
 `adapters`      the same functions under other libraries' signatures
 
-To read, begin with `definition`: what it imports, it explains.
+Begin reading with `definition`: it explains the modules that it imports.
 """
 
 import importlib
@@ -75,7 +75,7 @@ __all__ = [
     "strongest_keys",
 ]
 
-# Loaded when touched: each needs more than attention does.
+# Imported at the first access: each of them needs more modules than attention does.
 _LATER = ("adapters", "page", "plot", "terminal", "testing")
 
 

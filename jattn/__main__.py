@@ -23,14 +23,14 @@ _MASK = "Draws a mask: rows are queries, columns are keys, █ may attend, · ma
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Parser that reports an error in one line."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; 0 if all went well, 1 if a check failed, 2 if refused."""
+    """Runs the command and gives its exit code: 0 success, 1 failed check, 2 refusal."""
     try:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:
@@ -43,13 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError:
         return _fail(arguments, "this takes more memory than there is.")
     except jax.errors.JaxRuntimeError as error:
+        # XLA's way to say that an allocation failed; other errors are defects.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail(arguments, "this takes more memory than there is.")
     except BrokenPipeError:
-        # Whoever read stdout has had enough; Python would complain again at its exit.
+        # The reader of stdout, such as `head`, has closed it. Python flushes stdout once
+        # more at its exit and would raise again; so stdout now leads to nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 141  # 128 + SIGPIPE, as a shell reports it; below, 128 + SIGINT
     except KeyboardInterrupt:
         welcome.progress("")
         return 130
@@ -86,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plain(error):
-    """Something like it in ASCII, where stdout cannot write a character."""
+    """Replaces characters that stdout cannot write by similar ones in ASCII."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     written = error.object[error.start : error.end]

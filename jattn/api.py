@@ -44,37 +44,41 @@ def attention(
 
     B batch, T queries, S keys, N query heads, K key/value heads (N a multiple of K: query
     head n reads key/value head n // (N/K)), H and D head sizes. The batch may be absent
-    or several axes; where an index b is asked for, it counts them in row-major order.
+    or several axes; then the index b counts the examples in row-major order.
 
     A query that sees no key, S = 0 included, has output 0 and every gradient 0. NaN or Inf
-    in a key or value that is masked out touches nothing, forward or backward. Softmax
+    in a key or value that is masked out changes nothing, forward or backward. Softmax
     and sums are in float32 at least, in float64 for float64 inputs; products have the
     precision of `jax.default_matmul_precision`, in derivatives too. Every floating input
-    has derivatives of every order, arrays inside modifiers too.
+    has derivatives of every order, and so have arrays inside modifiers.
 
     Args:
         query: `BTNH`, one of float16, bfloat16, float32, float64.
         key: `BSKH`, of the same dtype.
         value: `BSKD`, of the same dtype.
         mask: True = may attend: one of `jattn.masks`, a function (b, n, t, s) → bool of
-            scalars, or a Boolean array that broadcasts to BNTS; or a `block_table` of one.
+            scalars, or a Boolean array that broadcasts to BNTS; or a `block_table` of any
+            of these.
             Inside `jax.shard_map` b and n count the examples and heads of one device;
-            `jattn.counted.counted_from` gives them their numbers in the whole.
+            `jattn.counted.counted_from` gives them their numbers in the whole batch.
         bias: Added to the logits after the modifier; floating, broadcasts to BNTS.
         modifier: One of `jattn.modifiers` or a function (logit, b, n, t, s) → logit.
-        sink: A logit that only takes weight away, one per query head or one for all.
+        sink: A logit that only takes weight away: one per query head, or one for all.
         scale: Multiplies q·k; 1/√H by default.
-        query_position: Where the queries stand: the first one's position or each one's, `T`
-            or `BT`; 0, 1, … by default. What masks and modifiers see as t.
-        key_position: Likewise for the keys: `S` or `BS`; what they see as s.
-        dropout: A `jattn.Dropout(rate, rng)`; `shared=True` drops alike in all heads.
-        implementation: None chooses; a name runs that one or raises its reason.
+        query_position: The position of the first query, or the position of each query, `T`
+            or `BT`; 0, 1, … by default. Masks and modifiers see positions of queries as t.
+        key_position: The position of the first key, or the position of each key, `S` or
+            `BS`; 0, 1, … by default. Masks and modifiers see positions of keys as s.
+        dropout: A `jattn.Dropout(rate, rng)`; `shared=True` drops the same pairs in all
+            examples and heads.
+        implementation: None chooses one. A name runs that implementation, or raises the
+            reason why it cannot run.
 
     Returns:
         The output, `BTND`, in the dtype of the inputs.
 
     Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
+        ValueError: If an argument does not fit; the message says which, and what to do.
 
     Example:
         >>> query, key = jnp.zeros((1, 1, 2)), jnp.zeros((3, 1, 2))
@@ -119,13 +123,13 @@ def attention_state(
 
         logsumexp = log Σₛ exp(logitₛ)
 
-    States over disjoint parts of the keys `merge` into the state over all of them. The
-    sink and dropout change the output only. To attend in parts with a sink, leave it out
-    of the parts and merge `State(0, sink)` in once. A query that sees nothing has
-    output 0 and logsumexp −∞.
+    `merge` combines the states over disjoint parts of the keys into the state over all
+    keys. The sink and dropout change the output only. To attend in parts with a sink,
+    leave the sink out of the parts and merge `State(0, sink)` once. A query that sees
+    nothing has output 0 and logsumexp −∞.
 
     Args:
-        query: As in `attention`, and so are all others.
+        query: As in `attention`, and so are all other arguments.
         key: See `attention`.
         value: See `attention`.
         mask: See `attention`.
@@ -143,7 +147,7 @@ def attention_state(
         at least; both differentiable.
 
     Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
+        ValueError: If an argument does not fit; the message says which, and what to do.
     """
     options = {
         "mask": mask,
@@ -160,14 +164,15 @@ def attention_state(
 
 
 def _attend(where, problem, operands, sink, implementation, whole: bool) -> State:
-    """Chooses an implementation and runs it; a logsumexp is given where `whole`."""
+    """Chooses an implementation and runs it; gives a logsumexp only if `whole`."""
     sink = check_sink(where, sink, problem.sizes)
     problem = asking_logsumexp(problem) if whole or sink is not None else problem
     name = dispatch.choose(where, problem, jax.default_backend(), implementation)
     names = dispatch.candidates(problem, name, implementation is not None)
     if name != "dense":
         problem = decided(problem, operands)
-    # Only cuDNN's programs hold the mask's numbers; others are to share theirs.
+    # Only cuDNN's programs hold the mask's numbers. Other programs take them as operands,
+    # so that masks with other numbers share one program.
     problem = problem if "cudnn" in names else dataclasses.replace(problem, named=None)
     state = _state(problem, names, operands, sink, whole)
     unflatten = lambda x: x.reshape(*problem.sizes.batch, *x.shape[1:])
@@ -176,10 +181,10 @@ def _attend(where, problem, operands, sink, implementation, whole: bool) -> Stat
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def _state(problem: Problem, names, operands: Operands, sink, whole: bool) -> State:
-    """Runs one of the implementations that have these names.
+    """Runs one of the implementations with these names.
 
-    Without `whole` the logsumexp is None: the −∞ of a query that sees nothing is no result
-    then, which `jax.debug_infs` would report.
+    Without `whole` the logsumexp is None. Otherwise `jax.debug_infs` would report the −∞
+    of a query that sees nothing, though the caller did not ask for the logsumexp.
     """
     operands, spoil = apart(operands)
     state = dispatch.attention_state(problem, operands, names)

@@ -1,4 +1,4 @@
-"""Arrays as a caller gives them: checked, aligned, and never cut without a word."""
+"""Arrays as a caller gives them: checked, aligned, and never silently cut to 32 bits."""
 
 import contextlib
 import math
@@ -15,7 +15,8 @@ def check_array(where: str, name: str, array) -> jax.Array:
     """Gives the argument as a JAX array that holds the same numbers.
 
     Raises:
-        ValueError: If it is no array, or holds an integer that JAX would cut to 32 bits.
+        ValueError: If it is not an array, or holds an integer that JAX would cut to 32
+            bits.
     """
     try:
         whole = jnp.asarray(array)
@@ -41,9 +42,9 @@ def _too_wide(where: str, name: str, array) -> str:
 
 
 def check_integers(where: str, name: str, array) -> Any:
-    """Gives an argument of integers as int32, or as it is where that may not hold it.
+    """Gives an argument of integers as int32; unchanged where int32 may not hold it.
 
-    It is NumPy's where it was no array of JAX.
+    The result is a NumPy array unless the argument was an array of JAX.
 
     Raises:
         ValueError: If it holds anything else, or an integer that JAX would cut to 32 bits.
@@ -54,8 +55,8 @@ def check_integers(where: str, name: str, array) -> Any:
             f"{where}: `{name}` must hold integers, got {checked.dtype}; convert it with "
             f"`.astype(int)`."
         )
-    with contextlib.suppress(TypeError):  # of a list that holds traced numbers
-        # Inside `jit`, JAX would make a traced array of one that is known.
+    with contextlib.suppress(TypeError):  # raised for a list that holds traced numbers
+        # Inside `jit`, `jnp.asarray` would turn known numbers into a traced array.
         array = checked if isinstance(array, jax.Array) else np.asarray(array)
     array = array if hasattr(array, "dtype") else checked
     if np.can_cast(array.dtype, np.int32) or (is_known(array) and fits(array)):
@@ -78,7 +79,7 @@ def fits(array, dtype=np.int32):
 
 
 def saturate(array: jax.Array) -> jax.Array:
-    """Gives integers as int32, those beyond its ends as the ends."""
+    """Gives integers as int32; numbers beyond its range become the nearest end of it."""
     if array.dtype == jnp.int32:
         return array
     ends = jnp.iinfo(jnp.int32)
@@ -87,10 +88,10 @@ def saturate(array: jax.Array) -> jax.Array:
 
 
 def align(where: str, name: str, array, sizes: Sizes, axes: str = "NTS") -> jax.Array:
-    """The array as four axes BNTS, each of the letter's size or 1.
+    """Gives the array with four axes BNTS, each of the letter's size or 1.
 
-    `axes` names the last axes of `array`; the axes before them are the batch's, absent
-    or present as in the inputs. Any axis may be 1 and leading ones may be left out.
+    `axes` names the last axes of `array`; the axes before them are batch axes, as many as
+    the inputs have. Any axis may be 1, and leading axes may be left out.
     """
     array = check_array(where, name, array)
     full = (*sizes.batch, *(getattr(sizes, letter) for letter in axes))
@@ -98,6 +99,8 @@ def align(where: str, name: str, array, sizes: Sizes, axes: str = "NTS") -> jax.
     fits = len(padded) == len(full) and all(
         have == 1 or have == want for have, want in zip(padded, full, strict=True)
     )
+    # An array BS or BTS would broadcast by its last axes, as TS or NTS, if the sizes happen
+    # to agree. The caller may have meant either, so it is refused.
     cure = _per_example(array, sizes) if axes == "NTS" else None
     if fits and cure and (array.ndim == 2 or array.dtype == jnp.bool_):
         other = "query" if array.ndim == 2 else "head"
@@ -115,6 +118,7 @@ def align(where: str, name: str, array, sizes: Sizes, axes: str = "NTS") -> jax.
         )
     batch, rest = padded[: len(sizes.batch)], padded[len(sizes.batch) :]
     array = array.reshape(padded)
+    # The batch of the inputs is one axis B inside the library; so is this array's.
     if all(size == 1 for size in batch):
         batch = (1,)
     else:  # several batch axes, some of them broadcast: count them as one

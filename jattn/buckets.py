@@ -1,4 +1,4 @@
-"""Buckets of distances: which number of a table a pair of positions gets."""
+"""Buckets of distances: which column of a table a pair of positions reads."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class LogBucket:
-    """T5's buckets of s − t; `log_bucket` makes one."""
+    """Function from s − t to T5's bucket; `log_bucket` makes one."""
 
     num_buckets: int
     max_distance: int
@@ -23,22 +23,25 @@ class LogBucket:
 
     @property
     def count(self) -> int:
-        """How many buckets one side has."""
+        """Gives the number of buckets on one side of s = t."""
         return self.num_buckets // (2 if self.bidirectional else 1)
 
     @property
     def exact(self) -> int:
-        """How many of these hold one distance each: the near ones."""
+        """Gives how many buckets of one side, the near ones, hold one distance each."""
         return self.count // 2
 
     def __call__(self, offset):
         """Gives the bucket of s − t, an integer."""
         both, exact, count = self.bidirectional, self.exact, self.count
         far = jnp.abs(offset) if both else jnp.maximum(-offset, 0)
+        # bucket = exact + ⌊log(far / exact) / log(max_distance / exact) · (count − exact)⌋
+        # for far ≥ exact. Nearer distances take `far` itself; the 1 avoids log 0 there.
         ratio = jnp.maximum(far, 1).astype(jnp.float32) / exact
         log = jnp.log(ratio) / jnp.log(jnp.float32(self.max_distance / exact))
         log = exact + (log * (count - exact)).astype(jnp.int32)
         index = jnp.where(far < exact, far, jnp.minimum(log, count - 1))
+        # Later keys have the second half of the buckets.
         return index + jnp.where(offset > 0, count, 0) if both else index
 
     def __repr__(self) -> str:
@@ -46,9 +49,9 @@ class LogBucket:
 
 
 def log_bucket(num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True):
-    """T5's buckets: exact for near keys, logarithmic for far ones, as s − t → index.
+    """Makes T5's buckets, s − t → index: exact for near keys, logarithmic for far keys.
 
-    Two of the same numbers are equal, and make one program.
+    Two functions made with the same arguments are equal, and make one program.
 
     Reference:
         Raffel et al., 2020, arXiv:1910.10683, section 2.1.
@@ -58,7 +61,7 @@ def log_bucket(num_buckets: int = 32, max_distance: int = 128, bidirectional: bo
 
 @dataclasses.dataclass(frozen=True)
 class ClippedBucket:
-    """A bucket for each s − t up to ±radius; `distance` makes one."""
+    """Function that gives each s − t up to ±radius its bucket; `distance` makes one."""
 
     radius: int
 
@@ -71,5 +74,5 @@ class ClippedBucket:
 
 
 def distance(radius: int):
-    """A bucket for each offset s − t up to ±radius, the farther ones joining the last."""
+    """Makes a bucket for each s − t up to ±radius; farther pairs join the last bucket."""
     return ClippedBucket(radius)

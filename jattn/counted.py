@@ -1,7 +1,8 @@
 """Masks, modifiers and dropout of a whole call, seen from one device's part of it.
 
-Inside `jax.shard_map` the arrays of a call are one device's part, and nothing says which:
-positions are told by `query_position` and `key_position`, and examples and heads here.
+Inside `jax.shard_map` the arrays of a call are one device's part, and they do not say
+which part. `query_position` and `key_position` tell a call its positions; this module
+tells it the numbers of its examples and heads.
 """
 
 import dataclasses
@@ -21,29 +22,30 @@ __all__ = ["counted_from"]
 
 
 def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
-    """Makes a mask, modifier or dropout count examples and heads from given ones.
+    """Makes a mask, modifier or dropout count examples and heads from given numbers.
 
-    Inside `jax.shard_map` over examples or heads, the first example and head of each
-    device are 0 to a call, which cannot know better. With this they have the numbers that
-    they have in the whole, so the devices' results are those of one device:
+    Inside `jax.shard_map` over examples or heads, a call counts the first example and the
+    first head of each device as 0. With this function they have their numbers in the
+    whole call, so the devices give the same results as one device would:
 
         first = jax.lax.axis_index("data") * query.shape[0]
         attention(…, mask=counted_from(lambda b, n, t, s: s < lengths[b], b=first))
 
     Args:
-        rule: What `attention` takes as `mask`, `modifier` or `dropout`. A block table
-            counts as its mask alone; make one of the result instead.
+        rule: What `attention` takes as `mask`, `modifier` or `dropout`. Of a block table,
+            only its mask is used; make a block table of the result instead.
         b: The number of the first example, an integer, traced or not.
         n: The number of the first query head.
-        B: How many examples there are in the whole. Then arrays of `rule` that are aligned
-            with the inputs, such as the lengths of `Lengths`, are those of the whole.
-        N: How many query heads there are in the whole; likewise. `ALiBi()` needs it.
+        B: How many examples the whole call has. Then arrays of `rule` that are aligned
+            with the inputs, such as the lengths of `Lengths`, are those of the whole call.
+        N: How many query heads the whole call has. Then arrays of `rule` with an axis of
+            heads are those of the whole call. `ALiBi()` needs it.
 
     Returns:
         A rule of the same kind.
 
     Raises:
-        ValueError: If `rule` is none of these.
+        ValueError: If `rule` is not a mask, a modifier or a dropout.
 
     Example:
         >>> from jattn import attention_weights
@@ -55,7 +57,7 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
                  [1., 0.]]]], dtype=float32)
     """
     if isinstance(rule, Dropout):
-        if rule.shared:  # which draws alike for all examples and heads
+        if rule.shared:  # the same draw for all examples and heads: no numbers needed
             return rule
         rng: Any = Numbered(rule.rng, _int32(b), _int32(n))
         return dataclasses.replace(rule, rng=rng)
@@ -70,12 +72,13 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
             f"counted_from: `rule` must be a mask, a modifier or a dropout, got the class "
             f"{rule.__name__}; call it."
         )
+    # A function of (b, n, t, s), or of (logit, b, n, t, s): b is the fourth from the end.
     return lambda *x: rule(*x[:-4], x[-4] + _int32(b), x[-3] + _int32(n), *x[-2:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Counted:
-    """A rule of the whole, seen from a part."""
+    """A rule of the whole call, seen from one part."""
 
     rule: Any
     b: int | jax.Array = 0
@@ -84,7 +87,7 @@ class _Counted:
     N: int | None = None
 
     def aligned(self, sizes: Sizes) -> Any:
-        """The part of the rule's arrays."""
+        """Cuts the rule's arrays to this device's part."""
         whole = sizes
         if self.B is not None:
             if len(sizes.batch) != 1:
@@ -95,6 +98,7 @@ class _Counted:
             whole = dataclasses.replace(whole, batch=(self.B,))
         if self.N is not None:
             whole = dataclasses.replace(whole, N=self.N)
+        # For examples and heads: the axis, its length in the whole, and this part of it.
         cuts = ((0, self.B, self.b, sizes.B), (1, self.N, self.n, sizes.N))
 
         def part(array):
@@ -109,14 +113,14 @@ class _Counted:
 @pytree("rule", "b", "n", static=("B", "N"))
 class _CountedMask(_Counted, Mask):
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """What the mask allows."""
+        """Says what the mask allows for the numbers of the whole call."""
         return self.rule.allows(b + _int32(self.b), n + _int32(self.n), t, s, elements)
 
 
 @pytree("rule", "b", "n", static=("B", "N"))
 class _CountedModifier(_Counted, Modifier):
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
-        """What the modifier gives."""
+        """Applies the modifier with the numbers of the whole call."""
         b, n = b + _int32(self.b), n + _int32(self.n)
         return self.rule.modify(logit, b, n, t, s, elements)
 

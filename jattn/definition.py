@@ -4,9 +4,10 @@
     softmax        weightₛ = exp(logitₛ) / (Σₛ exp(logitₛ) + exp(sink))
     weighted_sum   output = Σₛ weightₛ vₛ
 
-Between the first two, each score becomes a logit: modifier(scoreₛ, b, n, t, s) + biasₛ,
-and counts only where the mask allows it. Everything else in this library is a faster way
-to get the same numbers, and is tested against this page, value and derivatives.
+Between the first two steps, each score becomes a logit, modifier(scoreₛ, b, n, t, s) +
+biasₛ, and counts only where the mask allows it. Everything else in this library is a
+faster way to get the same numbers. Its values and derivatives are tested against this
+page.
 """
 
 from typing import NamedTuple
@@ -37,18 +38,19 @@ __all__ = [
 
 
 def scores(query, key, scale=1.0):
-    """How well one query `H` fits each of the keys `SH`: scale · q·kₛ, `S`."""
+    """Computes how well one query `H` fits each of the keys `SH`: scale · q·kₛ, `S`."""
     return scale * (key @ query)
 
 
 def softmax(logits, sink=-jnp.inf):
-    """Weights in proportion to exp(logit), `S` → `S`; they sum to 1.
+    """Computes weights in proportion to exp(logit), `S` → `S`; they sum to 1.
 
-    The largest logit is taken off first, so that nothing overflows. The sink is one more
-    logit in the sum, whose weight goes to no key. Where every logit is −∞ all weights
+    The largest logit is subtracted first, so that nothing overflows. The sink is one more
+    logit in the sum; its weight goes to no key. Where every logit is −∞, all weights
     are 0.
     """
     top = jnp.maximum(jnp.max(logits, initial=-jnp.inf), sink)
+    # Any finite `top` gives the same weights, so no gradient flows through it.
     top = jax.lax.stop_gradient(jnp.where(jnp.isinf(top), 0, top))
     exponentials = jnp.exp(logits - top)
     total = jnp.sum(exponentials) + jnp.exp(sink - top)
@@ -56,7 +58,7 @@ def softmax(logits, sink=-jnp.inf):
 
 
 def logsumexp(logits):
-    """The logarithm of Σₛ exp(logitₛ), a scalar; −∞ where every logit is −∞."""
+    """Computes log Σₛ exp(logitₛ), a scalar; −∞ where every logit is −∞."""
     top = jnp.max(logits, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     total = jnp.sum(jnp.exp(logits - top))
@@ -65,12 +67,12 @@ def logsumexp(logits):
 
 
 def weighted_sum(weights, value):
-    """The values `SD` in proportion to their weights `S`: Σₛ weightₛ vₛ, `D`."""
+    """Sums the values `SD` with their weights `S`: Σₛ weightₛ vₛ, `D`."""
     return weights @ value
 
 
 class Answer(NamedTuple):
-    """What attention gives one query."""
+    """The results of attention for one query."""
 
     output: jax.Array  # D
     weights: jax.Array  # S
@@ -93,8 +95,8 @@ def attend(
 
         output = Σₛ weightₛ vₛ        weights = softmax(modifier(scores) + bias)
 
-    A key that the mask leaves out touches nothing, NaN or not. A query that sees no key
-    has output zero, weights zero, logsumexp −∞ and every gradient zero.
+    A key that the mask leaves out changes nothing, even if it is NaN. A query that sees no
+    key has output zero, weights zero, logsumexp −∞ and every gradient zero.
 
     Args:
         query: The query, `H`.
@@ -105,7 +107,7 @@ def attend(
         modifier: What turns the scores, `S`, into logits, `S`.
         sink: A logit that only takes weight away.
         scale: Multiplies the scores; 1/√H by default.
-        dropout: What turns the weights, `S`, into those used for the sum.
+        dropout: What turns the weights, `S`, into the weights of the sum.
 
     Returns:
         The output `D`, the weights `S`, and the logsumexp of the logits, without the sink.
@@ -123,11 +125,13 @@ def attend(
     query, key, dtype = query.astype(wide), key.astype(wide), value.dtype
     value = value.astype(wide)
     if mask is not None:
+        # A weight of 0 times NaN is NaN, so masked keys and values become 0 as well.
         key = jnp.where(mask[:, None], key, 0)
         value = jnp.where(mask[:, None], value, 0)
     logits = scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
     if modifier is not None:
-        # Where masked, of a number that suits most: 0 times an infinite derivative is NaN.
+        # Masked scores become 0.618, where most modifiers have a finite derivative: the
+        # cotangent there is 0, and 0 times an infinite derivative would be NaN.
         logits = modifier(logits if mask is None else jnp.where(mask, logits, 0.618))
     logits = logits if bias is None else logits + bias
     logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
@@ -137,19 +141,19 @@ def attend(
 
 
 def attention(query, key, value, **options) -> jax.Array:
-    """`jattn.attention` by this definition: BTNH, BSKH, BSKD → BTND."""
+    """Computes `jattn.attention` by this definition: BTNH, BSKH, BSKD → BTND."""
     return attention_state(query, key, value, **options).output
 
 
 def attention_state(query, key, value, **options) -> State:
-    """`jattn.attention_state` by this definition: `attend`, mapped over all queries."""
+    """Computes `jattn.attention_state` by this definition: `attend` of all queries."""
     answer = _attend_all(query, key, value, **options)
     output = jnp.swapaxes(answer.output, -3, -2)
     return State(output, jnp.swapaxes(answer.logsumexp, -2, -1))
 
 
 def attention_weights(query, key, **options) -> jax.Array:
-    """`jattn.attention_weights` by this definition: BTNH, BSKH → BNTS."""
+    """Computes `jattn.attention_weights` by this definition: BTNH, BSKH → BNTS."""
     return _attend_all(query, key, key, **options).weights
 
 
@@ -167,7 +171,7 @@ def _attend_all(
     key_position=None,
     dropout=None,
 ) -> Answer:
-    """Maps `attend` over queries, heads and examples; every field starts BNT."""
+    """Maps `attend` over queries, heads and examples; each field has leading axes BNT."""
     where = "definition"
     sizes = measure(where, query, key, value)
     wide = wide_dtype(query.dtype)
@@ -197,6 +201,7 @@ def _attend_all(
             change = lambda x, s, e: modifier.modify(x, b, n, t, s, e).astype(wide)
             modify = lambda scores: jax.vmap(change)(scores, s, modifier_elements)
         if dropout is not None:
+            # A shared draw does not depend on b and n: it is the draw of b = 0, n = 0.
             here = (0 * b, 0 * n) if dropout.shared else (b, n)
             kept = keep(
                 words(dropout.rng, *here, t, side=0),

@@ -1,4 +1,4 @@
-"""What a call would do: which implementation, why not the others, and at what cost."""
+"""What a call would do: which implementation runs, why not another, and its cost."""
 
 import dataclasses
 import html
@@ -19,14 +19,14 @@ from jattn.meshes import across
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Which blocks of pairs an implementation visits.
+    """The blocks of pairs that an implementation visits.
 
     Attributes:
         sizes: How many queries and keys a block has.
         counts: How many blocks there are of queries and of keys.
-        empty: The share of blocks that are skipped; None if it is known only when it runs.
-        partial: The share of blocks that need the mask; likewise.
-        pairs: How many pairs there are in blocks not skipped; likewise.
+        empty: The share of blocks that are skipped; None if known only when the call runs.
+        partial: The share of blocks that need the mask; None likewise.
+        pairs: How many pairs the blocks that are not skipped have; None likewise.
     """
 
     sizes: tuple[int, int]
@@ -45,19 +45,20 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """A call, explained; `print` it for a table, which a notebook shows by itself.
+    """The explanation of a call; `print` shows it as a table, and so does a notebook.
 
     Attributes:
-        implementation: The one that runs.
+        implementation: The implementation that runs.
         platform: What it runs on.
         shapes: The letters and their sizes.
-        dtype: Of the inputs.
+        dtype: The dtype of the inputs.
         refusals: For every implementation its reason for not running, or None.
         flops: Floating-point operations of the two products, forward.
         bytes_moved: Bytes of the inputs and the output.
-        logits_bytes: What all logits take, if they are held at once.
-        blocks: Which blocks are skipped; None where nothing could be.
-        flops_visited: Those of `flops` in blocks not skipped; None if not known before.
+        logits_bytes: Bytes of all logits, if they are held at once.
+        blocks: Which blocks are skipped; None where no block can be skipped.
+        flops_visited: The part of `flops` in blocks that are not skipped; None if it is
+            known only when the call runs.
     """
 
     implementation: str
@@ -75,13 +76,13 @@ class Explanation:
         return "\n".join(f"{label:<16}{text}" for label, text in self._rows())
 
     def _repr_html_(self) -> str:
-        """The table, as a notebook shows it."""
+        """Gives the table as HTML, which a notebook shows."""
         cells = (map(html.escape, row) for row in self._rows())
         rows = (f"<tr><th>{label}</th><td>{text}</td></tr>" for label, text in cells)
         return f"<table>{''.join(rows)}</table>"
 
     def _rows(self) -> list[tuple[str, str]]:
-        """What each row of the table is about, and what it says."""
+        """Gives the label and the text of each row of the table."""
         shapes = " ".join(f"{letter}={size}" for letter, size in self.shapes.items())
         rows = [
             ("implementation", f"{self.implementation} on {self.platform}"),
@@ -110,19 +111,19 @@ def explain(
     platform: str | None = None,
     **options: Unpack[Options],
 ) -> Explanation:
-    """Says what `attention` would do with these arguments, without doing it.
+    """Says what `attention` would do with these arguments, without running it.
 
-    Takes the arguments of `attention`; arrays may be `jax.ShapeDtypeStruct`s, inside masks
-    and modifiers too.
+    Takes the arguments of `attention`. Arrays may be `jax.ShapeDtypeStruct`s, also inside
+    masks and modifiers.
 
     Args:
         query: `BTNH`, an array or its shape and dtype.
         key: `BSKH`, likewise.
         value: `BSKD`, likewise.
         implementation: See `attention`.
-        platform: Where it would run: `"cpu"`, `"gpu"` or `"tpu"`; by default where JAX
-            runs here. The device need not be present.
-        **options: Those of `attention`.
+        platform: Where it would run: `"cpu"`, `"gpu"` or `"tpu"`; by default the platform
+            on which JAX runs here. The device need not be present.
+        **options: The options of `attention`.
 
     Returns:
         An `Explanation`, which prints as a short table.
@@ -141,6 +142,8 @@ def explain(
     is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
     problems = []
 
+    # Shapes are replaced by tracers of `eval_shape`, so `pose` runs without any numbers;
+    # the list brings the problem out of the trace.
     def posed(shapes):
         shapes = iter(shapes)
         filled = [
@@ -154,6 +157,7 @@ def explain(
 
     shapes = [leaf for leaf, shape in zip(leaves, is_shape, strict=True) if shape]
     jax.eval_shape(posed, shapes)
+    # Blocks can be found only if no array that decides them is a mere shape.
     (problem,), operands = problems, None
     bias = given.get("bias")
     names = ("mask", "modifier", "query_position", "key_position")
@@ -171,11 +175,12 @@ def _explain(
 ) -> Explanation:
     """Explains a problem.
 
-    Of the operands only what decides which blocks are skipped is looked at; None says that
-    it is not known.
+    Reads only those operands that decide which blocks are skipped. None for the operands
+    says that these are not known.
     """
     sizes = problem.sizes
     B, T, S, N, K, H, D = (getattr(sizes, letter) for letter in "BTSNKHD")
+    # q·k takes 2H operations for each pair, and weight·v takes 2D.
     item = problem.dtype.itemsize
     name = choose(where, problem, platform, implementation)
     blocks = _blocks(problem, operands, name)
@@ -195,7 +200,7 @@ def _explain(
 
 
 def _blocks(problem: Problem, operands: Operands | None, name: str) -> Blocks | None:
-    """What is skipped, if there is anything that could be."""
+    """Gives the blocks that are skipped; None where no block can be skipped."""
     B, N, T, S = problem.sizes.BNTS
     if not of_call.skips(problem, operands) or 0 in (B, N, T, S):
         return None
@@ -208,7 +213,8 @@ def _blocks(problem: Problem, operands: Operands | None, name: str) -> Blocks | 
         return Blocks(sizes, counts)
     kinds = spread(np.asarray(kinds), (T, S), sizes)
     if problem.mask is None and not np.any(kinds == EMPTY):
-        return None  # a modifier that skips nothing is not about blocks
+        return None  # no block is skipped and no mask is asked: nothing to report
+    # The last block of a side may be shorter than the others.
     rows, columns = (
         np.minimum(size, length - size * np.arange(count))
         for size, length, count in zip(sizes, (T, S), counts, strict=True)
@@ -228,7 +234,7 @@ def _times(pair: tuple[int, int]) -> str:
 
 
 def _unit(amount: int) -> str:
-    """A number with three digits and a unit's prefix: 1.23 G."""
+    """Writes a number with three digits and a unit's prefix: 1.23 G."""
     value = float(amount)
     for prefix in ("", "k", "M", "G", "T"):
         if value < 1000:

@@ -1,4 +1,4 @@
-"""Whole numbers and ids in masks: compared in full, or refused by name."""
+"""Whole numbers and ids in masks: compared in full, or refused with their name."""
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,21 @@ from jattn.shapes import Sizes
 
 
 def is_number(value) -> bool:
-    """Whether a value is a whole number of Python or NumPy."""
+    """Says whether a value is a whole number of Python or NumPy."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def as_int32(x):
-    """An integer that combines with positions under strict promotion."""
+    """Gives an integer that combines with positions under strict type promotion."""
     return int(x) if is_number(x) else saturate(jnp.asarray(x))
 
 
 def one_number(where: str, name: str, value):
-    """One whole number as 1111, int32; one beyond its ends is as good as these.
+    """Gives one whole number with shape 1111, int32; saturated at the ends of int32.
 
-    It is NumPy's where it is known, so that what it hides is found before the call runs.
+    Positions are int32, so a number beyond its ends masks the same pairs as the end does.
+    A known number becomes a NumPy array, so that the blocks that it hides are found before
+    the call runs.
     """
     number = saturate(check_integers(where, name, value))
     if number.size != 1:
@@ -33,11 +35,12 @@ def one_number(where: str, name: str, value):
 
 
 def common_dtype(where: str, ids: dict):
-    """A type that holds the ids of both sides, or a sentence saying that there is none."""
+    """Gives a type that holds the ids of both sides, or raises if JAX has none."""
     left, right = (array.dtype for array in ids.values())
     if left == right:
         return left
     dtype = np.promote_types(left, right)
+    # NumPy answers float64 for int64 with uint64. And JAX cuts 64 bits while x64 is off.
     if (
         dtype.kind == "f"
         or not jnp.zeros((), jax.dtypes.canonicalize_dtype(dtype)).dtype == dtype
@@ -50,7 +53,7 @@ def common_dtype(where: str, ids: dict):
 
 
 def padding_number(where: str, value, dtype):
-    """The id of padding as 1111, in the type of the ids."""
+    """Gives the id of padding with shape 1111, in the type of the ids."""
     number = check_array(where, "padding_id", value) if hasattr(value, "dtype") else value
     ends = jnp.iinfo(dtype)
     known = is_known(number)
@@ -65,12 +68,14 @@ def padding_number(where: str, value, dtype):
 
 
 def check_whole(where: str, name: str, value, signed: bool = True) -> None:
-    """Raises for what is no whole number that JAX has a type for, or array of them.
+    """Checks that a value is a whole number that a type of JAX holds, or an array of such.
 
-    Leaves anything else that JAX may put into a pytree alone.
+    Accepts all other objects, for JAX may put anything into a pytree.
     """
     dtype = getattr(value, "dtype", None)
     if is_number(value):
+        # The width of JAX's default integer: 64 bits with `jax_enable_x64`, else 32. An
+        # unsigned type holds one bit more above.
         bits = jnp.iinfo(jnp.asarray(0).dtype).bits
         if -(2 ** (bits - 1)) <= int(value) < 2 ** (bits - signed):
             return
@@ -87,7 +92,7 @@ def check_whole(where: str, name: str, value, signed: bool = True) -> None:
 
 
 def per_example(where: str, name: str, array, sizes: Sizes) -> jax.Array:
-    """One integer for all or one per example, as B111; as int32, which rows count in."""
+    """Gives one integer for all examples, or one for each, as B111 or 1111 in int32."""
     array = saturate(check_integers(where, name, array))
     if array.shape not in ((), sizes.batch, (1,) * len(sizes.batch)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a mask is, and masks made of others: `&`, `|`, `~`, functions and arrays."""
+"""What a mask is, and masks made of functions, arrays, or other masks by `&`, `|`, `~`."""
 
 import dataclasses
 import operator
@@ -16,26 +16,27 @@ from jattn.shapes import Sizes
 class Mask:
     """A predicate on pairs of a query and a key; subclasses say which pairs count."""
 
-    __array_ufunc__ = None  # so that `array & mask` asks the mask
+    __array_ufunc__ = None  # so that `array & mask` calls `__rand__` of the mask
 
     def aligned(self, sizes: Sizes) -> Any:
-        """A pytree of arrays that broadcast to BNTS, read by row and column."""
+        """Gives a pytree of arrays that broadcast to BNTS, read by row and column."""
         del sizes
         return ()
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """Whether this query may attend to this key, as a Boolean scalar."""
+        """Says whether this query may attend to this key, as a Boolean scalar."""
         raise TypeError(f"{type(self).__name__} must define `allows`")
 
     def __call__(self, b, n, t, s):
-        """The same, for a mask that reads positions only."""
+        """Says the same as `allows`, for a mask that reads positions only."""
         return self.allows(b, n, t, s, ())
 
     def known_blocks(self, where: str, sizes: Sizes, positions: tuple[bool, bool]) -> Any:
-        """Gives the blocks and their kinds that the mask brings with it; None as a rule.
+        """Gives the block size and the kinds of blocks that the mask brings; usually None.
 
-        `positions` says whether those of queries and of keys were given. The blocks are
-        how many queries and keys one has, the kinds as `jattn.blocks.kinds` has them.
+        `positions` says whether the caller gave positions of queries and of keys. The
+        block size is a number of queries and of keys; `jattn.blocks.kinds` says what the
+        kinds are.
         """
         del where, sizes, positions
 
@@ -55,7 +56,7 @@ class Mask:
         return Not(self)
 
     def __repr__(self) -> str:
-        """The mask as one writes it, `Causal() & Window(4, 0)`."""
+        """Writes the mask as in Python code, `Causal() & Window(4, 0)`."""
         return as_written(self)
 
     def __bool__(self):
@@ -63,7 +64,7 @@ class Mask:
 
 
 def as_mask(mask, where: str = "masks") -> Mask:
-    """A mask from a mask, a Boolean array, or a function of (b, n, t, s)."""
+    """Makes a mask from a mask, a Boolean array, or a function of (b, n, t, s)."""
     if isinstance(mask, Mask):
         return mask
     if isinstance(mask, type):
@@ -82,15 +83,15 @@ class Pointwise(Mask):
     function: Callable
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """Asks the function."""
+        """Calls the function."""
         return self.function(b, n, t, s)
 
 
 class ByRow(Mask):
-    """A mask of arrays that lie along the inputs."""
+    """A mask of arrays that have the axes of the inputs, and are not read by position."""
 
     def __call__(self, b, n, t, s):
-        """Refuses: positions alone do not say which row and column are meant."""
+        """Raises: positions alone do not say which row and column are meant."""
         raise ValueError(
             f"masks.{type(self).__name__}: reads its arrays by row and column, not by "
             f"position; combine it by &, | and ~ instead of calling it."
@@ -104,33 +105,34 @@ class Explicit(ByRow):
     array: jax.Array
 
     def aligned(self, sizes) -> Any:
-        """The array itself."""
+        """Gives the array itself."""
         array = _boolean("masks.Explicit", "array", self.array)
         return align("masks.Explicit", "array", array, sizes)
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """What the array says."""
+        """Gives the array's element for this pair."""
         return elements
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Both(Mask):
-    """Two masks; reads the arrays of both."""
+    """A mask of two masks, which reads the arrays of both."""
 
     left: Mask
     right: Mask
     combine: ClassVar[Callable]
 
     def aligned(self, sizes) -> Any:
-        """The arrays of each."""
+        """Gives the arrays of each mask."""
         return self.left.aligned(sizes), self.right.aligned(sizes)
 
     def __call__(self, b, n, t, s):
-        """The same, for masks that read positions only."""
+        """Says the same as `allows`, for masks that read positions only."""
         return self.combine(self.left(b, n, t, s), self.right(b, n, t, s))
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """Combines what each allows."""
+        """Combines what each mask allows."""
+        # `aligned` gave a pair of trees, so each mask gets its own elements.
         left, right = elements
         left = self.left.allows(b, n, t, s, left)
         return self.combine(left, self.right.allows(b, n, t, s, right))
@@ -138,7 +140,7 @@ class _Both(Mask):
 
 @pytree("left", "right")
 class And(_Both):
-    """Both masks allow it: `left & right`."""
+    """A mask of the pairs that both masks allow: `left & right`."""
 
     combine: ClassVar[Callable] = staticmethod(operator.and_)
 
@@ -148,7 +150,7 @@ class And(_Both):
 
 @pytree("left", "right")
 class Or(_Both):
-    """Either mask allows it: `left | right`."""
+    """A mask of the pairs that at least one mask allows: `left | right`."""
 
     combine: ClassVar[Callable] = staticmethod(operator.or_)
 
@@ -158,20 +160,20 @@ class Or(_Both):
 
 @pytree("mask")
 class Not(Mask):
-    """The mask does not allow it: `~mask`."""
+    """A mask of the pairs that another mask does not allow: `~mask`."""
 
     mask: Mask
 
     def aligned(self, sizes) -> Any:
-        """The mask's arrays."""
+        """Gives the mask's arrays."""
         return self.mask.aligned(sizes)
 
     def __call__(self, b, n, t, s):
-        """The same, for a mask that reads positions only."""
+        """Says the same as `allows`, for a mask that reads positions only."""
         return jnp.logical_not(self.mask(b, n, t, s))
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """The opposite of what the mask allows."""
+        """Says the opposite of the mask."""
         return jnp.logical_not(self.mask.allows(b, n, t, s, elements))
 
     def __repr__(self) -> str:
@@ -179,12 +181,12 @@ class Not(Mask):
 
 
 def _within(mask: Mask, *looser: type) -> str:
-    """Writes a mask, in parentheses if it is one of those that bind more loosely."""
+    """Writes a mask; in parentheses if it is a `looser` one, whose operator binds less."""
     return f"({mask!r})" if isinstance(mask, looser) else repr(mask)
 
 
 def _boolean(where: str, name: str, array) -> jax.Array:
-    """A Boolean array; a float one is told where it belongs."""
+    """Checks that an array is Boolean; the error for a float array names `bias`."""
     array = check_array(where, name, array)
     if array.dtype == jnp.bool_:
         return array

@@ -2,12 +2,12 @@
 
 A mask sees one query and one key: the example b, the query head n, and the positions
 t and s. True means *may attend*. Any function of these scalars is a mask, alone or
-combined with the ones below: `Causal() & (lambda b, n, t, s: doc[t] == doc[s])`.
+combined with the masks below: `Causal() & (lambda b, n, t, s: doc[t] == doc[s])`.
 
 Masks are frozen dataclasses and JAX pytrees: their arrays may be traced and batched.
-A mask may also read arrays that lie along the inputs, by row and column instead of by
-position: `aligned` gives them, as any pytree, and `allows` gets the same tree of their
-elements at its pair.
+A mask may also read arrays by row and column instead of by position. `aligned` gives
+these arrays, as any pytree, and `allows` gets a tree of the same structure that holds
+their elements for its pair.
 """
 
 from typing import Any
@@ -44,9 +44,9 @@ __all__ = [
 
 @pytree("offset")
 class Causal(Mask):
-    """No query sees a later key: t + offset ≥ s.
+    """A mask that hides later keys from each query: t + offset ≥ s.
 
-    The corner is a matter of positions. For T queries at the end of S keys, the last
+    Positions decide where the diagonal lies. For T queries at the end of S keys, the last
     query sees every key with `Causal(S - T)`, or with `query_position=S - T`.
 
         Causal()   1 0 0 0      Causal(1)   1 1 0 0
@@ -60,22 +60,22 @@ class Causal(Mask):
         check_whole("masks.Causal", "offset", self.offset)
 
     def aligned(self, sizes) -> Any:
-        """The offset, so that another one is no other program."""
+        """Gives the offset as an operand, so that all offsets share one program."""
         return one_number("masks.Causal", "offset", self.offset)
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """The query, moved by the offset, is not before the key."""
-        # The sum of a position and a large offset could wrap; no difference of two does.
+        """Says whether the key is at most `offset` after the query."""
+        # t + offset could wrap around int32; `check_range` ensures that s − t does not.
         return s - t <= elements
 
     def __call__(self, b, n, t, s):
-        """The same, by the number itself."""
+        """Says the same as `allows`, with the offset itself."""
         return self.allows(b, n, t, s, as_int32(self.offset))
 
 
 @pytree("left", "right")
 class Window(Mask):
-    """Each query sees the keys around it: t − left ≤ s ≤ t + right.
+    """A mask that shows each query the keys around it: t − left ≤ s ≤ t + right.
 
     `None` on a side sets no limit there.
 
@@ -100,7 +100,7 @@ class Window(Mask):
                 )
 
     def aligned(self, sizes) -> Any:
-        """How far it reaches, so that another width is no other program."""
+        """Gives the widths as operands, so that all widths share one program."""
         sides = {"left": self.left, "right": self.right}
         return [
             None if side is None else one_number("masks.Window", name, side)
@@ -108,7 +108,7 @@ class Window(Mask):
         ]
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """The key is no further to the left or right."""
+        """Says whether the key is within `left` and `right` of the query."""
         left, right = elements
         inside = jnp.bool_(True)
         if left is not None:
@@ -118,14 +118,16 @@ class Window(Mask):
         return inside
 
     def __call__(self, b, n, t, s):
-        """The same, by the numbers themselves."""
+        """Says the same as `allows`, with the widths themselves."""
         sides = [None if x is None else as_int32(x) for x in (self.left, self.right)]
         return self.allows(b, n, t, s, sides)
 
 
 @pytree("length")
 class Prefix(Mask):
-    """Every query sees the first keys: s < length, one for all or one per example.
+    """A mask that shows every query the first keys: s < length.
+
+    The length is one number for all examples, or one for each example.
 
     `Prefix(p) | Causal()` is the mask of a prefix language model.
     """
@@ -136,15 +138,15 @@ class Prefix(Mask):
         check_whole("masks.Prefix", "length", self.length)
 
     def aligned(self, sizes) -> Any:
-        """The length, of each example where there is more than one."""
+        """Gives the length, or the length of each example."""
         return per_example("masks.Prefix", "length", self.length, sizes)
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """The key is in the prefix."""
+        """Says whether the key is in the prefix."""
         return s < elements
 
     def __call__(self, b, n, t, s):
-        """The same, where one length serves all examples."""
+        """Says the same as `allows`, with the length itself."""
         length: Any = self.length
         length = length[b] if jnp.ndim(length) else as_int32(length)
         return self.allows(b, n, t, s, length)
@@ -152,10 +154,11 @@ class Prefix(Mask):
 
 @pytree("query_ids", "key_ids", "padding_id")
 class Segments(ByRow):
-    """A query sees the keys of its own segment: query_ids[row] = key_ids[column].
+    """A mask that shows a query the keys of its segment: query_ids[row] = key_ids[column].
 
-    Ids are integers, `T` and `S` or `BT` and `BS`; without `key_ids` the query's are
-    taken. Rows and columns whose id is `padding_id` see nothing and are not seen.
+    Ids are integers, `T` and `S` or `BT` and `BS`; without `key_ids` the keys have the
+    ids of the queries. A row whose id is `padding_id` sees nothing, and no row sees a
+    column whose id is `padding_id`.
 
         Segments(jnp.array([7, 7, 8]))   1 1 0
                                          1 1 0
@@ -171,7 +174,7 @@ class Segments(ByRow):
             check_whole("masks.Segments", "padding_id", self.padding_id, signed=False)
 
     def aligned(self, sizes) -> Any:
-        """The ids of rows and of columns, and that of padding, all of one type."""
+        """Gives the ids of rows and of columns and the id of padding, all of one type."""
         where = "masks.Segments"
         ids = {"query_ids": self.query_ids, "key_ids": self.key_ids}
         if self.key_ids is None:
@@ -187,15 +190,16 @@ class Segments(ByRow):
         return rows, columns, padding_number(where, self.padding_id, dtype)
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """Both are of one segment, and that is not the padding."""
+        """Says whether both are in one segment, and that is not the padding."""
         query_id, key_id, padding_id = elements
+        # Where the two ids are equal, it is enough to compare one of them with padding.
         same = query_id == key_id
         return same if padding_id is None else same & (query_id != padding_id)
 
 
 @pytree("key_lengths", "query_lengths")
 class Lengths(ByRow):
-    """Only the first rows and columns of each example count.
+    """A mask of the first rows and columns of each example.
 
         column < key_lengths[b]    row < query_lengths[b]
 
@@ -207,8 +211,9 @@ class Lengths(ByRow):
     query_lengths: int | jax.Array | None = None
 
     def aligned(self, sizes) -> Any:
-        """Each side's index and length; without `query_lengths` the key's alone."""
+        """Gives each side's indices and lengths; only the keys' without `query_lengths`."""
         where, sides = "masks.Lengths", []
+        # Lengths count rows and columns, not positions, so these are aligned arrays too.
         column = jnp.arange(sizes.S, dtype=jnp.int32).reshape(1, 1, 1, -1)
         sides.append((column, per_example(where, "key_lengths", self.key_lengths, sizes)))
         if self.query_lengths is not None:
@@ -218,7 +223,7 @@ class Lengths(ByRow):
         return sides
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """Neither is beyond its length."""
+        """Says whether the row and the column are within their lengths."""
         inside = jnp.bool_(True)
         for index, length in elements:
             inside = inside & (index < length)
@@ -226,7 +231,7 @@ class Lengths(ByRow):
 
 
 def in_words(mask) -> Mask | None:
-    """The mask, if it is `Causal`, `Window` or both, with Python's or NumPy's numbers."""
+    """Gives the mask if `Causal` and `Window` with known numbers make it, else None."""
     if isinstance(mask, And):
         sides = in_words(mask.left), in_words(mask.right)
         return None if None in sides else mask

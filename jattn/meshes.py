@@ -3,13 +3,13 @@
 JAX types an array by more than shape and dtype. On a mesh with explicit axes the type says
 along which mesh axes the array is cut, and JAX refuses an operation whose result could
 lie in two ways, such as `ids[b, t]` for ids cut along b. Inside `jax.shard_map` the type
-says over which mesh axes the array's values differ, and JAX refuses to combine two that
-differ over other axes. Where an array lies changes no number, so:
+says over which mesh axes the array's values differ, and JAX refuses to combine two arrays
+whose values differ over different axes. Where an array lies changes no number, so:
 
     `across`     runs a public function with explicit axes left to XLA, and gives its
                  results the sharding that the types of the inputs say
     `jaxpr_of`   traces a user's function of scalars into a jaxpr whose types say nothing
-                 of devices, whatever the arrays that it captured say
+                 of devices, even if the types of the captured arrays do (`call.plain`)
 """
 
 import contextlib
@@ -22,13 +22,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, use_abstract_me
 
 
 def across(letters: str):
-    """Makes a public function one of arrays on any mesh.
+    """Makes a public function work with arrays on any mesh.
 
-    `letters` names the axes of the results, the batch's by one "B": each lies as the axis
-    of the same letter in `query` (BTNH) or `key` (BSKH) does. A letter that these do not
-    have, or whose mesh axis another one has taken, is not cut. Results of one rank less
-    were averaged over heads. Where the function returns several arrays, a space
-    separates their letters; results that are no arrays stay as they are.
+    `letters` names the axes of the results; one "B" stands for all batch axes. Each axis
+    is cut like the axis of the same letter in `query` (BTNH) or `key` (BSKH). An axis is
+    not cut if these have no such letter, or if an earlier axis of the result is cut along
+    the same mesh axis. A result with one axis less was averaged over heads. Where the
+    function returns several arrays, a space separates their letters; results that are not
+    arrays stay as they are.
     """
 
     def decorate(function):
@@ -38,6 +39,7 @@ def across(letters: str):
         def on_any_mesh(*args, **kwargs):
             leaves, tree = jax.tree.flatten((args, kwargs))
             mesh = _explicit_mesh(leaves)
+            # Without explicit axes, no type says where an array lies.
             if mesh is None:
                 return function(*args, **kwargs)
             given = dict(zip(names, args, strict=False)) | kwargs
@@ -63,7 +65,7 @@ _CALLER: contextvars.ContextVar = contextvars.ContextVar("mesh", default=None)
 
 @contextlib.contextmanager
 def _called_from(mesh):
-    """Keeps the mesh that a public function was called in."""
+    """Remembers, in the context, the mesh that a public function was called in."""
     token = _CALLER.set(mesh)
     try:
         yield
@@ -72,7 +74,7 @@ def _called_from(mesh):
 
 
 def without_axes(array):
-    """The array with its explicit mesh axes left to XLA; what is none, as it is."""
+    """Gives an array with its explicit mesh axes left to XLA; other objects unchanged."""
     if isinstance(array, jax.ShapeDtypeStruct):
         mesh = getattr(array.sharding, "mesh", None)
         if mesh is None or AxisType.Explicit not in mesh.axis_types:
@@ -88,7 +90,7 @@ def without_axes(array):
 
 
 def _explicit_mesh(leaves):
-    """The mesh with explicit axes that a call is on, abstract; None where there is none."""
+    """Gives the abstract mesh with explicit axes that a call is on; None without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         return mesh if AxisType.Explicit in mesh.axis_types else None
@@ -97,7 +99,7 @@ def _explicit_mesh(leaves):
 
 
 def _mesh_of(array):
-    """The abstract mesh of an array, if it has explicit axes."""
+    """Gives the abstract mesh of an array if that has explicit axes, else None."""
     if not isinstance(array, jax.Array):
         return None
     mesh = jax.typeof(array).sharding.mesh
@@ -105,15 +107,16 @@ def _mesh_of(array):
 
 
 def _left_to_xla(mesh):
-    """The abstract mesh with automatic axes in place of explicit ones."""
+    """Gives the abstract mesh with automatic axes in place of explicit axes."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     explicit = [name for name, kind in kinds if kind == AxisType.Explicit]
     return mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
 
 
 def _axes(query, key) -> dict:
-    """For each letter, the sizes of its axes and the mesh axes that they are cut along."""
+    """Gives for each letter the sizes of its axes and the mesh axes that cut them."""
     found = {}
+    # The query comes last, so that the batch lies as the query's, if both have a mesh.
     for array, names in ((key, "SN"), (query, "TN")):
         if _mesh_of(array) is None or array.ndim < 3:
             continue
@@ -123,15 +126,18 @@ def _axes(query, key) -> dict:
 
 
 def _spec(word: str, result, axes: dict):
-    """How a result lies whose axes have these letters."""
+    """Gives the sharding of a result whose axes have these letters."""
     uncut = [(None, None)]
+    # A result with an axis less was averaged over heads.
     if len(word) - 1 + len(axes.get("B", ())) > result.ndim:
         word = word.replace("N", "")
     pairs = [x for letter in word for x in axes.get(letter, uncut)]
+    # Axes are counted from the last one; leading axes without a letter are not cut.
     pairs = ([*uncut * result.ndim, *pairs])[-result.ndim :] if result.ndim else []
     spec, taken = [], set()
     for size, (want, names) in zip(result.shape, pairs, strict=True):
         own = {names} if isinstance(names, str) else set(names or ())
+        # A mesh axis may cut only one axis of an array.
         free = size == want and not own & taken
         spec.append(names if free else None)
         taken |= own if free else set()

@@ -5,8 +5,8 @@ Any function of these scalars is a modifier, alone or composed left to right by 
 `SoftCap(50.0) >> ALiBi() >> (lambda logit, b, n, t, s: logit * heat[n])`. The arrays that
 it holds or closes over have gradients.
 
-Modifiers are frozen dataclasses and JAX pytrees. As with masks, arrays that lie along the
-inputs come from `aligned`, and their elements at this pair go to `modify`.
+Modifiers are frozen dataclasses and JAX pytrees. As with masks, `aligned` gives arrays
+that are read by row and column, and `modify` gets their elements for its pair.
 """
 
 from collections.abc import Callable
@@ -38,15 +38,15 @@ __all__ = [
 class Modifier:
     """A map on logits; subclasses say which."""
 
-    __array_ufunc__ = None
+    __array_ufunc__ = None  # so that `array >> modifier` calls `__rrshift__` here
 
     def aligned(self, sizes: Sizes) -> Any:
-        """A pytree of arrays that broadcast to BNTS, read by row and column."""
+        """Gives a pytree of arrays that broadcast to BNTS, read by row and column."""
         del sizes
         return ()
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
-        """The new logit of this query and key, a scalar."""
+        """Gives the new logit of this query and key, a scalar."""
         raise TypeError(f"{type(self).__name__} must define `modify`")
 
     def __rshift__(self, other) -> "Modifier":
@@ -56,12 +56,12 @@ class Modifier:
         return Compose(as_modifier(other), self)
 
     def __repr__(self) -> str:
-        """The modifier as one writes it, `SoftCap(50.0) >> ALiBi()`."""
+        """Writes the modifier as in Python code, `SoftCap(50.0) >> ALiBi()`."""
         return as_written(self)
 
 
 def as_modifier(modifier, where: str = "modifiers") -> Modifier:
-    """A modifier from a modifier or a function of (logit, b, n, t, s)."""
+    """Makes a modifier from a modifier or a function of (logit, b, n, t, s)."""
     if isinstance(modifier, Modifier):
         return modifier
     if callable(modifier):
@@ -79,24 +79,25 @@ class Pointwise(Modifier):
     function: Callable
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
-        """Asks the function."""
+        """Calls the function."""
         return self.function(logit, b, n, t, s)
 
 
 @pytree("first", "second")
 class Compose(Modifier):
-    """One modifier, then the other: `first >> second`."""
+    """A modifier that applies two, one after the other: `first >> second`."""
 
     first: Modifier
     second: Modifier
 
     def aligned(self, sizes) -> Any:
-        """The arrays of each."""
+        """Gives the arrays of each modifier."""
         return self.first.aligned(sizes), self.second.aligned(sizes)
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
-        """The second of the first."""
+        """Applies the first modifier, then the second one."""
         first, second = elements
+        # The first modifier may change the dtype; the second gets the logit's again.
         logit = self.first.modify(logit, b, n, t, s, first).astype(logit.dtype)
         return self.second.modify(logit, b, n, t, s, second)
 
@@ -107,16 +108,17 @@ class Compose(Modifier):
 
 @pytree("array")
 class Bias(Modifier):
-    """Adds an array that broadcasts to BNTS: logit + array[b, n, row, column].
+    """A modifier that adds an array: logit + array[b, n, row, column].
 
-    The argument `bias` adds after every modifier; this one adds where it stands, so that
+    The array broadcasts to BNTS. The argument `bias` of `attention` is added after all
+    modifiers; this modifier adds at its place in a composition, so
     `Bias(array) >> SoftCap(50.0)` caps the sum.
     """
 
     array: jax.Array
 
     def aligned(self, sizes) -> Any:
-        """The array itself."""
+        """Gives the array itself."""
         array = check_array("modifiers.Bias", "array", self.array)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(
@@ -126,13 +128,13 @@ class Bias(Modifier):
         return align("modifiers.Bias", "array", array, sizes)
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
-        """The sum, in the logit's precision."""
+        """Computes the sum, in the logit's precision."""
         return logit + elements.astype(logit.dtype)
 
 
 @pytree("cap")
 class SoftCap(Modifier):
-    """Holds logits inside ±cap, smoothly: cap · tanh(logit / cap).
+    """A modifier that keeps logits within ±cap, smoothly: cap · tanh(logit / cap).
 
     Reference:
         Gemma Team, 2024, arXiv:2408.00118, section 2.
@@ -145,7 +147,7 @@ class SoftCap(Modifier):
             raise ValueError(f"modifiers.SoftCap: `cap` must be > 0, got {self.cap}.")
 
     def aligned(self, sizes) -> Any:
-        """The cap, so that another one is no other program."""
+        """Gives the cap as an operand, so that all caps share one program."""
         known = isinstance(self.cap, int | float | np.number)
         cap = np.asarray(self.cap, float) if known else self.cap
         cap = check_array("modifiers.SoftCap", "cap", cap)
@@ -157,7 +159,7 @@ class SoftCap(Modifier):
         return cap.reshape(1, 1, 1, 1)
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
-        """The capped logit."""
+        """Computes the capped logit."""
         cap = elements.astype(logit.dtype)
         return cap * jnp.tanh(logit / cap)
 
@@ -166,8 +168,9 @@ class SoftCap(Modifier):
 class ALiBi(Modifier):
     """A penalty that grows with distance: logit − slopes[n] · |t − s|.
 
-    Without slopes, those of the paper: 2^(−8(n+1)/N) for N a power of two, and otherwise
-    these for the power of two below N followed by every other one of the next.
+    The default slopes are those of the paper: 2^(−8(n+1)/N) if N is a power of two.
+    Otherwise, they are the slopes for the largest power of two below N, followed by every
+    other slope for the next power of two.
 
     Reference:
         Press, Smith and Lewis, 2021, arXiv:2108.12409, section 3.
@@ -176,7 +179,7 @@ class ALiBi(Modifier):
     slopes: jax.Array | None = None
 
     def aligned(self, sizes) -> Any:
-        """The slope of each head."""
+        """Gives the slope of each head."""
         slopes = alibi_slopes(sizes.N) if self.slopes is None else self.slopes
         slopes = check_array("modifiers.ALiBi", "slopes", slopes)
         if slopes.shape not in ((), (sizes.N,)):
@@ -187,12 +190,13 @@ class ALiBi(Modifier):
         return jnp.broadcast_to(slopes, (sizes.N,)).reshape(1, -1, 1, 1)
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
-        """The logit less the penalty."""
+        """Computes the logit minus the penalty."""
         return logit - elements.astype(logit.dtype) * jnp.abs(t - s).astype(logit.dtype)
 
 
 def alibi_slopes(num_heads: int) -> jax.Array:
-    """The geometric sequence of the paper, one slope per head."""
+    """Computes the slopes of the ALiBi paper, a geometric sequence: one per head."""
+    # The largest power of two that is at most N.
     below = 2 ** (num_heads.bit_length() - 1) if num_heads else 1
 
     def powers(count):
@@ -204,13 +208,13 @@ def alibi_slopes(num_heads: int) -> jax.Array:
 
 @pytree("table", static=("bucket",))
 class RelativeBias(Modifier):
-    """Adds a learned number for each head and bucket of s − t.
+    """A modifier that adds a learned number for each head and bucket of s − t.
 
         logit + table[n, bucket(s − t)]
 
     `table` is N × buckets. `bucket` maps the integer s − t to a column: `distance(radius)`
-    and `log_bucket(…)` of this module, or any function written for a scalar. Without
-    one, it is `distance` of the radius that the table's width says: (width − 1) / 2.
+    and `log_bucket(…)` of this module, or any function written for a scalar. The default
+    is `distance(radius)` with the radius of the table's width: (width − 1) / 2.
     """
 
     table: jax.Array
@@ -225,7 +229,7 @@ class RelativeBias(Modifier):
             )
 
     def aligned(self, sizes) -> Any:
-        """Nothing; only checks that there is a row for each head."""
+        """Gives no arrays; only checks that the table has a row for each head."""
         shape = jnp.shape(self.table)
         if len(shape) != 2 or shape[0] != sizes.N:
             raise ValueError(
@@ -235,7 +239,7 @@ class RelativeBias(Modifier):
         return ()
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
-        """The logit plus the table's entry."""
+        """Computes the logit plus the table's entry."""
         table = jnp.asarray(self.table)
         bucket = self.bucket or distance((table.shape[1] - 1) // 2)
         return logit + table[n, bucket(s - t)].astype(logit.dtype)

@@ -1,8 +1,8 @@
-"""Pages of weights and of masks that open in any browser: one file each, without a network.
+"""Pages of weights and of masks: one file each, for any browser, without a network.
 
 All functions return a `Page`: `page.save("weights.html")` writes it, and a notebook shows
-it. The page of a long text has the strongest weights of each query and sums of all of
-them, so that it stays small and quick.
+it. The page of a long text has the strongest weights of each query and sums of all
+weights, so that it stays small and quick.
 """
 
 from collections.abc import Sequence
@@ -36,27 +36,29 @@ def weights(
     query_position=None,
     key_position=None,
 ) -> Page:
-    """Shows which tokens attend to which, in every layer and head.
+    """Shows which tokens attend to which tokens, in every layer and head.
 
     Point at a token, or tap it, to see what it attends to and what attends to it. A head
     is chosen from small pictures of all of them; several chosen heads show their mean.
     A chosen pair of tokens is shown in all heads at once. It works with a mouse, with
     fingers, with the keyboard and with a screen reader.
 
-    T × S weights are never held. Up to four million weights the page has all of them. Of
-    more it has at least the largest of each query and head, and all above one threshold;
-    the page says which share of all weight that is. What each key receives, how far each
-    query spreads, and the small pictures are sums of all weights.
+    The T × S weights are never held at once. A page of up to four million weights has all
+    of them. A page of more weights has at least the largest of each query and head, and
+    all weights above one threshold; it says which share of the total weight that is. What
+    each key receives, how far each query spreads, and the small pictures are sums of all
+    weights.
 
     Args:
-        query: `TNH` of one example; for several layers, a list of one such array for each.
-            N may differ from layer to layer.
+        query: `TNH` of one example; for several layers, a list with one such array for
+            each layer. N may differ from layer to layer.
         key: `SKH`, likewise.
         tokens: What the queries are called, T of them; numbered by default.
         key_tokens: What the keys are called, S of them; by default as the queries if T = S.
         title: What to write above.
-        megabytes: The most that the page may take, in 10⁶ bytes.
-        mask: See `jattn.attention`, and so are all others; a list has one for each layer.
+        megabytes: The largest size that the page may have, in 10⁶ bytes.
+        mask: See `jattn.attention`, also for the other options; a list has one option for
+            each layer.
         bias: See `jattn.attention`.
         modifier: See `jattn.attention`.
         sink: See `jattn.attention`.
@@ -68,7 +70,7 @@ def weights(
         The page.
 
     Raises:
-        ValueError: If an argument does not fit, or the page cannot be made so small.
+        ValueError: If an argument does not fit, or the page cannot be as small as that.
 
     Example:
         >>> import jax
@@ -110,7 +112,7 @@ def received(
         The page.
 
     Raises:
-        ValueError: If `received` has no such shape, or the tokens do not fit it.
+        ValueError: If `received` has another shape, or the tokens do not fit it.
 
     Example:
         >>> received([2.0, 0.5, 1.0], ["to", "be", "or"])
@@ -128,12 +130,12 @@ def entropy(
 ) -> Page:
     """Shows over how many keys each head of each layer spreads, as a map of all heads.
 
-    A cell is the mean over queries. With numbers for each query, a click on a cell shows
-    how far each token spreads in this head, as the colour behind it.
+    A cell is the mean over queries. If there are numbers for each query, a click on a cell
+    shows how far each token spreads in this head, as the colour behind the token.
 
     Args:
-        entropies: One array for each layer, as from `jattn.attention_entropy`, `TN` of one
-            example or its means `N`; N may differ from layer to layer.
+        entropies: One array for each layer, as from `jattn.attention_entropy`: `TN` of one
+            example, or its means over queries, `N`. N may differ from layer to layer.
         tokens: What the queries are called, T of them; numbered by default.
         title: What to write above.
 
@@ -141,7 +143,7 @@ def entropy(
         The page.
 
     Raises:
-        ValueError: If there is no layer, or one has another shape.
+        ValueError: If there is no layer, or a layer has another shape.
 
     Example:
         >>> entropy([[3.0, 1.5], [0.5, 2.0]])
@@ -166,8 +168,8 @@ def mask(
 ) -> Page:
     """Shows which query may attend to which key, in blocks and down to single pairs.
 
-    The blocks are those of `jattn.block_table`: attention skips empty ones, asks the mask
-    in partial ones, and not in full ones. Zoom in to see each pair.
+    The blocks are those of `jattn.block_table`: attention skips empty blocks, applies the
+    mask in partial blocks, and needs no mask in full blocks. Zoom in to see each pair.
 
     Args:
         mask: What `jattn.attention` takes as `mask`, for one example and head; a
@@ -176,8 +178,8 @@ def mask(
         key_length: The number of keys, S; T by default.
         tokens: What the queries are called, T of them; numbered by default.
         key_tokens: What the keys are called, S of them; by default as the queries if T = S.
-        block: How many queries and keys a block has; by default 128, or fewer of a mask
-            that is shorter than eight of them.
+        block: How many queries and keys a block has; by default 128, or fewer for a mask
+            that is shorter than eight such blocks.
         title: What to write above.
 
     Returns:
@@ -217,7 +219,7 @@ def mask(
 
 
 def _names(where: str, tokens, key_tokens, T: int, S: int) -> dict[str, Any]:
-    """The tokens of queries and keys; None for keys that are the queries themselves."""
+    """Gives the tokens of queries and keys; None for keys with the queries' tokens."""
     queries = named_tokens(where, "tokens", tokens, "T", T)
     if key_tokens is None and T == S:
         return {"tokens": queries, "key_tokens": None}

@@ -1,7 +1,7 @@
-"""Pictures of weights, of masks, and of what `jattn.views` says of weights.
+"""Pictures of weights, of masks, and of the sums of weights that `jattn.views` computes.
 
 All functions return a `matplotlib.figure.Figure` that belongs to no window and no global
-state; `figure.savefig("weights.png")` writes it, on white in light and dark viewers alike.
+state. `figure.savefig("weights.png")` writes it, always on a white background.
 """
 
 import math
@@ -22,9 +22,11 @@ from jattn.pictures.words import received
 __all__ = ["entropy", "mask", "received", "weights"]
 
 _COLOURS = {FULL: "#1f4e79", PARTIAL: "#8fbcdb", EMPTY: "#efefec"}
-_MOST_CELLS = 64  # along each side of a panel of weights, and twice as many of a mask
-_MOST_NUMBERS = 12  # along a side, to write each weight into its cell
-_MOST_PANELS = 16
+# Along each side of a panel of weights; of a mask twice as many. More cells would be too
+# small to tell apart.
+_MOST_CELLS = 64
+_MOST_NUMBERS = 12  # along a side; only up to here a cell has room for its number
+_MOST_PANELS = 16  # in one figure, so that each panel stays readable
 
 
 def weights(
@@ -37,8 +39,8 @@ def weights(
 ) -> Figure:
     """Draws attention weights, one panel per head, all in one scale of colours.
 
-    More than 64 queries or keys are pooled into blocks, which the picture says: a block
-    shows the mean over its queries of the weight on all of its keys.
+    More than 64 queries or keys are pooled into blocks, and a note in the picture says so:
+    a block shows the mean over its queries of the weight on all of its keys.
 
     Args:
         weights: As from `jattn.attention_weights`, `BNTS` or `NTS`; or of one head, `TS`.
@@ -51,7 +53,7 @@ def weights(
         The figure.
 
     Raises:
-        ValueError: If `weights` has no such shape, or tokens or heads do not fit it.
+        ValueError: If `weights` has another shape, or tokens or heads do not fit it.
     """
     drawn, names, *tokens = shown_of(
         "plot.weights", weights, query_tokens, key_tokens, heads
@@ -84,23 +86,23 @@ def mask(
 ) -> Figure:
     """Draws which query may attend to which key, for one example and head.
 
-    In blocks, each is one of three: all of its pairs may attend, some may, or none. A
-    `jattn.BlockTable` is drawn as it stands, no pair is asked: what it does not know to be
-    all or none counts as some.
+    A cell of several pairs shows whether all, some or none of them may attend. A
+    `jattn.BlockTable` is drawn from its kinds, and its mask is not evaluated: a block that
+    is not known to be full or empty is drawn as "some".
 
     Args:
         mask: What `jattn.attention` takes as `mask`: an object, a function, an array.
         length: The number of queries, T.
         key_length: The number of keys, S; T by default.
-        block: How many queries and how many keys to draw as one; by default 1, or more
-            where the picture would have more than 128 on a side.
+        block: How many queries and how many keys to draw as one cell; by default 1, or
+            more where the picture would have more than 128 cells on a side.
         title: What to write above.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: If the mask does not fit these lengths, or one of them is below 1.
+        ValueError: If the mask does not fit these lengths, or a length is below 1.
     """
     key_length = length if key_length is None else key_length
     if block is None:
@@ -128,18 +130,19 @@ def mask(
 def entropy(entropies: Sequence, *, title: str | None = None) -> Figure:
     """Draws how widely each head of each layer attends: layers downwards, heads across.
 
-    A cell is the mean over examples and queries. Up to twelve heads, it is written too.
+    A cell is the mean over examples and queries. For up to twelve heads, each cell also
+    has its number.
 
     Args:
-        entropies: One array for each layer, as from `jattn.attention_entropy`, `BTN` or
-            `TN`, or its means `N`; N may differ from layer to layer.
+        entropies: One array for each layer, as from `jattn.attention_entropy`: `BTN` or
+            `TN`, or its means, `N`. N may differ from layer to layer.
         title: What to write above.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: If there is no layer, or one has no head.
+        ValueError: If there is no layer, or a layer has no head.
     """
     means = by_layer(entropies)
     rows, columns = (side(None, length, 1) for length in means.shape)
@@ -154,7 +157,7 @@ def entropy(entropies: Sequence, *, title: str | None = None) -> Figure:
 
 
 def _few(drawn, names, heads) -> tuple[np.ndarray, list[str], list[str]]:
-    """The first panels unless these were asked for, their names, and what to note."""
+    """Gives the panels to draw, their names and notes: all chosen heads, or the first."""
     if heads is not None or len(drawn) <= _MOST_PANELS:
         return drawn, names, []
     note = f"the first {_MOST_PANELS} of {len(drawn)} panels"
@@ -162,7 +165,7 @@ def _few(drawn, names, heads) -> tuple[np.ndarray, list[str], list[str]]:
 
 
 def _across(names: list[str]) -> int:
-    """How many panels stand side by side: those of one example, if they are few."""
+    """Gives the number of panels side by side: the heads of one example, at most four."""
     heads = sum(name.startswith(names[0].partition("head")[0]) for name in names)
     return heads if heads <= 4 else 4
 
@@ -193,6 +196,6 @@ def _add_legend(figure: Figure, block: int) -> None:
 
 
 def _times(block: tuple[int, int]) -> str:
-    """What a cell holds: `1 query × 5 keys`."""
+    """Says what a cell holds: `1 query × 5 keys`."""
     queries = "query" if block[0] == 1 else "queries"
     return f"{block[0]} {queries} × {block[1]} {'key' if block[1] == 1 else 'keys'}"

@@ -1,4 +1,4 @@
-"""Where queries and keys stand, in int32."""
+"""The positions of queries and keys, in int32."""
 
 import functools
 
@@ -13,8 +13,9 @@ from jattn.shapes import Sizes
 def positions(where: str, name: str, position, sizes: Sizes, axis: str) -> jax.Array | None:
     """Checks the positions of rows (axis T) or columns (axis S): integers, or None.
 
-    They are where the first one stands, an integer, or one integer for each, `T` or `BT`;
-    the latter with one batch axis, B or 1. Those that are known are int32.
+    They are an integer, the position of the first row, or one integer for each row, `T`
+    or `BT`. The result has one batch axis, B or 1, unless it is one integer. Known
+    positions become int32 where int32 holds them.
     """
     if position is None:
         return None
@@ -40,8 +41,8 @@ def check_range(where: str, sizes: Sizes, query_position, key_position):
     """Checks that int32 holds every position and every difference of two.
 
     Returns:
-        The two, as int32 or None; and a traced Boolean that says whether all fit, or None
-        where that is known.
+        The positions of queries and of keys, int32 or None; and a traced Boolean that says
+        whether all fit, or None where that is known.
 
     Raises:
         ValueError: If they are known and do not fit.
@@ -50,6 +51,7 @@ def check_range(where: str, sizes: Sizes, query_position, key_position):
     known, ends, placed = [], [], []
     for name, (axis, position) in sides.items():
         length = getattr(sizes, axis)
+        # Nothing is checked for symbolic lengths, nor where there are no positions.
         if not isinstance(length, int) or length == 0:
             placed.append(position if position is None else position.astype(jnp.int32))
             continue
@@ -93,15 +95,16 @@ def _ends(position, length: int):
 
 
 def _differ(high, low):
-    """Says whether int32 holds high − low."""
+    """Says whether int32 holds high − low, where high ≥ low; else True."""
     if isinstance(high, int) and isinstance(low, int):
         return high - low < 2**31
     high, low = jnp.int32(high), jnp.int32(low)
+    # A difference that does not fit wraps around to a negative number.
     return (high < low) | (high - low >= 0)
 
 
 def spread_positions(position: jax.Array | None, length: int) -> jax.Array:
-    """The position of each row or column, B or 1 by length; 0, 1, … by default."""
+    """Gives the position of each row or column, B or 1 by length; by default 0, 1, …."""
     count = jnp.arange(length, dtype=jnp.int32)[None]
     if position is None:
         return count

@@ -12,13 +12,14 @@ import numpy as np
 def pytree(*leaves: str, static: tuple[str, ...] = ()):
     """Makes a frozen dataclass whose `leaves` JAX sees and whose `static` fields it hashes.
 
-    One made from a tree is not checked again: transformations put into a tree what is no
-    array, such as None, axes or shardings.
+    An instance made from a tree is not checked again, for transformations put objects
+    other than arrays into a tree, such as None, axes or shardings.
 
-    Instances are values. Two of one class are equal if all their fields are, and then have
-    one hash: arrays by shape, dtype and content, whether JAX's or NumPy's; traced arrays
-    and functions by identity; the rest by `==`. So they can be static arguments of `jit`
-    and keys of a dict; to hash one reads all its arrays.
+    Instances are values. Two instances of one class are equal, and have one hash, if all
+    their fields are equal. Arrays are compared by shape, dtype and content, whether JAX's
+    or NumPy's; traced arrays and functions by identity; all other fields by `==`. So
+    instances can be static arguments of `jit` and keys of a dict. Hashing an instance
+    reads all its arrays.
     """
     names = [jax.tree_util.GetAttrKey(name) for name in leaves]
 
@@ -31,10 +32,12 @@ def pytree(*leaves: str, static: tuple[str, ...] = ()):
         return tuple(zip(names, children, strict=True)), rest
 
     def register(cls):
+        # A class with a `__repr__`, its own or an inherited one as masks have, keeps it.
         own = cls.__repr__ is not object.__repr__
         cls = dataclasses.dataclass(frozen=True, eq=False, repr=not own)(cls)
 
         def unflatten(rest, children):
+            # Without `__init__`, whose checks would refuse None, axes and shardings.
             instance = object.__new__(cls)
             for name, value in zip((*leaves, *static), (*children, *rest), strict=True):
                 object.__setattr__(instance, name, value)
@@ -79,7 +82,7 @@ def _field(value) -> Hashable:
 
 
 def by_content(array) -> Hashable:
-    """Makes a key of a number or an array; a traced one only equals itself."""
+    """Makes a key of a number or an array; the key of a traced array equals only itself."""
     if isinstance(array, jax.core.Tracer):
         return Same(array)
     if jax.dtypes.issubdtype(getattr(array, "dtype", float), jax.dtypes.extended):
@@ -93,14 +96,15 @@ def bits(value, dtype=None) -> tuple[Hashable, ...]:
     return array.shape, array.dtype, array.tobytes()
 
 
-# How many numbers of an array are written out; of a longer one, its type and shape.
+# An array of up to so many numbers is written in full. For a longer array, which would
+# fill the screen, only its type and shape are written.
 _MOST_NUMBERS = 100
 
 
 def as_written(instance) -> str:
-    """Writes a dataclass as one makes it: `Window(4, 0)`, `Segments([0, 0, 1])`.
+    """Writes a dataclass as Python code: `Window(4, 0)`, `Segments([0, 0, 1])`.
 
-    Fields that have their default are left out, and named where an earlier one was.
+    Fields with their default value are left out; the fields after such a field are named.
     """
     arguments, left_out = [], False
     for field in dataclasses.fields(instance):
@@ -131,7 +135,7 @@ def _is_traced(value) -> bool:
 
 
 class Same:
-    """Equal to itself alone; keeps its object alive, so that identity lasts."""
+    """A key of an object by identity; it keeps the object alive, so that its id lasts."""
 
     def __init__(self, value):
         self.value = value

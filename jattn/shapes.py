@@ -1,11 +1,11 @@
-"""The letters that every shape is written in, and the checks at the door.
+"""The letters that every shape is written in, and the checks of the inputs' shapes.
 
     B batch   T query length   S key length   N query heads   K key/value heads
     G = N/K   H head size of query and key    D head size of value and output
 
 `query` is `BTNH`, `key` is `BSKH`, `value` is `BSKD`, the output is `BTND`; logits and
-weights are `BNTS`. The batch may be absent, or be several axes: inside the library it
-is always the one axis B.
+weights are `BNTS`. The batch of the inputs may be absent or be several axes; inside the
+library it is always one axis, B.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def wide_dtype(dtype) -> jnp.dtype:
-    """The precision of logits, softmax and sums: float32 at least."""
+    """Gives the precision of logits, softmax and sums: float32 at least."""
     return jnp.dtype("float64" if dtype == jnp.float64 else "float32")
 
 
 def is_one(length) -> bool:
-    """Whether a length is known to be one; symbolic ones never are."""
+    """Says whether a length is known to be one; a symbolic length never is."""
     return isinstance(length, int) and length == 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What each letter stands for in one call."""
+    """The sizes of the letters in one call."""
 
     batch: tuple[int, ...]
     T: int
@@ -42,27 +42,27 @@ class Sizes:
 
     @property
     def B(self) -> int:
-        """The number of examples, all batch axes together."""
+        """Gives the number of examples, over all batch axes."""
         return math.prod(self.batch)
 
     @property
     def G(self) -> int:
-        """The number of query heads that share one key/value head."""
+        """Gives the number of query heads that share one key/value head."""
         return self.N // self.K if self.K else 0
 
     @property
     def are_known(self) -> bool:
-        """Whether no size is symbolic."""
+        """Says whether all sizes are known numbers, not symbolic ones."""
         return all(isinstance(size, int) for size in (*self.BNTS, self.K, self.H, self.D))
 
     @property
     def BNTS(self) -> tuple[int, ...]:
-        """The shape of the logits and the weights."""
+        """Gives the shape of the logits and the weights."""
         return self.B, self.N, self.T, self.S
 
 
 def measure(where: str, query, key, value) -> Sizes:
-    """Reads the letters off the inputs, or says which input does not fit."""
+    """Reads the sizes of the letters from the inputs; raises if an input does not fit."""
     arrays = {"query": query, "key": key, "value": value}
     _check_dtypes(where, arrays)
     _check_ranks(where, arrays)
@@ -94,7 +94,7 @@ def measure(where: str, query, key, value) -> Sizes:
 
 
 def flatten_batch(array: jax.Array, sizes: Sizes) -> jax.Array:
-    """The same array with one batch axis B, however many it came with."""
+    """Gives the same array with one batch axis B in place of all its batch axes."""
     trailing = array.shape[len(sizes.batch) :]
     flat = array.reshape(sizes.B, *trailing)
     chex.assert_rank(flat, 1 + len(trailing))
@@ -135,7 +135,7 @@ def _check_ranks(where: str, arrays: dict[str, jax.Array]) -> None:
 
 
 def _layout_hint(query, key) -> str:
-    """A clause for inputs that would make sense with heads before positions."""
+    """Gives a hint for inputs that would fit with heads before positions, BNTH."""
     if query.ndim < 4 or key.ndim != query.ndim:
         return ""
     heads, kv_heads = query.shape[-3], key.shape[-3]

@@ -1,18 +1,19 @@
-"""A partial answer, and how two of them combine.
+"""A partial answer, and how two partial answers combine.
 
 Attention over a part of the keys is a `State`: the output over that part and the
-logarithm of the sum that normalized it. States of disjoint parts `merge` into the state
-of the whole, in any order and grouping:
+logarithm of the sum that normalized it. `merge` combines the states of disjoint parts
+into the state of the whole, in any order and grouping:
 
     logsumexp = log(exp(a.logsumexp) + exp(b.logsumexp))
     output    = exp(a.logsumexp − logsumexp) · a.output
               + exp(b.logsumexp − logsumexp) · b.output
 
-This is the one theorem behind blocks of keys, decoding in splits, shared prefixes, paged
-caches and rings of devices. `EMPTY`, which has seen no key, is the unit.
+Blocks of keys, decoding in splits, shared prefixes, paged caches and rings of devices all
+rest on this theorem. `EMPTY`, the state of no keys, is the unit: merging it changes
+nothing.
 
-A sink is a state too, of output 0 and logsumexp `sink`: leave it out of the parts and
-merge it in once.
+A sink is a state too, with output 0 and logsumexp `sink`: leave it out of the parts and
+merge it once.
 
 References:
     Milakov and Gimelshein, 2018, arXiv:1805.02867; Ye et al., 2025, arXiv:2501.01005, the
@@ -44,20 +45,20 @@ EMPTY = State(cast(jax.Array, 0.0), cast(jax.Array, -math.inf))
 
 
 def merge(state: State, *states: State) -> State:
-    """Combines the states of disjoint parts of the keys into that of the whole.
+    """Combines the states of disjoint parts of the keys into the state of the whole.
 
-    Commutative exactly, associative to rounding, differentiable in both fields; a part
-    that saw nothing (logsumexp −∞) changes nothing, and where no part saw anything the
+    Commutative exactly, associative to rounding, differentiable in both fields. A part
+    that saw nothing (logsumexp −∞) changes nothing; where no part saw anything, the
     result is EMPTY again.
 
     Args:
-        state: A state, output `…TND` and logsumexp `…TN`; or EMPTY; or that of a sink,
-            `State(0, sink)`, with one number or one per head, `N`.
-        *states: More of them, of the same shapes.
+        state: A state, output `…TND` and logsumexp `…TN`; or EMPTY; or the state of a
+            sink, `State(0, sink)`, with one number or one per head, `N`.
+        *states: More states, of the same shapes.
 
     Returns:
-        The state of all the parts: the output in the dtype of theirs, the logsumexp in
-        float32 at least.
+        The state of all the parts: the output in the dtype of their outputs, the logsumexp
+        in float32 at least.
 
     Raises:
         ValueError: If the shapes of two states differ.
@@ -69,7 +70,7 @@ def merge(state: State, *states: State) -> State:
     """
     parts = (state, *states)
     _check(parts)
-    # Those without a shape last, for they take the shape of the others.
+    # States without a shape (EMPTY, sinks) come last: they take the shape of the others.
     parts = tuple(sorted(parts, key=lambda part: jnp.ndim(part.output) == 0))
     like = parts[0].output if jnp.ndim(parts[0].output) else None
     return _merged(like, None, parts)
@@ -77,7 +78,7 @@ def merge(state: State, *states: State) -> State:
 
 @across("BTN. BTN")
 def _merged(query, key, parts) -> State:
-    """Merges states that lie as `query` does."""
+    """Merges states; the result lies on the mesh as `query`, one of the outputs, does."""
     del query, key
     return functools.reduce(_merge, parts)
 
@@ -88,11 +89,14 @@ def _merge(a: State, b: State) -> State:
     wide = wide_dtype(dtype)
     a, b = jax.tree.map(lambda x: jnp.asarray(x).astype(wide), (a, b))
     a, b = _spread(a, b.logsumexp.shape), _spread(b, a.logsumexp.shape)
-    # The larger sum first, and the outputs combined as below: so the order of the
-    # arguments changes no bit, even where a multiplication and an addition are fused.
+    # The state with the larger sum comes first, and the outputs are combined as
+    #     output = low_share (a + b) + (high_share − low_share) high.
+    # So the order of the arguments changes no bit of the result, even where the compiler
+    # fuses a multiplication and an addition.
     swap = a.logsumexp < b.logsumexp
     high = jnp.where(swap, b.logsumexp, a.logsumexp)
     low = jnp.where(swap, a.logsumexp, b.logsumexp)
+    # Any finite `top` gives the same result, so it needs no gradient; −∞ − −∞ is NaN.
     top = jax.lax.stop_gradient(jnp.where(high == -jnp.inf, 0, high))
     high_share, low_share = jnp.exp(high - top), jnp.exp(low - top)
     total = high_share + low_share
@@ -107,7 +111,7 @@ def _merge(a: State, b: State) -> State:
 
 
 def _spread(state: State, shape) -> State:
-    """The state, its logsumexp of one sink per head in the shape of the other's."""
+    """Gives the state with one sink per head broadcast to the other's logsumexp shape."""
     own = state.logsumexp.shape
     is_sink = own and len(own) < len(shape)
     logsumexp = jnp.broadcast_to(state.logsumexp, shape) if is_sink else state.logsumexp
@@ -115,9 +119,12 @@ def _spread(state: State, shape) -> State:
 
 
 def with_sink(state: State, sink: jax.Array | None) -> jax.Array:
-    """The output with one more logit in the denominator; `sink` broadcasts to `…TN`.
+    """Gives the output with one more logit in the denominator.
 
-    output · exp(logsumexp) / (exp(logsumexp) + exp(sink)), in a form that cannot overflow.
+        output · exp(logsumexp) / (exp(logsumexp) + exp(sink))
+            = output · sigmoid(logsumexp − sink)        which cannot overflow
+
+    `sink` broadcasts to `…TN`. Without a sink, the output stays as it is.
     """
     if sink is None:
         return state.output
@@ -129,12 +136,12 @@ def with_sink(state: State, sink: jax.Array | None) -> jax.Array:
 
 
 def _check(parts) -> None:
-    """Raises unless all outputs are …TND of one shape and all logsumexps go with them."""
+    """Checks that all outputs are …TND of one shape and all logsumexps fit them."""
     outputs = {shape for part in parts if (shape := jnp.shape(part.output))}
     whole = max(outputs, default=(), key=len)
     for part in parts:
         output, logsumexp = jnp.shape(part.output), jnp.shape(part.logsumexp)
-        # A state without a shape, EMPTY or that of a sink, stands for one of every query.
+        # A state without a shape, EMPTY or a sink's, stands for the state of every query.
         fits = output in ((), whole) and (
             logsumexp == output[:-1] if output else logsumexp in ((), whole[-2:-1])
         )

@@ -40,27 +40,27 @@ def strongest_keys(
 ) -> StrongestKeys:
     """Finds the k keys that each query attends to most.
 
-    Of equal weights the first key comes first. Where fewer than k keys have any weight,
-    the rest has index −1 and weight 0; so has a query that sees nothing. A sink takes
-    weight away and is never among the keys. A query whose weights are not numbers has
-    indices −1 and weights NaN.
+    Among equal weights, the first key comes first. Where fewer than k keys have any
+    weight, the remaining entries have index −1 and weight 0; for a query that sees
+    nothing, all entries do. A sink takes weight away and is never among the keys. A query
+    whose weights are not numbers has indices −1 and weights NaN.
 
-    It has no derivative and says so when it is asked for one.
+    This function has no derivative; differentiating it raises an error.
 
     Args:
         query: `BTNH`.
         key: `BSKH`.
         k: How many keys, a Python integer; it may be more than S.
-        logsumexp: Of the logits, `BTN`, as `attention_state` of the same arguments gives
-            it; computed blockwise by default.
-        average: Whether to take the strongest of the weights averaged over heads.
-        **options: Those of `attention` but `dropout`.
+        logsumexp: The logsumexp of the logits, `BTN`, as `attention_state` of the same
+            arguments gives it; computed blockwise by default.
+        average: Whether to average the weights over heads before the strongest are found.
+        **options: The options of `attention` except `dropout`.
 
     Returns:
-        `indices` and `weights`, `BTNk`; or `BTk` of averaged weights.
+        `indices` and `weights`, `BTNk`; or `BTk` for averaged weights.
 
     Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
+        ValueError: If an argument does not fit; the message says which, and what to do.
 
     Example:
         >>> query, key = jnp.zeros((2, 1, 4)), jnp.zeros((2, 1, 4))
@@ -84,10 +84,11 @@ def _strongest(problem: Problem, k: int, average: bool, arrays, tile=None):
 
 
 def _found(problem: Problem, k: int, average: bool, tile, arrays):
-    """The indices and the weights of the strongest keys."""
+    """Finds the indices and the weights of the strongest keys."""
     operands, spoil = apart(arrays[0])
     normalizer = summaries.closed(_normalizer(problem, operands, *arrays[1:]))
     indices, weights = strongest(problem, operands, normalizer, k, average, tile)
+    # A normalizer of NaN makes all weights of the query NaN, and no key the strongest.
     unknown = jnp.isnan(spoil(normalizer))
     unknown = (jnp.any(unknown, axis=2) if average else unknown)[..., None]
     return jnp.where(unknown, -1, indices), jnp.where(unknown, jnp.nan, weights)

@@ -1,6 +1,6 @@
 """The pictures of `jattn.plot` as text, for a terminal: each function returns a string.
 
-Shades stand for shares of the largest number, which the first line gives.
+Shades show each number as a share of the largest one, which the first line states.
 """
 
 import math
@@ -22,8 +22,8 @@ __all__ = ["entropy", "mask", "received", "weights"]
 
 _SHADES = " ░▒▓█"
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
-_MOST_CELLS = 64  # along each side of a head
-_MOST_LETTERS = 12  # of a token
+_MOST_CELLS = 64  # along each side of a head, so that one head fits on a screen
+_MOST_LETTERS = 12  # of a token; longer labels would leave too little room for the cells
 
 
 def weights(
@@ -36,8 +36,9 @@ def weights(
 ) -> str:
     """Draws attention weights, one head below the other: queries downwards.
 
-    More queries or keys than fit into `width`, or more than 64, are pooled into blocks,
-    which the first line says: the mean over the queries of the sum over the keys.
+    More queries or keys than fit into `width`, or more than 64, are pooled into blocks: a
+    cell is then the mean over its queries of the sum over its keys, as the second line
+    says.
 
     Args:
         weights: As from `jattn.attention_weights`, `BNTS` or `NTS`; or of one head, `TS`.
@@ -50,7 +51,7 @@ def weights(
         The lines, as one string.
 
     Raises:
-        ValueError: If `weights` has no such shape, or tokens or heads do not fit it.
+        ValueError: If `weights` has another shape, or tokens or heads do not fit it.
 
     Example:
         >>> print(weights([[1.0, 0.0], [0.25, 0.75]], query_tokens=["to", "be"]))
@@ -86,7 +87,8 @@ def mask(mask, length: int, key_length: int | None = None, *, width: int = 80) -
     """Draws which query may attend to which key, for one example and head.
 
     Args:
-        mask: What `jattn.attention` takes as `mask`; of a `jattn.BlockTable` its blocks.
+        mask: What `jattn.attention` takes as `mask`; a `jattn.BlockTable` is drawn from
+            its kinds of blocks.
         length: The number of queries, T, at least 1.
         key_length: The number of keys, S; T by default.
         width: How many letters fit into a line.
@@ -113,6 +115,7 @@ def mask(mask, length: int, key_length: int | None = None, *, width: int = 80) -
         )
     most = max(min(width - len(str(length)) - 1, _MOST_CELLS), 1)
     block = math.ceil(max(length, key_length) / most)
+    # A `BlockTable` has `blocks`; of any other mask a cell may be one pair.
     size = max(getattr(mask, "blocks", (1, 1)))
     block = size * math.ceil(block / size)  # whole blocks of a table
     kinds = cells(mask, length, key_length, (block, block))
@@ -123,19 +126,19 @@ def mask(mask, length: int, key_length: int | None = None, *, width: int = 80) -
 def entropy(entropies: Sequence, *, width: int = 80) -> str:
     """Draws how widely each head of each layer attends: layers downwards, heads across.
 
-    A number is the mean over examples and queries, in nats; numbers that do not fit into
-    `width` are left out, and their shades stay.
+    A number is the mean over examples and queries, in nats. If the numbers do not fit into
+    `width`, only the shades are drawn.
 
     Args:
-        entropies: One array for each layer, as from `jattn.attention_entropy`, `BTN` or
-            `TN`, or its means `N`; N may differ from layer to layer.
+        entropies: One array for each layer, as from `jattn.attention_entropy`: `BTN` or
+            `TN`, or its means, `N`. N may differ from layer to layer.
         width: How many letters fit into a line.
 
     Returns:
         The lines, as one string.
 
     Raises:
-        ValueError: If there is no layer, or one has no head.
+        ValueError: If there is no layer, or a layer has no head.
 
     Example:
         >>> print(entropy([[3.0, 1.5], [0.5, 2.0]]))
@@ -146,6 +149,7 @@ def entropy(entropies: Sequence, *, width: int = 80) -> str:
     """
     means = by_layer(entropies)
     labels = [f"layer {layer}" for layer in range(len(means))]
+    # A column is 8 letters wide with its number, ` ██ 3.00`, and 3 without it, ` ██`.
     margin, wide = max(map(len, labels)), 8
     numbers = margin + wide * means.shape[1] <= width
     wide = wide if numbers else 3
@@ -186,7 +190,7 @@ def received(
         The lines, as one string.
 
     Raises:
-        ValueError: If `received` has no such shape, or tokens or heads do not fit it.
+        ValueError: If `received` has another shape, or tokens or heads do not fit it.
 
     Example:
         >>> print(received([2.0, 0.5, 1.0], ["to", "be", "or"]))
@@ -209,14 +213,14 @@ def received(
 
 
 def _labels(tokens, length: int) -> list[str]:
-    """A label for each token, in letters that can be seen."""
+    """Gives a label for each token, in printable letters."""
     if tokens is None:
         return [str(place) for place in range(length)]
     return [printable(token, _MOST_LETTERS) or "·" for token in tokens]
 
 
 def _upright(labels: list[str], repeat: int) -> list[str]:
-    """Labels written downwards, each over its column."""
+    """Writes labels downwards, each above its column."""
     height = max(map(len, labels))
     labels = [label.rjust(height) for label in labels]
     lines = ("".join(x[i].ljust(repeat) for x in labels) for i in range(height))
@@ -224,7 +228,7 @@ def _upright(labels: list[str], repeat: int) -> list[str]:
 
 
 def _lines(labels: list[str], width: int):
-    """Where each line of text starts and stops."""
+    """Gives the index of the first label of each line and the index after its last."""
     start, used = 0, 0
     for place, label in enumerate(labels):
         if used and used + len(label) > width:
@@ -239,7 +243,7 @@ def _top(array: np.ndarray) -> float:
 
 
 def _shares(array: np.ndarray) -> np.ndarray:
-    """Numbers as shares of the largest."""
+    """Gives numbers as shares of the largest one."""
     return array / (_top(array) or 1.0)
 
 
@@ -250,6 +254,7 @@ def _legend(what: str, array: np.ndarray) -> str:
 
 
 def _shade(share: float) -> str:
+    # Five shades: the limits between them are 0.1, 0.3, 0.5 and 0.7, as in the legend.
     return _SHADES[min(int(5 * share + 0.5), 4)] if math.isfinite(share) else "?"
 
 

@@ -1,9 +1,9 @@
-"""A look at weights of any length: the strongest keys, entropy, what each key receives.
+"""Sums over weights of any length: their entropy, and what each key receives.
 
-Each view says something of all T × S weights without ever holding them: they are computed
-tile by tile from query, key and logsumexp, in memory linear in T and S, and blocks that
-the mask leaves empty are skipped. All take the options of `jattn.attention_weights` but
-dropout: what is looked at is the weights before any of them drop.
+Each view says something about all T × S weights without holding them at once. They are
+computed tile by tile from query, key and logsumexp, in memory linear in T and S, and
+blocks that the mask leaves empty are skipped. All views take the options of
+`jattn.attention_weights` except dropout, because they describe the weights before dropout.
 """
 
 import dataclasses
@@ -41,22 +41,22 @@ def attention_entropy(
 
         entropy = −Σₛ weightₛ log weightₛ        in nats
 
-    It is 0 for a query that attends to one key, or sees nothing, and log S for one that
+    It is 0 for a query that attends to one key or sees nothing, and log S for a query that
     attends to all S keys alike. The sink counts as one more key, so that the weights add
     up to 1. Differentiable to any order, also in a given logsumexp.
 
     Args:
-        query: See `strongest_keys`, and so are all others.
+        query: See `strongest_keys`.
         key: See `strongest_keys`.
         logsumexp: See `strongest_keys`.
         average: Takes the mean over heads. Deprecated: write `.mean(-1)` instead.
-        **options: Those of `attention` but `dropout`.
+        **options: The options of `attention` except `dropout`.
 
     Returns:
         The entropy, `BTN`, in float32 at least; or its mean over heads, `BT`.
 
     Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
+        ValueError: If an argument does not fit; the message says which, and what to do.
 
     Example:
         >>> query, key = jnp.zeros((3, 1, 4)), jnp.zeros((3, 1, 4))
@@ -66,7 +66,7 @@ def attention_entropy(
                [3.]], dtype=float32)
 
     Reference:
-        Zhai et al., 2023, arXiv:2303.06296: it collapses before training diverges.
+        Zhai et al., 2023, arXiv:2303.06296: the entropy collapses before training diverges.
     """
     _warn_of("attention_entropy", average)
     problem, arrays = _pose("attention_entropy", query, key, logsumexp, options)
@@ -86,23 +86,23 @@ def attention_received(
 
         receivedₛ = Σₜ weightₜₛ
 
-    Over all keys this adds up to the number of queries that see something, less what
-    goes to the sink. A key that no query sees receives 0. Differentiable to any order,
-    also in a given logsumexp.
+    Summed over all keys, this is the number of queries that see something, minus the
+    weight that goes to the sink. A key that no query sees receives 0. Differentiable to
+    any order, also in a given logsumexp.
 
     Args:
-        query: See `strongest_keys`, and so are all others.
+        query: See `strongest_keys`.
         key: See `strongest_keys`.
         logsumexp: See `strongest_keys`.
         average: Takes the mean over heads. Deprecated: write `.mean(-1)` instead.
-        **options: Those of `attention` but `dropout`.
+        **options: The options of `attention` except `dropout`.
 
     Returns:
         What each key receives from each query head, `BSN`, in float32 at least; or the
         mean over heads, `BS`.
 
     Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
+        ValueError: If an argument does not fit; the message says which, and what to do.
 
     Example:
         >>> query, key = jnp.zeros((2, 1, 4)), jnp.zeros((2, 1, 4))
@@ -116,22 +116,23 @@ def attention_received(
 
 
 def _warn_of(where: str, average: bool) -> None:
-    """Warns of an argument that will go: it changes the rank, which `.mean(-1)` says."""
+    """Warns of `average`, which will go: it changes the rank, as `.mean(-1)` does."""
     if average:
         warnings.warn(
             f"{where}: `average=True` will go in the next version; write `.mean(-1)`.",
             DeprecationWarning,
-            stacklevel=4,  # past this function, the view, and what takes it across meshes
+            stacklevel=4,  # the caller of the view: past this, the view, and `across`
         )
 
 
 def _pose(where, query, key, logsumexp, options):
-    """The problem; and its operands, the sink and the logsumexp."""
+    """Gives the problem, and the arrays: its operands, the sink and the logsumexp."""
     given = checked(where, options, WeightOptions)
     sink = given.pop("sink", None)
     problem, operands = pose(where, query, key, key, **given)
     sizes = problem.sizes
-    # No value is needed: one of size 0 makes the logsumexp cheap.
+    # The weights do not depend on the values. Values of size D = 0 make the logsumexp
+    # cheap; the tile is decided before that, for the real sizes.
     problem = decided(problem, operands)
     sizes_without = dataclasses.replace(sizes, D=0)
     problem = dataclasses.replace(problem, sizes=sizes_without, named=None)
@@ -151,7 +152,7 @@ def _pose(where, query, key, logsumexp, options):
 
 
 def _normalizer(problem: Problem, operands: Operands, sink, logsumexp):
-    """The logarithm of what weights are divided by, BTN; −∞ where nothing is seen."""
+    """Computes log of the denominator of the weights, BTN; −∞ where nothing is seen."""
     if logsumexp is None:
         logsumexp = attention_state(problem, operands).logsumexp
     if sink is None:
@@ -167,6 +168,7 @@ def _entropy(problem: Problem, average: bool, arrays, tile=None):
     normalizer = _normalizer(problem, operands, sink, logsumexp)
     entropy = summaries.entropy(problem, operands, summaries.closed(normalizer), tile)
     if sink is not None:
+        # The sink is one more key with the logit `sink`, so it adds its −w log w.
         sink = jnp.broadcast_to(sink.astype(problem.wide), normalizer.shape)
         entropy += summaries.surprise(sink - summaries.closed(normalizer))
     return spoil(jnp.mean(entropy, axis=2) if average else entropy)

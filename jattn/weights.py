@@ -1,4 +1,4 @@
-"""The logits and the weights themselves, T × S of them, or some rows."""
+"""The logits and the weights in full, T × S of them, or in some rows."""
 
 import dataclasses
 import functools
@@ -36,17 +36,17 @@ def attention_logits(
         query: `BTNH`.
         key: `BSKH`.
         rows: Indices of the queries to look at, integers; all by default.
-        **options: Those of `attention` but `sink` and `dropout`.
+        **options: The options of `attention` except `sink` and `dropout`.
 
     Returns:
         The logits, `BNTS`, in float32 at least; T counts the chosen rows.
 
     Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
+        ValueError: If an argument does not fit; the message says which, and what to do.
     """
     where = "attention_logits"
     given = checked(where, options, LogitOptions)
-    # No value is needed, and the keys are sure to fit.
+    # The values are not used, so the keys, which always fit, stand in for them.
     problem, operands = pose(where, query, key, key, **given)
     rows = _check_rows(where, rows, problem.sizes)
     problem = dataclasses.replace(problem, named=None)
@@ -63,20 +63,20 @@ def attention_weights(
 ) -> jax.Array:
     """Returns the weights that `attention` multiplies the values with.
 
-    They sum to 1 over S; to less with a sink; to 0 where a query sees nothing.
+    They sum to 1 over S; to less than 1 with a sink; to 0 where a query sees nothing.
 
     Args:
         query: `BTNH`.
         key: `BSKH`.
         rows: Indices of the queries to look at, integers; all by default. R rows take
             R × S memory, not T × S.
-        **options: Those of `attention`.
+        **options: The options of `attention`.
 
     Returns:
         The weights, `BNTS`, in float32 at least; T counts the chosen rows.
 
     Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
+        ValueError: If an argument does not fit; the message says which, and what to do.
 
     Example:
         >>> query, key = jnp.zeros((2, 1, 4)), jnp.zeros((2, 1, 4))
@@ -87,7 +87,7 @@ def attention_weights(
     where = "attention_weights"
     given = checked(where, options, Options)
     sink = given.pop("sink", None)
-    # No value is needed, and the keys are sure to fit.
+    # The values are not used, so the keys, which always fit, stand in for them.
     problem, operands = pose(where, query, key, key, **given)
     sink = check_sink(where, sink, problem.sizes)
     rows = _check_rows(where, rows, problem.sizes)
@@ -110,7 +110,7 @@ def _weights(problem: Problem, operands: Operands, sink, rows) -> jax.Array:
     operands, spoil = apart(operands)
     weights, logsumexp = dense.attention_weights(problem, operands)
     weights = dense.drop(problem, operands, weights)
-    # Here heads come before queries.
+    # The weights are BNTS: heads come before queries, so the sink of each head is N1.
     sink = None if sink is None else sink[:, None]
     return spoil(with_sink(State(weights, logsumexp), sink))
 
@@ -123,6 +123,7 @@ def _check_rows(where: str, rows, sizes: Sizes):
     if rows is None:
         return None
     rows = check_array(where, "rows", rows)
+    # An empty list becomes an array of floats; it holds no index that could be wrong.
     rows = rows.astype(jnp.int32) if rows.size == 0 else rows
     if rows.ndim > 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise ValueError(

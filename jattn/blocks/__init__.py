@@ -1,11 +1,11 @@
-"""Which blocks count: those of a mask that are empty, partial or full, from its jaxpr.
+"""Which blocks of a mask are empty, partial or full, found from its jaxpr.
 
 `intervals`     what a primitive does to a range of values: a table of rules
 `arithmetic`    the rules of arithmetic
 `rules`         the rules of comparisons and logic
 `rearrange`     the rules of types, shapes and reductions
 `indexing`      the rules of indexing
-`graph`         a jaxpr as a graph, in which what sees one side is computed at once
+`graph`         a jaxpr as a graph, in which values that see one side are computed at once
 `infinite`      which functions may answer −∞
 `formulas`      Booleans as disjunctions of conjunctions, where these are short
 `bounds`        bounds that a conjunction sets on t − s
@@ -14,5 +14,5 @@
 `classify`      the kinds of the blocks of a grid
 `kinds`         empty, partial or full, as small arrays
 `of_call`       which blocks of a call can be skipped, for every implementation
-`block_table`   a table made ahead of a call, to keep and reuse
+`block_table`   a table of a mask's blocks, made once for many calls
 """

@@ -1,4 +1,9 @@
-"""The rules of arithmetic: what it does to a range of values."""
+"""The rules of arithmetic: what its primitives do to a range of values.
+
+Integers wrap around, so a bound that may leave its type gives all values of the type.
+Floats round monotonically, so the bounds of a sum are the sums of bounds. Products and
+quotients are widened a little, since compilers fuse and rearrange them.
+"""
 
 import functools
 import operator
@@ -19,15 +24,18 @@ from jattn.blocks.intervals import (
 
 
 def _floats(xp, aval, lo, hi, *doubtful) -> Interval:
-    """Returns lo … hi, but everything where one of the doubtful numbers is NaN."""
+    """Returns lo … hi, or all values where one of the doubtful numbers is NaN."""
     bad = functools.reduce(operator.or_, map(xp.isnan, doubtful))
     return unless(xp, bad, lo, hi, aval)
 
 
 def _outward(xp, aval, x: Interval, steps: int) -> Interval:
-    """Widens by units in the last place: compilers fuse, and flush denormals."""
+    """Widens bounds by `steps` units in the last place, and by the least normal number.
+
+    Compilers fuse operations, which changes the rounding, and flush denormals to zero.
+    """
     info, kind = jnp.finfo(aval.dtype), aval.dtype.type
-    # A unit in the last place is at most this part of a number.
+    # A unit in the last place is at most eps times the number; twice that is safe.
     part, tiny = kind(2 * steps * float(info.eps)), kind(info.tiny)
     lo, hi = x.lo - (abs(x.lo) * part + tiny), x.hi + (abs(x.hi) * part + tiny)
     # An infinite bound is exact: −∞ must stay −∞ for a block to be skipped.
@@ -36,7 +44,7 @@ def _outward(xp, aval, x: Interval, steps: int) -> Interval:
 
 
 def _corners(xp, function, x: Interval, y: Interval):
-    """Bounds a function that is monotone in each operand."""
+    """Bounds a function that is monotone in each operand, by its values at the corners."""
     values = [function(a, b) for a in x for b in y]
     return functools.reduce(xp.minimum, values), functools.reduce(xp.maximum, values)
 
@@ -48,8 +56,9 @@ def _holds_zero(x: Interval):
 @elementwise("add", "add_any", point=operator.add)
 def _add(xp, op, x, y):
     lo, hi = x.lo + y.lo, x.hi + y.hi
-    if is_float(op.result):  # ∞ − ∞, or NaN, is in one of the sums across
+    if is_float(op.result):  # if ∞ − ∞ or NaN is possible, one of the mixed sums is NaN
         return _floats(xp, op.result, lo, hi, x.lo + y.hi, x.hi + y.lo)
+    # A sum has wrapped around if adding y ≥ 0 gave less than x, or y < 0 gave more.
     wraps = ((y.lo >= 0) != (lo >= x.lo)) | ((y.hi >= 0) != (hi >= x.hi))
     return unless(xp, wraps, lo, hi, op.result)
 
@@ -68,9 +77,11 @@ def _mul(xp, op, x, y):
     lo, hi = _corners(xp, operator.mul, x, y)
     if is_float(op.result):
         widened = _outward(xp, op.result, Interval(lo, hi), 1)
+        # 0 · ∞ is NaN.
         infinite = [xp.isinf(a.lo) | xp.isinf(a.hi) for a in (x, y)]
         bad = (_holds_zero(x) & infinite[1]) | (_holds_zero(y) & infinite[0])
         return unless(xp, bad | xp.isnan(lo) | xp.isnan(hi), *widened, op.result)
+    # Integer products wrap around without a trace; float32 ones only lose precision.
     estimate = _corners(xp, operator.mul, *(both(a, _as_float32) for a in (x, y)))
     return unless(xp, _leaves(op.result, *estimate), lo, hi, op.result)
 
@@ -80,7 +91,8 @@ def _as_float32(array):
 
 
 def _leaves(aval, lo, hi):
-    """Returns whether float bounds come near the ends of an integer type."""
+    """Says whether float32 bounds come near the ends of an integer type, or pass them."""
+    # 0.1 % is far more than the rounding of the float32 bounds.
     least, most = (0.999 * float(end) for end in extremes(aval.dtype))
     return ~((lo >= least) & (hi <= most))
 
@@ -107,6 +119,7 @@ def _abs(xp, op, x):
         return x
     low = xp.maximum(xp.maximum(x.lo, -x.hi), xp.zeros_like(x.lo))
     high = xp.maximum(-x.lo, x.hi)
+    # The least integer has no opposite. For floats nothing wraps: no number equals NaN.
     wraps = x.lo == (np.nan if is_float(op.result) else extremes(x.lo.dtype)[0])
     return unless(xp, wraps, low, high, op.result)
 
@@ -141,7 +154,7 @@ def _pairwise(function, x, y) -> Interval:
 def _rounded(xp, op, x):
     if op.name != "round":
         return both(x, getattr(xp, op.name))
-    # The other method rounds halves away from zero.
+    # The other method rounds halves away from zero, which `rint` does not.
     method = op.parameter("rounding_method")
     return both(x, xp.rint) if method == lax.RoundingMethod.TO_NEAREST_EVEN else None
 
@@ -159,18 +172,22 @@ def _truncated(a, b):
 
 
 def _divisor(xp, op, x, y):
-    """Returns a divisor without zero, and where the quotient is undefined."""
+    """Returns a divisor that is never zero, and where the quotient is undefined."""
     bad = _holds_zero(y)
     if jnp.issubdtype(y.lo.dtype, jnp.signedinteger):
         least = extremes(y.lo.dtype)[0]
+        # The least integer divided by −1 leaves the type.
         bad = bad | ((x.lo == least) & (y.lo <= -1) & (y.hi >= -1))
-        bad = bad | (y.lo == least)  # Has no absolute value.
+        bad = bad | (y.lo == least)  # it has no absolute value
     one = xp.ones_like(y.lo)
     return Interval(xp.where(bad, one, y.lo), xp.where(bad, one, y.hi)), bad
 
 
 def _is_safe(x, y) -> bool:
-    """Returns whether single values divide exactly, whatever is traced in x."""
+    """Says whether both operands are single values, and the divisor is known and > 0.
+
+    Then the quotient is defined for every x, also for a traced one.
+    """
     same = x.lo is x.hi and y.lo is y.hi and isinstance(y.lo, np.ndarray)
     return same and bool(np.all((y.lo > 0) & (y.lo < extremes(y.lo.dtype)[1])))
 
@@ -195,7 +212,7 @@ def _div(xp, op, x, y):
 
 
 def _remainder(quotient, ends):
-    """Makes the rule of a remainder: exact within one period, else its `ends`."""
+    """Makes the rule of a remainder: exact within one period, otherwise its `ends`."""
 
     def apply_rule(xp, op, x, y):
         if is_float(op.result):
@@ -214,7 +231,7 @@ def _remainder(quotient, ends):
 
 
 def _ends_of_rem(xp, x, y):
-    """The sign is that of the dividend."""
+    """Returns the bounds of `rem`, which has the sign of the dividend."""
     size, zero = xp.maximum(abs(y.lo), abs(y.hi)) - 1, xp.zeros_like(x.lo)
     if jnp.issubdtype(x.lo.dtype, jnp.unsignedinteger):
         return zero, xp.minimum(x.hi, size)
@@ -223,7 +240,7 @@ def _ends_of_rem(xp, x, y):
 
 
 def _ends_of_remainder(xp, x, y):
-    """The sign is that of the divisor."""
+    """Returns the bounds of `remainder`, which has the sign of the divisor."""
     zero = xp.zeros_like(y.lo)
     return xp.where(y.lo < 0, y.lo + 1, zero), xp.where(y.hi > 0, y.hi - 1, zero)
 
@@ -237,6 +254,7 @@ def _shift_left(xp, op, x, y):
     bad = ~_is_shift(op, y)
     y = both(y, lambda a: xp.where(bad, xp.zeros_like(a), a))
     lo, hi = _corners(xp, operator.lshift, x, y)
+    # A bit was shifted out if shifting back gives another number.
     for a in x:
         bad = bad | ((a << y.hi) >> y.hi != a)
     return unless(xp, bad, lo, hi, op.result)

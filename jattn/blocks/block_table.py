@@ -1,4 +1,4 @@
-"""Block tables: the kinds of a mask's blocks, made ahead of a call to keep and reuse."""
+"""Block tables: the kinds of a mask's blocks, made once for many calls."""
 
 from typing import Any
 
@@ -20,15 +20,16 @@ __all__ = ["BlockTable", "block_table"]
 
 @pytree("mask", "kinds", static=("lengths", "blocks", "positions"))
 class BlockTable(Mask):
-    """A mask, and of each of its blocks whether it is empty, partial or full.
+    """A mask, and for each of its blocks whether it is empty, partial or full.
 
-    `jattn.block_table` makes one. Given as `mask`, it means what the mask means, and the
-    implementation takes the kinds of its blocks from it instead of asking the mask again.
-    It is a pytree: many layers can share one, through `jit` and `scan`, or each have its
-    own. Combined by `&`, `|` and `~` it counts as its mask alone. `print` draws it.
+    `jattn.block_table` makes one. As the argument `mask` it allows what its mask allows,
+    and the implementation reads the kinds of its blocks instead of finding them again. It
+    is a pytree: many layers can share one table, through `jit` and `scan`, or each layer
+    can have its own. Combined by `&`, `|` and `~` it counts as its mask alone. `print`
+    draws it.
 
     Attributes:
-        mask: What may attend.
+        mask: The mask that says which pairs may attend.
         kinds: 0 empty, 1 partial, 2 full; B or 1 × N or 1 × query blocks × key blocks.
         lengths: T and S.
         blocks: How many queries and how many keys a block has.
@@ -42,22 +43,23 @@ class BlockTable(Mask):
     positions: tuple[bool, bool] = (False, False)
 
     def aligned(self, sizes: Sizes) -> Any:
-        """The mask's arrays."""
+        """Gives the mask's arrays."""
         return self.mask.aligned(sizes)
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """What the mask allows."""
+        """Says what the mask allows."""
         return self.mask.allows(b, n, t, s, elements)
 
     def __call__(self, b, n, t, s):
-        """The same, for a mask that reads positions only."""
+        """Says the same as `allows`, for a mask that reads positions only."""
         return self.mask(b, n, t, s)
 
     def known_blocks(self, where: str, sizes: Sizes, positions: tuple[bool, bool]):
-        """Gives the blocks and their kinds.
+        """Gives the block size and the kinds of the blocks.
 
         Raises:
-            ValueError: Unless the table is of this many queries and keys, placed alike.
+            ValueError: If the table is for other sizes, or only one of the table and the
+                call has positions.
         """
         advice = "make one for this call with `jattn.block_table`"
         if self.lengths != (sizes.T, sizes.S):
@@ -89,6 +91,7 @@ class BlockTable(Mask):
 
     def __str__(self) -> str:
         kinds = self.kinds
+        # Transformations may also put objects other than arrays in place of the kinds.
         if isinstance(kinds, jax.core.Tracer) or not hasattr(kinds, "ndim"):
             return f"{self!r}: known when it runs"
         kinds = np.asarray(spread(np.asarray(kinds), self.lengths, self.blocks))
@@ -107,23 +110,23 @@ def block_table(
     """Finds the blocks of a mask that can be skipped, once for many calls.
 
     `attention` does this by itself in every call. Where many calls share a mask, such as
-    the layers of a network, give them one table as `mask`. It serves blocks of every size
-    that an implementation asks for, best those that are multiples of its own.
+    the layers of a network, give them one table as `mask`. Implementations can use it with
+    blocks of any size; it is most precise for multiples of its own block size.
 
     Args:
         mask: What `attention` takes as `mask`; its arrays may be traced.
         query: `BTNH`, as `attention` will get it, or its `jax.ShapeDtypeStruct`.
         key: `BSKH`, likewise.
-        query_position: What `attention` will get; its values must be the same.
+        query_position: As `attention` will get it, with the same values.
         key_position: Likewise.
         block: How many queries and keys a block has: one number or a pair.
 
     Returns:
-        A `BlockTable`: a mask, and a pytree, to give to `attention` as `mask`. It knows
-        nothing of modifiers; what a modifier skips is found in each call.
+        A `BlockTable`: a mask, and a pytree, to give to `attention` as `mask`. It does not
+        depend on modifiers; each call finds the blocks that its modifier skips.
 
     Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
+        ValueError: If an argument does not fit; the message says which, and what to do.
 
     Example:
         >>> query = jax.ShapeDtypeStruct((1024, 8, 64), "float32")
@@ -138,6 +141,7 @@ def block_table(
     where = "block_table"
     blocks = _check_block(where, block)
     query, key = _check_shape(where, "query", query), _check_shape(where, "key", key)
+    # The mask does not see the values, so the keys stand in for them.
     sizes = measure(where, query, key, key)
     if not sizes.are_known:
         raise ValueError(
@@ -145,6 +149,7 @@ def block_table(
             f"`attention` with the mask itself takes symbolic ones."
         )
     mask = as_mask(mask, where)
+    # Of a table, only the mask counts: its kinds are for other blocks.
     mask = mask.mask if isinstance(mask, BlockTable) else mask
     places = {"query_position": query_position, "key_position": key_position}
     return BlockTable(

@@ -1,7 +1,8 @@
 """Bounds that a conjunction sets on sums of positions, such as t − s.
 
-They must agree: on many a block t ≥ s + 2 is possible and t ≤ s is, but never both.
-And where they leave a band of t − s, it passes through some rows and columns alone.
+Two comparisons of one t − s concern the same pair: each may hold somewhere in a block, but
+both together nowhere, such as t ≥ s + 2 and t ≤ s. And where the bounds leave a band of
+t − s, it passes through only some rows and columns of a block.
 """
 
 import functools
@@ -18,16 +19,18 @@ from jattn.blocks.intervals import Interval, apply, extremes, namespace
 
 FALSE, TRUE = np.zeros((1, 1, 1, 1), bool), np.ones((1, 1, 1, 1), bool)
 
-_MANY_TERMS = 8  # Of a sum in the graph, which must not wrap around.
+# The most traced terms of a sum of integers. More of them count as far away, so that the
+# sum cannot wrap around.
+_MANY_TERMS = 8
 
 
 class Layout(NamedTuple):
-    """How the sides of the attention matrix are cut.
+    """The sides of the attention matrix, and how they are cut in blocks.
 
     Attributes:
-        indices: The row and the column indices, one per side.
-        sizes: How many queries and keys a block has, per side.
-        origins: What to subtract from a node, a position, to have its index.
+        indices: The row indices and the column indices, by side.
+        sizes: How many queries and keys a block has, by side.
+        origins: For nodes that are positions, what to subtract to get the index.
     """
 
     indices: dict[int, np.ndarray]
@@ -36,10 +39,11 @@ class Layout(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """lo ≤ Σ count · node ≤ hi, from some literals of a term.
+    """Bounds lo ≤ Σ count · node ≤ hi, from some literals of a term.
 
-    The bounds are integers, of 64 bits if the nodes are and else of 32; they may differ by
-    example and head. One of ±`far`, a quarter of what their type holds, says nothing.
+    The bounds are integers of 64 bits if the nodes have 64, otherwise of 32 bits. They may
+    differ by example and head. A bound of ±`far`, a quarter of the range of the type,
+    stands for no bound.
     """
 
     form: dict[Node, int]
@@ -48,23 +52,24 @@ class Bounds(NamedTuple):
     literals: tuple[Literal, ...]
 
     def may_contradict(self) -> bool:
-        """Returns whether the bounds may leave nothing between them."""
+        """Says whether no number may be left between the bounds."""
         crossed = self.lo > self.hi
         return not _is_known(crossed) or bool(np.any(crossed))
 
     def holds_zero(self) -> bool:
-        """Returns whether 0 is surely within the bounds."""
+        """Says whether 0 is surely within the bounds."""
         inside = (self.lo <= 0) & (self.hi >= 0)
         return _is_known(inside) and bool(np.all(inside))
 
     def wraps(self, selection):
-        """Returns on which blocks a side of a comparison may have wrapped around."""
+        """Says on which blocks an operand of a comparison may have wrapped around."""
         nodes = dict.fromkeys(x for node, _ in self.literals for x in node.operands)
         return functools.reduce(operator.or_, (_wraps(x, selection) for x in nodes))
 
     def band(self, layout: Layout):
-        """Returns bounds on row − column, if that is what they are on."""
+        """Returns bounds on row − column if these are bounds on t − s, else None."""
         order = sorted(self.form.items(), key=lambda item: sorted(item[0].sides))
+        # A band of t − s needs exactly one position of each side, with opposite signs.
         if [count for _, count in order] not in ([1, -1], [-1, 1]):
             return None
         (x, count), (y, _) = order
@@ -75,6 +80,7 @@ class Bounds(NamedTuple):
         offset, far = layout.origins[x] - layout.origins[y], _far(self.lo.dtype)
         if abs(offset) >= far:
             return None
+        # No |row − column| is as large as T + S, so that stands for no bound.
         reach = sum(index.size for index in layout.indices.values())
         xp = namespace(lo, hi)
         ends = (
@@ -84,6 +90,7 @@ class Bounds(NamedTuple):
         return [xp.clip(end, -reach, reach).astype(np.int32) for end in ends]
 
 
+# For a comparison x ? y of integers that holds (True) or not: the bounds on x − y.
 _LIMITS = {
     ("lt", True): (None, -1),
     ("lt", False): (0, None),
@@ -98,7 +105,7 @@ _LIMITS = {
 
 
 def find_bounds(literals: Iterable[Literal]) -> list[Bounds]:
-    """Returns the bounds that comparisons of integers set, one per sum."""
+    """Returns the bounds that comparisons of integers set, one for each sum of nodes."""
     result: dict[Any, Bounds] = {}
     for node, positive in literals:
         limits = _LIMITS.get((_name(node) or "", positive))
@@ -107,9 +114,11 @@ def find_bounds(literals: Iterable[Literal]) -> list[Bounds]:
         form, known = {}, []
         for operand, sign in zip(node.operands, (1, -1), strict=True):
             _linear(operand, sign, form, known)
+        # Bounds have 64 bits if the compared integers do, otherwise 32.
         wide = node.operation.operands[0].dtype.itemsize == np.dtype(np.int64).itemsize
         kind = np.int64 if wide else np.int32
         lo, hi = _ends(limits, known, kind)
+        # Bounds on y − x are bounds on x − y with the opposite sign, in the other order.
         key = frozenset((node, count) for node, count in form.items() if count)
         opposite = frozenset((node, -count) for node, count in key)
         if (opposite, kind) in result:
@@ -118,13 +127,14 @@ def find_bounds(literals: Iterable[Literal]) -> list[Bounds]:
         if old is not None:
             xp = namespace(lo, hi, old.lo, old.hi)
             lo, hi = xp.maximum(lo, old.lo), xp.minimum(hi, old.hi)
+        # The literals are kept, to know which ones the bounds stand for.
         before = () if old is None else old.literals
         result[key, kind] = Bounds(dict(key), lo, hi, (*before, (node, positive)))
     return list(result.values())
 
 
 def joins_sides(literal: Literal) -> bool:
-    """Returns whether a literal equates values of the two sides."""
+    """Says whether a literal is an equation of a query's value and a key's value."""
     node, positive = literal
     if not positive or _name(node) != "eq" or not _compares_integers(node):
         return False
@@ -146,7 +156,10 @@ def _is_known(array) -> bool:
 
 
 def _linear(node: Node, sign: int, form: dict[Node, int], known: list) -> None:
-    """Adds ±node to a sum of nodes and of what is the same for all rows and columns."""
+    """Adds ±node to a sum, as nodes in `form` and as arrays in `known`.
+
+    `known` has the values that are the same for all rows and columns.
+    """
     name = _name(node)
     if name in ("add", "sub"):
         x, y = node.operands
@@ -161,11 +174,12 @@ def _linear(node: Node, sign: int, form: dict[Node, int], known: list) -> None:
 
 
 def _far(kind) -> int:
+    # A quarter of the range of the type.
     return 2 ** (8 * np.dtype(kind).itemsize - 2)
 
 
 def _ends(limits, known: list, kind) -> list:
-    """Returns limit − Σ sign · array for both limits, None being none, as bounds."""
+    """Returns the bounds limit − Σ sign · array of both limits; ±far where it is None."""
     far = _far(kind)
     total, is_near = _total(known, kind, far)
     ends: list[Any] = []
@@ -182,8 +196,9 @@ def _ends(limits, known: list, kind) -> list:
 def _total(known: list, kind, far: int):
     """Returns the sum, and where it is nearer than `far`.
 
-    What is concrete is added as Python's integers, which do not wrap around. In the graph
-    there are none, so what is as large as to let a sum of a few wrap is not near.
+    Concrete terms are added as Python's integers, which do not wrap around. Traced terms
+    are added in the type `kind`. A traced term counts as near only if it is so small that
+    the sum of `_MANY_TERMS` such terms does not wrap.
     """
     total: Any = np.zeros(TRUE.shape, object)
     traced = []
@@ -211,10 +226,11 @@ def _signed(array) -> bool:
 
 
 def _wraps(node: Node, selection):
-    """Returns on which blocks a sum may have left its type."""
+    """Says on which blocks a sum may have left its type."""
     if _name(node) not in ("add", "sub"):
         return FALSE
-    # Two bounds, even of a single value: the rule for single values lets them wrap.
+    # `hi + 0` is another object than `lo`, so a single value becomes an interval of two
+    # bounds: the rule for single values would let the sum wrap.
     values = [selection.value(x) for x in node.operands]
     lo, hi = apply(node.operation, [Interval(lo, hi + 0) for lo, hi in values])
     least, most = extremes(lo.dtype)

@@ -1,14 +1,15 @@
 """Which blocks of a mask are empty, partial or full, from its jaxpr alone.
 
-A value that looks at one side only (the query, or the key) is computed exactly at
-every position of that side, O(T + S), and summarized per block. Where both sides
-meet there are only intervals, one per pair of blocks (see `intervals`).
+A value that depends on one side only (the query, or the key) is computed exactly at
+every position of that side, O(T + S), and summarized for each block. A value that depends
+on both sides has only an interval for each pair of blocks (see `intervals`).
 
 Intervals forget that two facts are about the same pair. So a mask is first written
-as a disjunction of conjunctions of such facts: in each, the one-sided facts select
-rows and columns, the two-sided ones are evaluated on the selected ones alone, and
-bounds on the same difference of positions must agree. A block is empty if every
-conjunction is impossible there, and full if the complement's all are.
+as a disjunction of conjunctions of such facts. In each conjunction the one-sided facts
+select rows and columns, the two-sided facts are evaluated on the selected rows and columns
+only, and bounds on the same difference of positions must agree. A block is empty if every
+conjunction of the mask is impossible there. It is full if every conjunction of the mask's
+complement is impossible there.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ class Grid:
         column: Indices of the keys, (1, 1, 1, S).
         block_q: How many queries a block has.
         block_kv: How many keys a block has.
-        offsets: Of t from row and of s from column, where they are known numbers.
+        offsets: t − row and s − column, where these are known numbers; else None.
     """
 
     b: Any
@@ -55,7 +56,7 @@ class Grid:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """How many blocks of queries and of keys there are."""
+        """Gives the number of blocks of queries and of blocks of keys."""
         rows, columns = self.row.shape[QUERY], self.column.shape[KEY]
         return -(-rows // self.block_q), -(-columns // self.block_kv)
 
@@ -68,13 +69,14 @@ def grid(
     Args:
         sizes: B, N, T and S.
         blocks: How many queries and keys a block has; the last ones may have fewer.
-        query_position: Positions of the queries, `T` or `BT`, in any order; or a number to
-            add to 0…; None is 0… itself.
+        query_position: Positions of the queries, `T` or `BT`, in any order; or the
+            position of the first one, a number; None for 0, 1, ….
         key_position: Positions of the keys, likewise.
 
     Returns:
         The grid.
     """
+    # For each of the axes BNTS an array of its indices, which broadcasts to BNTS.
     index = lambda axis: np.arange(sizes[axis], dtype=np.int32).reshape(
         [-1 if i == axis else 1 for i in range(4)]
     )
@@ -92,11 +94,11 @@ def grid(
 
 
 def _offset(position) -> int | None:
-    """By how much positions differ from indices, where that is known."""
+    """Gives the difference of positions and indices where it is known, else None."""
     position = concrete(0 if position is None else position)
     if not isinstance(position, np.ndarray) or position.ndim:
         return None
-    # Farther out, positions may wrap around.
+    # Beyond 2³⁰, positions may leave int32 and wrap around.
     return int(position) if abs(int(position)) < 2**30 else None
 
 
@@ -106,7 +108,8 @@ def _positions(position, index):
     position = concrete(position)
     known, small = isinstance(position, np.ndarray), jnp.iinfo(np.int32)
     fits = known and np.all((position >= small.min) & (position <= small.max))
-    # What has 64 bits and may need them keeps them, and is unknown to a function of 32.
+    # Positions that may need 64 bits keep them; `_leaf` makes them unknown in a function
+    # of 32 bits.
     if fits or position.dtype.itemsize <= np.dtype(np.int32).itemsize:
         position = position.astype(np.int32)
     if position.ndim == 0:
@@ -116,28 +119,29 @@ def _positions(position, index):
 
 
 def classify(jaxpr, arrays, points: Grid, aligned=()):
-    """Says of every block whether a mask is empty, partial or full there.
+    """Says for every block whether a mask is empty, partial or full there.
 
-    Sound: a block called empty has no True, and one called full no False. The result is
-    numpy's if everything is concrete, and an array in the graph if not.
+    Sound: a block called empty has no True, and a block called full has no False. The
+    result is a numpy array if everything is concrete, otherwise a traced array.
 
     Args:
         jaxpr: The mask, a jaxpr whose constants are `arrays` and whose inputs are scalars:
             b, n, t, s and an element of each aligned array.
-        arrays: What the mask holds or closes over, concrete or traced.
-        points: Where to evaluate it.
+        arrays: The arrays that the mask holds or closes over, concrete or traced.
+        points: The pairs and their blocks.
         aligned: Arrays of four axes that broadcast to BNTS.
 
     Returns:
         0 empty, 1 partial, 2 full: int8, one axis each for examples, heads, query blocks
-        and key blocks; 1 long where the mask does not depend on it.
+        and key blocks. An axis is 1 long if the mask does not depend on it.
     """
+    # 0 where True is impossible, 1 where it is possible, 2 where it is also certain.
     definitely, possibly = evaluate(jaxpr, arrays, points, aligned)
     return possibly.astype(np.int8) + (definitely & possibly).astype(np.int8)
 
 
 def dead_blocks(jaxpr, arrays, points: Grid, aligned=()):
-    """Says of every block whether a modifier answers −∞ to every finite logit.
+    """Says for every block whether a modifier answers −∞ to every finite logit.
 
     Args:
         jaxpr: As in `classify`, but with the logit before b.
@@ -146,7 +150,7 @@ def dead_blocks(jaxpr, arrays, points: Grid, aligned=()):
         aligned: See `classify`.
 
     Returns:
-        Booleans, shaped as `classify`'s.
+        Booleans of the shape that `classify` returns.
     """
     root, layout = _graph(jaxpr, arrays, points, aligned)
     if not may_be_infinite(root):
@@ -155,10 +159,10 @@ def dead_blocks(jaxpr, arrays, points: Grid, aligned=()):
 
 
 def evaluate(jaxpr, arrays, points: Grid, aligned=()) -> Interval:
-    """The values that a pointwise function can take on every block.
+    """Bounds the values that a pointwise function can take on every block.
 
     Args:
-        jaxpr: See `classify`; with a logit before b, this may be any finite number.
+        jaxpr: See `classify`; if it has a logit before b, that may be any finite number.
         arrays: See `classify`.
         points: See `classify`.
         aligned: See `classify`.
@@ -175,7 +179,8 @@ def _graph(jaxpr, arrays, points: Grid, aligned) -> tuple[Node, Layout]:
     fields = points.b, points.n, points.t, points.s, *map(concrete, aligned)
     avals = [var.aval for var in jaxpr.invars]
     count = len(avals) - len(fields)
-    nodes: dict[Any, Node] = {}  # t and the row are one node where they are one array
+    # By array, so that t and the row are one node if they are one array.
+    nodes: dict[Any, Node] = {}
 
     def field(array, dtype) -> Node:
         key = id(array), np.dtype(dtype)
@@ -186,7 +191,7 @@ def _graph(jaxpr, arrays, points: Grid, aligned) -> tuple[Node, Layout]:
     given = [field(x, aval.dtype) for x, aval in zip(fields, avals[count:], strict=True)]
     inputs = [*map(_logit, avals[:count]), *given]
     (root,) = trace(jaxpr, inputs, [constant(array) for array in arrays])
-    kind = avals[count].dtype  # of the indices
+    kind = avals[count].dtype  # the dtype of the indices
     places = [field(x, kind) for x in (points.t, points.s, points.row, points.column)]
     origins = zip(places, (*points.offsets, 0, 0), strict=True)
     layout = Layout(
@@ -198,13 +203,14 @@ def _graph(jaxpr, arrays, points: Grid, aligned) -> tuple[Node, Layout]:
 
 
 def _logit(aval) -> Node:
+    # A logit may be any finite number.
     most = np.full((1, 1, 1, 1), jnp.finfo(aval.dtype).max, aval.dtype)
     return Node(None, (), frozenset(), Interval(-most, most))
 
 
 def _leaf(array, dtype) -> Node:
-    """An input; the sides that it looks at are those that it is long in."""
-    if not np.can_cast(array.dtype, dtype):  # it would be cut, who knows how
+    """Makes the node of an input, which depends on each side whose axis is not 1."""
+    if not np.can_cast(array.dtype, dtype):  # the cast might change its numbers
         return Node(None, (), frozenset(), unknown(jax.ShapeDtypeStruct((), dtype)))
     sides = frozenset(side for side in (QUERY, KEY) if array.shape[side] != 1)
     return Node(None, (), sides, point(array.astype(dtype)))

@@ -1,10 +1,10 @@
 """Decides Booleans on all pairs of blocks at once, from the graph of a mask.
 
 A Boolean is written as a disjunction of conjunctions of literals (see `formulas`). In a
-conjunction the one-sided literals select rows and columns; the two-sided ones are evaluated
-on intervals over the selected ones alone; and bounds on the same sum of positions must
-agree. What no conjunction can satisfy is impossible; what the complement's cannot is
-certain.
+conjunction the one-sided literals select rows and columns; the two-sided literals are
+evaluated on intervals over the selected rows and columns only; and bounds on the same sum
+of positions must agree. A Boolean is impossible on a block if none of its conjunctions can
+hold there. It is certain there if none of its complement's conjunctions can hold.
 """
 
 import functools
@@ -30,25 +30,21 @@ from jattn.blocks.intervals import (
 )
 from jattn.blocks.select import _possible, _selected, _Selection
 
-_EFFORT = 4  # How often a node may be evaluated on selected rows and columns, on average.
-_FEW_NODES = 32  # Smaller functions may take as much as one of so many nodes.
-
-
-# Values on blocks, where only some rows and columns are selected.
-
-
-# Booleans as disjunctions of conjunctions of literals.
+# How often a node may be evaluated on selected rows and columns, on average. It keeps the
+# work linear in the size of the function.
+_EFFORT = 4
+_FEW_NODES = 32  # a smaller function may take as much work as one of so many nodes
 
 
 class Decision:
     """The values of nodes on every block, each Boolean decided as a whole.
 
-    Its work is linear in the size of the function: where selecting rows and columns for
+    The work is linear in the size of the function: where selecting rows and columns for
     every conjunction would take more, literals are evaluated on whole blocks instead.
 
     Attributes:
-        layout: How the sides are cut.
-        order: The nodes of the function, numbered.
+        layout: The sides and their blocks.
+        order: The nodes of the function and their numbers.
         everything: The values on whole blocks.
         selections: The values on selected rows and columns.
     """
@@ -63,12 +59,12 @@ class Decision:
 
     @property
     def is_tired(self) -> bool:
-        """Whether as much was evaluated on selections as may be."""
+        """Says whether the work on selections has reached its limit."""
         spent = sum(x.effort for x in self.selections)
         return spent > _EFFORT * max(len(self.order), _FEW_NODES)
 
     def _once(self, key, function, *arguments):
-        """Returns what a function returned when it was first called with this key."""
+        """Calls a function once for each key; later calls return the first result."""
         if key not in self.memo:
             self.memo[key] = function(*arguments)
         return self.memo[key]
@@ -77,15 +73,16 @@ class Decision:
         """Returns the values of a node."""
         if not parts(node, True):
             return self.everything.value(node)
+        # A Boolean is certain where its negation is impossible.
         possible = [self._is_possible(node, positive) for positive in (False, True)]
         return Interval(~possible[0], possible[1])
 
     def _is_possible(self, node: Node, positive: bool):
-        """Returns on which blocks a Boolean, or its negation, may hold of some pair."""
+        """Says on which blocks a Boolean, or its negation, may hold for some pair."""
         key = node, positive
         if key not in self.memo:
             terms = self.formulas.terms(node, positive)
-            if terms is None:  # too long to look at as a whole
+            if terms is None:  # the form is too long: decide each part by itself
                 found = [self._are_possible(x) for x in parts(node, positive) or ()]
             else:
                 found = [self._once(x, self._is_satisfiable, x) for x in terms]
@@ -93,16 +90,17 @@ class Decision:
         return self.memo[key]
 
     def _are_possible(self, literals: list[Literal]):
-        """Returns where each literal is possible, though perhaps not all of one pair."""
+        """Says where each literal is possible, though perhaps not all for one pair."""
         result = TRUE
         for node, positive in literals:
             result = result & self._is_possible(node, positive)
         return result
 
     def _is_satisfiable(self, term: Term):
-        """Returns the blocks on which a conjunction may hold of some pair."""
+        """Says on which blocks a conjunction may hold for some pair."""
         is_tired, literals = self.is_tired, sorted(term, key=self._place)
         selection = self.everything if is_tired else self._selection(literals)
+        # The literals that see both sides; `dense` ones see at most one side.
         pairs = [x for x in literals if x[0].dense is None]
         result = selection.is_inhabited()
         bands = find_bounds(pairs)
@@ -110,7 +108,9 @@ class Decision:
         for band in bands:
             if band.may_contradict():
                 result = result & ((band.lo <= band.hi) | band.wraps(selection))
-            # Where t = s is allowed, what is equal on a block is so within the band.
+            # Narrowing the blocks to the band gains nothing if the band holds t = s and
+            # all other literals set bounds too: an equality that holds somewhere on a
+            # block, such as doc[t] == doc[s], then holds within the band.
             others = len(pairs) > len(band.literals)
             if others and not is_tired and (differs or not band.holds_zero()):
                 key = band.literals, selection
@@ -121,12 +121,12 @@ class Decision:
         return result
 
     def _place(self, literal: Literal):
-        """Returns where a literal comes, so that one function makes one program."""
+        """Returns the place of a literal, so that one function always makes one program."""
         node, positive = literal
         return self.order[node], positive
 
     def _selection(self, term: list[Literal]) -> _Selection:
-        """Returns what the one-sided literals of a term select."""
+        """Returns the rows and columns that the one-sided literals of a term select."""
         literals = tuple(x for x in term if x[0].dense is not None)
         if not literals:
             return self.everything
@@ -142,10 +142,12 @@ class Decision:
         return self.selections[-1]
 
     def _narrow(self, bounds: Bounds, selection: _Selection):
-        """Keeps of every block the rows and columns that a band passes through."""
+        """Narrows every block to the rows and columns that a band passes through."""
         band = bounds.band(self.layout)
         if band is None:
             return selection, TRUE
+        # Where lo ≤ row − column ≤ hi, column + lo ≤ row ≤ column + hi, and
+        # row − hi ≤ column ≤ row − lo.
         sides = {QUERY: band, KEY: (-band[1], -band[0])}
         indices = {
             side: selection.summary(point(index), {side})
@@ -155,6 +157,7 @@ class Decision:
         for side, (lo, hi) in sides.items():
             (first, last), other = indices[side], indices[QUERY + KEY - side]
             xp = namespace(first, last, *other, wraps, lo, hi)
+            # Where the positions may wrap around, the band says nothing.
             least = xp.maximum(first, xp.where(wraps, first, other.lo + lo))
             most = xp.minimum(last, xp.where(wraps, last, other.hi + hi))
             inhabited = inhabited & (least <= most)
@@ -165,7 +168,7 @@ class Decision:
 
 
 def _numbered(root: Node) -> dict[Node, int]:
-    """Numbers a node and what it is made of, as far as that sees both sides."""
+    """Numbers a node and its operands, down to the first ones that see one side only."""
     result: dict[Node, int] = {}
     waiting = [root]
     while waiting:

@@ -1,12 +1,12 @@
 """Booleans as disjunctions of conjunctions of literals, where these are short.
 
-Short ones keep compile time about linear in the size of a function. k rules joined by `|`
-have k conjunctions. Their complement has 2^k, of which absorption often leaves two:
+Short forms keep compile time about linear in the size of a function. k rules joined by `|`
+have k conjunctions. Their complement has 2^k conjunctions, but absorption often leaves two:
 
     (a & x) | (a & y)   complement:  ~a | (~x & ~y)    not  ~a | (~a & ~y) | (~x & ~a) | …
 
-A Boolean whose form is longer than `_MANY` literals for each atom has none; then what it is
-made of is looked at apart.
+A Boolean whose form is longer than `_MANY` literals for each atom gets no form; then its
+parts are decided one by one.
 """
 
 import itertools
@@ -16,11 +16,12 @@ import numpy as np
 
 from jattn.blocks.graph import Node
 
-Literal = tuple[Node, bool]  # A node, and whether it holds.
-Term = frozenset[Literal]  # Literals, all of which hold.
+Literal = tuple[Node, bool]  # a node, and whether it holds
+Term = frozenset[Literal]  # the conjunction of its literals
 
-_MANY = 4  # How many literals a normal form may have for each of its atoms.
-_FEW_ATOMS = 8  # The form of fewer atoms may be as long as that of so many.
+# How many literals a normal form may have for each of its atoms; it limits compile time.
+_MANY = 4
+_FEW_ATOMS = 8  # a form of fewer atoms may be as long as one of so many
 
 
 class Formulas:
@@ -31,7 +32,7 @@ class Formulas:
         self.counted: dict[Node, frozenset[Node]] = {}
 
     def terms(self, node: Node, positive: bool) -> list[Term] | None:
-        """Returns the form of a Boolean or of its negation; nothing if it is too long."""
+        """Returns the form of a Boolean or of its negation; None if it is too long."""
         key = node, positive
         if key not in self.forms:
             self.forms[key] = self._terms(node, positive)
@@ -50,6 +51,7 @@ class Formulas:
                 if terms is None:
                     return None
                 factors.append(terms)
+            # Checked before the product is made, which may be exponentially long.
             if math.prod(map(len, factors)) > most:
                 return None
             for choice in itertools.product(*factors):
@@ -59,7 +61,7 @@ class Formulas:
         return result
 
     def atoms(self, node: Node) -> frozenset[Node]:
-        """Returns the Booleans of which this one is made, not made of others."""
+        """Returns the atoms of a Boolean: its parts that are not made of Booleans."""
         if node not in self.counted:
             choices = parts(node, True)
             operands = node.operands if choices else ()
@@ -69,7 +71,7 @@ class Formulas:
 
 
 def parts(node: Node, positive: bool) -> list[list[Literal]] | None:
-    """Returns a connective as a disjunction of conjunctions of its operands."""
+    """Returns a connective as a disjunction of conjunctions; None for other nodes."""
     if node.dense is not None or node.operation is None:
         return None
     name, operands = node.operation.name, node.operands
@@ -92,9 +94,10 @@ def parts(node: Node, positive: bool) -> list[list[Literal]] | None:
 
 
 def _absorbed(terms: list[Term], term: Term) -> list[Term]:
-    """Adds a term, unless it contradicts itself or says more than another one.
+    """Adds a term, unless it contradicts itself or contains all literals of another one.
 
-    What holds where a term holds and more does, holds where that term does.
+    (a & x) | a is a, so a term with more literals adds nothing. Likewise, the new term
+    replaces all terms that contain its literals.
     """
     if any((x, not holds) in term for x, holds in term):
         return terms

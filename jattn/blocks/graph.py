@@ -1,8 +1,9 @@
 """A jaxpr as a graph in which one-sided values are already computed.
 
-Calls are inlined and a `cond` is a selection. A value that looks at no more than
-one side of the attention matrix (the query or the key) is exact and held at every
-position of it; one that looks at both is left for the blocks (see `blocks`).
+Calls are inlined, and a `cond` becomes a selection. A value that depends on at most one
+side of the attention matrix (the query or the key) is computed exactly, at every position
+of that side. A value that depends on both sides is evaluated later, on blocks (see
+`decide`).
 """
 
 import contextlib
@@ -32,13 +33,13 @@ from jattn.blocks.intervals import (
 from jattn.call.jaxprs import CALLS, RULES, called, walk
 from jattn.call.keys import structure
 
-QUERY, KEY = 2, 3  # The axes of the two sides.
+QUERY, KEY = 2, 3  # the axes of the two sides in BNTS
 
-_LEAD = 4
+_LEAD = 4  # the axes B, N, T, S, which come before a value's own axes
 _DIVISIONS = {"floor_divide": jnp.floor_divide, "remainder": jnp.remainder}
 _FINITE, _PRODUCTS = {"tanh", "erf", "sign"}, {"mul", "div"}
-_MAX_DEPTH = 150  # Of nested operations on both sides; Python's stack is finite.
-_MAX_SIZE = 2**24  # Of a one-sided value; beyond it, intervals must serve.
+_MAX_DEPTH = 150  # of nested operations on both sides, since Python's stack is finite
+_MAX_SIZE = 2**24  # numbers in a one-sided value; larger values have intervals only
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,11 +47,11 @@ class Node:
     """A value in the function.
 
     Attributes:
-        operation: What computes it, an `Operation`; None for an input.
-        operands: Of the operation.
-        sides: Which of QUERY and KEY it looks at.
-        dense: Its value at every position, an `Interval`; None if it looks at both sides.
-        depth: The longest chain of operations without a dense value below it.
+        operation: The `Operation` that computes it; None for an input.
+        operands: The operands of the operation.
+        sides: The sides, QUERY and KEY, that it depends on.
+        dense: Its value at every position, an `Interval`; None if it depends on both sides.
+        depth: The longest chain of operations below it without a dense value.
     """
 
     operation: Any
@@ -61,12 +62,12 @@ class Node:
 
 
 def concrete(array):
-    """Returns a numpy array, unless it is traced."""
+    """Returns a numpy array, or the array itself if it is traced."""
     return array if isinstance(array, jax.core.Tracer) else np.asarray(array)
 
 
 def constant(array) -> Node:
-    """Returns an array that the function holds as a node."""
+    """Returns the node of an array that the function holds."""
     if not is_real(array):
         return _unknown(array)
     array = concrete(array)
@@ -82,8 +83,8 @@ def trace(
 ) -> list[Node]:
     """Returns the outputs of a jaxpr, closed or with its constants given, as nodes.
 
-    What is computed twice from the same nodes is one node, kept in `known`: each of many
-    rules may say t ≥ s, and their complement is short because it is the same everywhere.
+    The same operation on the same nodes is one node, kept in `known`. So if many rules say
+    t ≥ s, that is one atom, and the complement of the rules stays short.
     """
     known = {} if known is None else known
     if consts is None:
@@ -92,7 +93,7 @@ def trace(
 
     def literal(atom):
         value = np.asarray(atom.val, getattr(atom.aval, "dtype", None))
-        if value.dtype.hasobject:
+        if value.dtype.hasobject:  # its bytes would be pointers, no key
             return constant(value)
         key = value.dtype, value.shape, value.tobytes()
         return known.setdefault(key, constant(value))
@@ -106,6 +107,7 @@ def _equation(eqn, operands: list[Node], known: dict[Hashable, Node]) -> list[No
     avals = tuple(atom.aval for atom in eqn.invars)
     inner = called(eqn, CALLS | RULES)
     if inner is not None:
+        # `//` and `%` of jnp are calls, but have rules of their own.
         if _is_division(eqn, avals):
             operation = Operation(eqn.params["name"], {}, avals, *results)
             return [_node(operation, operands, known)]
@@ -120,7 +122,7 @@ def _equation(eqn, operands: list[Node], known: dict[Hashable, Node]) -> list[No
 
 
 def _cond(eqn, operands: list[Node], which, known: dict[Hashable, Node]) -> list[Node]:
-    """Evaluates all branches: each is pure, and the predicate selects."""
+    """Evaluates all branches of a `cond`, which are pure; the predicate selects."""
     index, *rest = operands
     branches = [trace(branch, rest, known=known) for branch in eqn.params["branches"]]
     return [
@@ -138,7 +140,7 @@ def _unknown(aval) -> Node:
 
 
 def _node(operation: Operation, operands: list[Node], known: dict[Hashable, Node]) -> Node:
-    """Returns the node of an operation: the one at hand, if there is one."""
+    """Returns the node of an operation: the known one if there is one, else a new one."""
     params = tuple((x, type(y), y) for x, y in sorted(operation.params.items()))
     result = operation.result
     key = operation.name, tuple(operands), params, result.dtype, result.shape
@@ -164,14 +166,14 @@ def _made(operation: Operation, operands: list[Node]) -> Node:
 
 
 def size(operands: list[Interval], result) -> int:
-    """Returns how many numbers an operation on intervals makes."""
+    """Returns how many numbers the result of an operation on intervals has."""
     lead = np.broadcast_shapes(*(x.lo.shape[:_LEAD] for x in operands))
     return math.prod(lead + result.shape)
 
 
 @functools.cache
 def _division(name: str, avals) -> Hashable:
-    """Returns the structure of an integer `//` or `%`."""
+    """Returns the structure of the jaxpr of an integer `//` or `%`."""
     operands = [
         jax.ShapeDtypeStruct((), aval.dtype, weak_type=aval.weak_type) for aval in avals
     ]
@@ -180,9 +182,9 @@ def _division(name: str, avals) -> Hashable:
 
 
 def _is_division(eqn, avals) -> bool:
-    """Returns whether a call is jnp's `//` or `%` of integers, by its very jaxpr.
+    """Says whether a call is jnp's `//` or `%` of integers, by comparing jaxprs.
 
-    They round towards −∞ by looking at signs, which intervals cannot follow.
+    Inside, they compare signs to round towards −∞, which intervals cannot follow.
     """
     name = eqn.params.get("name")
     if name not in _DIVISIONS or len(avals) != 2:
@@ -193,9 +195,12 @@ def _is_division(eqn, avals) -> bool:
 
 
 def _folded(eqn, operands: list[Node]) -> list[Node] | None:
-    """Runs a primitive without a rule, such as a search, if it sees one side only."""
+    """Runs a primitive without a rule, such as a search, if it sees at most one side.
+
+    Returns None if it cannot run.
+    """
     values, results = [x.dense for x in operands], [v.aval for v in eqn.outvars]
-    # Not for floats: run elsewhere, they may differ in the last place.
+    # Floats are not folded: in the call itself they may differ in the last place.
     floats = [not is_real(a) or jnp.issubdtype(a.dtype, jnp.floating) for a in results]
     sides = frozenset().union(*(x.sides for x in operands))
     single = all(x is not None and x.lo is x.hi for x in values)
@@ -205,6 +210,7 @@ def _folded(eqn, operands: list[Node]) -> list[Node] | None:
         return None
     arrays = [x.lo for x in values]
     known = all(isinstance(array, np.ndarray) for array in arrays)
+    # Known arrays are computed at once, also inside `jit`.
     with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
         outputs = _run(eqn, arrays)
     return [Node(None, (), sides, point(concrete(output))) for output in outputs]

@@ -1,4 +1,10 @@
-"""The rules of indexing: which values of a table a range of indices may find."""
+"""The rules of indexing: which values of an array a range of indices may read.
+
+The result has the least and the greatest value of the array between the bounds of its
+index. They come from a sparse table of powers of two, which costs O(array · log) once and
+O(1) for each block. A single index, not a range, is plain indexing, and a known run of
+consecutive indices is a slice.
+"""
 
 import functools
 import itertools
@@ -24,6 +30,7 @@ from jattn.blocks.rearrange import _LEAD
 @rule("dynamic_slice")
 def _dynamic_slice(xp, op, x, *starts):
     sizes, shape = op.parameter("slice_sizes"), op.operands[0].shape
+    # Each axis must be indexed by a single number or read as a whole.
     if any(1 < size < whole for size, whole in zip(sizes, shape, strict=True)):
         return None
     indexed = [i for i, size in enumerate(sizes) if size == 1 and shape[i] != 1]
@@ -33,6 +40,8 @@ def _dynamic_slice(xp, op, x, *starts):
 @rule("gather")
 def _gather(xp, op, x, where):
     names, shape = op.parameter("dimension_numbers"), op.operands[0].shape
+    # The rule is for one index vector, which picks a single element or whole axes: what
+    # `array[i, j]` becomes for scalars i and j.
     axes = attribute(names, "start_index_map")
     whole = [1 if i in axes else size for i, size in enumerate(shape)]
     plain = tuple(sorted(axes)) == tuple(attribute(names, "collapsed_slice_dims"))
@@ -48,13 +57,13 @@ def _gather(xp, op, x, where):
 
 
 def _outside(x: Interval, size: int) -> Interval:
-    """Returns whether an index is out of bounds."""
+    """Says where an index is definitely, and where possibly, out of bounds."""
     low, high = x.lo.dtype.type(0), x.lo.dtype.type(size - 1)
     return Interval((x.hi < low) | (x.lo > high), (x.lo < low) | (x.hi > high))
 
 
 def _filled(op, inside: Interval, outside: list[Interval], mode: str):
-    """Replaces what is out of bounds by the fill value, or by anything."""
+    """Replaces values out of bounds by the fill value, or by all values of the type."""
     definitely = functools.reduce(operator.or_, [x.lo for x in outside])
     possibly = functools.reduce(operator.or_, [x.hi for x in outside])
     if isinstance(possibly, np.ndarray) and not possibly.any():
@@ -72,7 +81,7 @@ def _filled(op, inside: Interval, outside: list[Interval], mode: str):
 
 
 def _index(op, x: Interval, parts: dict[int, Interval]):
-    """Returns the values of an array between the bounds of its indices, clamped."""
+    """Returns the values of an array between the bounds of its clamped indices."""
     shape = op.operands[0].shape
     if 0 in shape or any(a.shape[:_LEAD] != (1,) * _LEAD for a in x):
         return None
@@ -99,6 +108,7 @@ def _take(table, indices):
     lead = np.broadcast_shapes(*(i.shape for i in indices))
     runs = [_run(index) for index in indices]
     axes = [axis for axis, _ in runs if axis is not None]
+    # Runs along different axes, in order, need only a slice, no gather.
     if len(axes) == len(runs) and sorted(set(axes)) == axes:
         return table[tuple(run for _, run in runs)].reshape(lead + table.shape[len(runs) :])
     if namespace(table, *indices) is np:
@@ -108,7 +118,7 @@ def _take(table, indices):
 
 
 def _run(index):
-    """Returns the axis and slice of a known run of consecutive indices."""
+    """Returns the axis and the slice of a known run of consecutive indices, else None."""
     long = [axis for axis, size in enumerate(index.shape) if size != 1]
     if not isinstance(index, np.ndarray) or len(long) > 1 or not index.size:
         return None, None
@@ -121,17 +131,21 @@ def _run(index):
 def range_extremes(table: Interval, parts: list[Interval]) -> Interval:
     """Returns the extremes of an array over ranges of its first axes.
 
-    One axis may have a true range; a range in another one takes the whole array.
+    Only one axis may have a true range. Where another axis has one too, the result is the
+    extremes of the whole array.
     """
-    # The greatest is the least of the opposite, so one table of powers serves for both.
+    # The greatest value is the least one in the opposite order, so one table of least
+    # values serves for both.
     xp = namespace(*table, *(bound for p in parts for bound in p))
     both_ends = xp.stack([table.lo, _opposite(xp, table.hi)], -1)
     last = max(i for i, p in enumerate(parts) if p.lo is not p.hi)
     others = parts[:last] + parts[last + 1 :]
     levels = _levels(both_ends, last)
     lo, hi = parts[last]
-    # A mask that selects nothing leaves an empty range: any answer will do there.
+    # A mask that selects nothing leaves an empty range, where any answer is right.
     hi = xp.maximum(lo, hi)
+    # A range of n numbers is two overlapping ranges of 2^power ≤ n numbers: the one that
+    # starts at its left end, and the one that ends at its right end.
     sizes = 2 ** np.arange(1, len(levels), dtype=np.int32)
     sizes = sizes.reshape(-1, *[1] * lo.ndim)
     power = xp.sum(((hi - lo + 1)[None] >= sizes).astype(lo.dtype), 0, dtype=lo.dtype)
@@ -149,25 +163,25 @@ def range_extremes(table: Interval, parts: list[Interval]) -> Interval:
 
 
 def _opposite(xp, array):
-    """Returns an array in the opposite order, from which it comes back."""
+    """Reverses the order of an array's numbers; applied twice, it changes nothing."""
     return -array if jnp.issubdtype(array.dtype, jnp.floating) else ~array
 
 
 def _levels(table, axis: int):
-    """Returns the least of 1, 2, 4, … neighbours along an axis, moved first."""
+    """Returns the least of 1, 2, 4, … neighbours along an axis, which becomes the first."""
     xp = namespace(table)
     table = xp.moveaxis(table, axis, 0)
     index = np.arange(len(table), dtype=np.int32)
     steps = 2 ** np.arange(int(math.log2(len(table))), dtype=np.int32)
 
     def double(level, step):
-        # Near the end, fewer neighbours: all that a range inside the array needs.
+        # Near the end there are fewer neighbours. No range inside the array needs more.
         shifted = level[xp.minimum(index + step, len(table) - 1)]
         level = xp.minimum(level, shifted)
         return level, level
 
     if xp is not np:
-        # A loop: unrolled, XLA takes seconds to fuse the levels.
+        # A loop, because XLA would take seconds to fuse the levels of an unrolled one.
         return jnp.concatenate([table[None], lax.scan(double, table, steps)[1]])
     levels = itertools.accumulate(steps, lambda x, step: double(x, step)[0], initial=table)
     return np.stack(list(levels))

@@ -1,4 +1,4 @@
-"""Which functions may answer −∞ at all."""
+"""Which functions may answer −∞ at all, so that asking where they do is worth the work."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +13,11 @@ from jattn.blocks.intervals import (
 
 
 def may_be_infinite(node: Node) -> bool:
-    """Returns whether a number may be ±∞ on a whole block, by what it is made of.
+    """Says whether a number may be ±∞ on a whole block, from the parts it is made of.
 
-    A traced array may hold anything, but where it is a factor it is taken to be finite: to
-    skip what is hidden by a product is not worth to evaluate all products. That is sound,
-    since it only leaves blocks that could be skipped.
+    A traced array may hold anything. But a traced factor of a product is taken to be
+    finite, since blocks hidden by such products are too rare to evaluate all products for
+    them. That is sound: at worst, blocks that could be skipped are not.
     """
     return _may_be_infinite(node, {}, 0)
 
@@ -37,6 +37,7 @@ def _has_infinite_part(node: Node, known: dict[Node, bool], depth: int) -> bool:
         return not _is_known(node.dense) or bool((np.isinf(lo) | np.isinf(hi)).any())
     if not jnp.issubdtype(operation.result.dtype, jnp.floating):
         return False
+    # Without a rule the result is unknown, so it is never surely −∞ on a whole block.
     if not has_rule(operation.name) or operation.name in _FINITE:
         return False
     parts = node.operands

@@ -1,13 +1,13 @@
 """Interval rules: what each JAX primitive does to a range of values.
 
-A rule is given an `Interval` per operand and returns one that holds every value
-the primitive can take on them. A Boolean is the interval of what is *definitely*
-(`lo`) and *possibly* (`hi`) true. A range that may hold NaN has NaN for a bound,
-so that no comparison with it is decided. A primitive without a rule, or with
+A rule gets an `Interval` for each operand and returns one that holds every value
+the primitive can take on them. The interval of a Boolean says whether it is
+*definitely* (`lo`) and *possibly* (`hi`) true. A range that may hold NaN has NaN for
+a bound, so that no comparison with it is decided. A primitive without a rule, or with
 parameters that its rule does not know, is `unknown`: the whole range of its type.
 
 Arrays have four leading axes (example, head, query, key) that broadcast, then the
-axes of the value itself. They are numpy's where all is concrete, else JAX's.
+axes of the value itself. They are numpy arrays where all is concrete, else JAX's.
 
 To add a primitive, write one function under `@rule("its name")`.
 """
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-_LEAD = 4
+_LEAD = 4  # the axes example, head, query and key
 
 
 class Interval(NamedTuple):
@@ -39,18 +39,18 @@ class Operation:
     result: Any
 
     def parameter(self, name: str) -> Any:
-        """Returns a parameter; without it, the result is unknown."""
+        """Returns a parameter; raises `Renamed` without it, so the result is unknown."""
         if name not in self.params:
             raise Renamed(name)
         return self.params[name]
 
 
 class Renamed(Exception):
-    """Says that this version of JAX has no parameter of the name that a rule reads."""
+    """An error of a rule: this version of JAX has no parameter of the name it reads."""
 
 
 def attribute(value, name: str) -> Any:
-    """Returns a part of a parameter; without it, the result is unknown."""
+    """Returns a part of a parameter; raises `Renamed` without it."""
     if not hasattr(value, name):
         raise Renamed(name)
     return getattr(value, name)
@@ -69,7 +69,7 @@ def rule(*names: str, point: Callable[..., Any] | None = None):
         point: Computes single integers or Booleans exactly, wrapping as XLA does.
 
     Returns:
-        A decorator, which returns the rule as it was.
+        A decorator that registers a function and returns it unchanged.
     """
 
     def register(function: Rule) -> Rule:
@@ -80,13 +80,13 @@ def rule(*names: str, point: Callable[..., Any] | None = None):
 
 
 def elementwise(*names: str, point: Callable[..., Any] | None = None):
-    """Registers a `rule` whose operands have one shape, or are scalars."""
+    """Registers a `rule` of a primitive whose operands have one shape, or are scalars."""
     _ELEMENTWISE.update(names)
     return rule(*names, point=point)
 
 
 def namespace(*arrays):
-    """Returns numpy where every array is concrete, else `jax.numpy`."""
+    """Returns `numpy` if every array is concrete, else `jax.numpy`."""
     concrete = all(isinstance(a, np.ndarray | np.generic) for a in arrays)
     return np if concrete else jnp
 
@@ -107,25 +107,25 @@ def extremes(dtype):
 
 
 def unknown(aval) -> Interval:
-    """Returns the interval that holds every value, and NaN, of a type."""
+    """Returns the interval that holds every value of a type, NaN included."""
     shape = (1,) * _LEAD + aval.shape
     if not is_real(aval) or jnp.issubdtype(aval.dtype, jnp.floating):
         dtype = aval.dtype if is_real(aval) else np.float32
-        # Two arrays: this is no single value.
+        # Two arrays, because `lo is hi` would mean a single value.
         return Interval(np.full(shape, np.nan, dtype), np.full(shape, np.nan, dtype))
     lo, hi = extremes(aval.dtype)
     return Interval(np.full(shape, lo), np.full(shape, hi))
 
 
 def is_real(aval) -> bool:
-    """Returns whether the rules know this type: Boolean, integer or float."""
+    """Says whether the rules know this type: Boolean, integer or float."""
     dtype = getattr(aval, "dtype", np.dtype(object))
     kinds = jnp.floating, jnp.signedinteger, jnp.unsignedinteger, np.bool_
     return dtype.itemsize > 0 and any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
 def has_rule(name: str) -> bool:
-    """Returns whether a primitive has a rule."""
+    """Says whether a primitive has a rule."""
     return name in _RULES
 
 
@@ -134,11 +134,14 @@ def apply(op: Operation, operands: list[Interval]) -> Interval:
     if op.name not in _RULES or not all(map(is_real, (*op.operands, op.result))):
         return unknown(op.result)
     function, exact = _RULES[op.name]
+    # A scalar operand gets as many axes as the others have, of length 1, at its end.
     if op.name in _ELEMENTWISE:
         rank = max(x.lo.ndim for x in operands)
         operands = [both(x, lambda a: _as_rank(a, rank)) for x in operands]
     xp = namespace(*(bound for x in operands for bound in x))
+    # Only integers and Booleans: single floats need the rule, whose bounds allow rounding.
     discrete = not any(is_float(aval) for aval in (*op.operands, op.result))
+    # Bounds may overflow or be NaN; the rules handle that.
     with np.errstate(all="ignore"):
         if exact and discrete and all(x.lo is x.hi for x in operands):
             return point(exact(*(x.lo for x in operands)))
@@ -150,23 +153,23 @@ def apply(op: Operation, operands: list[Interval]) -> Interval:
 
 
 def is_float(aval) -> bool:
-    """Returns whether a type is of floats."""
+    """Says whether a type is of floats."""
     return jnp.issubdtype(aval.dtype, jnp.floating)
 
 
 def both(x: Interval, function) -> Interval:
-    """Applies a non-decreasing function to both bounds."""
+    """Applies a non-decreasing function to both bounds; a single value stays single."""
     lo = function(x.lo)
     return Interval(lo, lo if x.lo is x.hi else function(x.hi))
 
 
 def _as_rank(array, rank: int):
-    """Appends axes, so that the leading ones stay in place."""
+    """Appends axes of length 1, so that the leading axes stay in place."""
     return array.reshape(array.shape + (1,) * (rank - array.ndim))
 
 
 def unless(xp, bad, lo, hi, aval) -> Interval:
-    """Returns lo … hi, but everything where the bounds are `bad`."""
+    """Returns lo … hi, or all values of the type where the bounds are `bad`."""
     if xp is np and not np.any(bad):
         return Interval(lo, hi)
     least, most = (np.nan, np.nan) if is_float(aval) else extremes(aval.dtype)

@@ -1,33 +1,36 @@
 """Kinds of blocks: empty, partial or full, as small arrays.
 
-A kind is 0 where no pair of a block may attend, 1 where some may or nothing is known, and
-2 where all may. Kinds are int8, B or 1 × N or 1 × query blocks × key blocks; an axis of
-blocks may be 1 too, where they are all of one kind. Nothing here is ever wrong by being 1.
+A kind is 0 if no pair of a block may attend, 1 if some may or nothing is known, and 2 if
+all may. So 1 is right for every block. Kinds are int8, B or 1 × N or 1 × query blocks × key
+blocks; an axis of blocks may also be 1, if all these blocks are of one kind.
 """
 
 import jax.numpy as jnp
 import numpy as np
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-_MOST_CELLS = 20  # along each side of a picture
+_MOST_CELLS = 20  # along each side of a picture, so that a printed table stays small
 _GLYPHS = " ░█"
 
 
 def resize(kinds, lengths, blocks, wanted):
-    """Kinds for blocks of another size, sound and as precise as they can be had.
+    """Computes the kinds of blocks of another size, as precisely as the kinds allow.
 
-    A block inside another one inherits its kind; one that overlaps several is empty or
-    full if all of these are.
+    A new block inside an old block has the old block's kind. A new block that overlaps
+    several old blocks is empty if all of them are empty, full if all are full, and partial
+    otherwise.
 
     Args:
-        kinds: Of the blocks at hand; NumPy's or in the graph, and so is the result.
+        kinds: The kinds of the old blocks, a NumPy array or a traced array; the result is
+            of the same sort.
         lengths: T and S.
-        blocks: The size of the blocks at hand.
-        wanted: The size of those asked for.
+        blocks: The size of the old blocks.
+        wanted: The size of the new blocks.
 
     Returns:
         The kinds, int8; an axis of blocks is 1 where it was.
     """
+    # A new block has one kind for sure if the least and the greatest old kind agree.
     low = high = kinds
     for axis, length, have, want in zip((-2, -1), lengths, blocks, wanted, strict=True):
         if kinds.shape[axis] == 1 or have == want:
@@ -40,8 +43,12 @@ def resize(kinds, lengths, blocks, wanted):
 
 
 def _overlaps(length: int, have: int, want: int) -> np.ndarray:
-    """For each block wanted, which ones it overlaps; the last is repeated."""
+    """Gives for each new block the old blocks that it overlaps.
+
+    The last of them is repeated, so that all new blocks have equally many.
+    """
     first = np.arange(0, length, want)
+    # The first and the last old block that each new block overlaps.
     start, last = first // have, (np.minimum(first + want, length) - 1) // have
     most = np.max(last - start, initial=0) + 1
     return np.minimum(start[:, None] + np.arange(most), last[:, None])
@@ -56,13 +63,13 @@ def _over(kinds, overlaps, axis, extreme):
 
 
 def spread(kinds, lengths, blocks):
-    """The kinds with their two last axes in full."""
+    """Gives the kinds with their two last axes in full."""
     counts = [-(-length // block) for length, block in zip(lengths, blocks, strict=True)]
     return _module(kinds).broadcast_to(kinds, (*kinds.shape[:-2], *counts))
 
 
 def shares(kinds: np.ndarray) -> list[str]:
-    """Which share of the blocks is of each kind, as text."""
+    """Says which share of the blocks is of each kind, as text."""
     names = {"empty": EMPTY, "partial": PARTIAL, "full": FULL}
     whole = max(kinds.size, 1)
     return [
@@ -72,7 +79,7 @@ def shares(kinds: np.ndarray) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """A share as text, which says 0 % and 100 % only of none and all."""
+    """Writes a share as text; 0 % means exactly none, and 100 % exactly all."""
     if share in (0, 1):
         return f"{share:.0%}".replace("%", " %")
     return f"{min(max(100 * share, 0.1), 99.9):.3g} %"

@@ -1,11 +1,12 @@
 """Which blocks of a call can be skipped, and which need no mask.
 
 One table serves every implementation: for each block of queries and block of keys, whether
-the mask lets no pair, some pairs or all pairs of it attend. It comes from the mask's
+the mask lets no pair, some pairs or all pairs of it attend. It is computed from the mask's
 program by `jattn.blocks`, in work and memory that grow with the number of blocks and with
-T + S, never with T × S; or from a table that came with the call. Blocks on which the
-modifier answers −∞ to everything are empty, and those on which a bias is −∞, where it is
-the same for all queries or for all keys; any other would have to be read as a whole.
+T + S, never with T × S; or it is a table that came with the call. Blocks on which the
+modifier answers −∞ to everything are empty. So are blocks on which the bias is −∞, if the
+bias is the same for all queries or for all keys; any other bias would have to be read as a
+whole.
 """
 
 import dataclasses
@@ -25,17 +26,17 @@ from jattn.operations.varying import locally
 
 
 def skips(problem: Problem, operands: Operands | None) -> bool:
-    """Whether there is anything that may leave a block out."""
+    """Says whether a mask, a modifier or a one-sided bias may leave a block out."""
     bias = None if operands is None else operands.bias
     programs = problem.mask, problem.modifier
     return programs != (None, None) or _is_one_sided(bias)
 
 
 def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: int):
-    """The kind of every block: int8, B or 1 × N or 1 × query blocks × key blocks.
+    """Finds the kind of every block: int8, B or 1 × N or 1 × query blocks × key blocks.
 
-    NumPy's where nothing is traced, and in the graph otherwise. With symbolic sizes every
-    block counts as partial.
+    The result is a NumPy array if nothing is traced, otherwise a traced array. With
+    symbolic sizes every block counts as partial.
     """
     *_, T, S = problem.sizes.BNTS
     shape = (1, 1, -(-T // block_q), -(-S // block_kv))
@@ -43,13 +44,14 @@ def block_table(problem: Problem, operands: Operands, block_q: int, block_kv: in
         return jnp.full(shape, PARTIAL, jnp.int8)
     rest: dict[str, Any] = dict.fromkeys(("query", "key", "value", "scale", "rng"))
     decisive = operands._replace(**rest)
-    # Small changes of an array change no kind; the rules need no derivatives.
+    # Kinds are integers, so they have no derivatives, and the rules need none.
     decisive = jax.tree.map(_constant, decisive)
     return locally(_block_table, (problem, block_q, block_kv), decisive)
 
 
 def _block_table(problem: Problem, block_q: int, block_kv: int, operands: Operands):
     B, N, T, S = problem.sizes.BNTS
+    # Without a mask all blocks are full; a modifier and a bias may make some of them empty.
     kinds = np.full((1, 1, -(-T // block_q), -(-S // block_kv)), FULL, np.int8)
     positions = (operands.query_position, operands.key_position)
     points = classify.grid((B, N, T, S), (block_q, block_kv), *positions)
@@ -57,7 +59,7 @@ def _block_table(problem: Problem, block_q: int, block_kv: int, operands: Operan
     mask, modifier = operands.mask, operands.modifier
     if operands.kinds is not None:
         kinds = resize(operands.kinds, (T, S), problem.blocks, (block_q, block_kv))
-        if problem.settled:
+        if problem.settled:  # the table has the modifier and the bias in it
             return kinds
     elif problem.mask is not None:
         jaxpr = problem.mask.jaxpr
@@ -67,6 +69,7 @@ def _block_table(problem: Problem, block_q: int, block_kv: int, operands: Operan
         dead = classify.dead_blocks(jaxpr, modifier.captured, points, modifier.aligned)
         kinds = kinds * (~dead).astype(np.int8)
     if _is_one_sided(operands.bias):
+        # A block is empty if its largest bias is −∞.
         most: Any = concrete(operands.bias)
         for axis, size in ((QUERY, block_q), (KEY, block_kv)):
             most = per_block(most, axis, size, "max")
@@ -79,5 +82,5 @@ def _is_one_sided(bias) -> bool:
 
 
 def _constant(array):
-    # One that is not traced must stay concrete, for then the table is NumPy's.
+    # A concrete array must stay concrete, so that the table is a NumPy array.
     return jax.lax.stop_gradient(array) if isinstance(array, jax.core.Tracer) else array

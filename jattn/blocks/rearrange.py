@@ -1,10 +1,4 @@
-"""Interval rules for types, shapes, reductions and indexing an array.
-
-Indexing gives the least and the greatest value of the array between the bounds of
-its index, from a sparse table of powers of two, so it costs O(array · log) once
-and O(1) per block. A single index (not a range) is plain indexing, and a known run
-of consecutive ones is a slice.
-"""
+"""Interval rules for types, shapes and reductions."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +13,7 @@ from jattn.blocks.intervals import (
     unless,
 )
 
-_LEAD = 4
+_LEAD = 4  # the axes example, head, query and key, before the axes of the value itself
 
 
 @rule("convert_element_type")
@@ -29,6 +23,7 @@ def _convert(xp, op, x):
     if source in (target, np.bool_):
         return x if source == target else both(x, cast)
     if target == np.bool_:
+        # Definitely True without 0 in the range; definitely False if 0 is all of it.
         zero = (x.lo <= 0) & (x.hi >= 0)
         return Interval((x.lo > 0) | (x.hi < 0), ~(zero & (x.lo == x.hi)))
     if jnp.issubdtype(target, jnp.floating):
@@ -40,7 +35,7 @@ def _convert(xp, op, x):
 
 
 def _narrowed(xp, x: Interval, target):
-    """Rounds outwards: XLA may round, or drop the conversion."""
+    """Rounds bounds outwards, since XLA may round values, or drop the conversion."""
     lo, hi = (a.astype(target) for a in x)
     least, most = extremes(target)
     exact = [a.astype(b.dtype) == b for a, b in zip((lo, hi), x, strict=True)]
@@ -49,10 +44,11 @@ def _narrowed(xp, x: Interval, target):
 
 
 def _fits(x: Interval, target):
-    """Returns whether casting to an integer type keeps the order of a range."""
+    """Says whether casting to an integer type keeps the order of a range."""
     if np.can_cast(x.lo.dtype, target):
         return x.lo <= x.hi
     least, most = extremes(target)
+    # A margin of 0.1 %, since the ends of the type are rounded as floats. NaN fits nowhere.
     if jnp.issubdtype(x.lo.dtype, jnp.floating):
         return (x.lo >= 0.999 * float(least)) & (x.hi <= 0.999 * float(most))
     own = extremes(x.lo.dtype)
@@ -157,12 +153,11 @@ rule("reduce_min")(_reduction("min"))
 @rule("reduce_sum")
 def _reduce_sum(xp, op, x):
     if is_float(op.result):
-        return None  # The order of the additions is the compiler's.
+        return None  # the compiler chooses the order of the additions, and so the rounding
     axes, dtype = _shift(op.parameter("axes")), op.result.dtype
+    # The sum of |lo| + |hi| bounds every partial sum. It is computed in float32, which
+    # cannot wrap around, with a margin of 0.1 % for its rounding.
     size = sum(xp.sum(abs(a.astype(np.float32)), axes) for a in x)
     bad = ~(size < 0.999 * float(extremes(dtype)[1]))
     bounds = both(x, lambda a: xp.sum(a, axes, dtype=dtype))
     return bounds if x.lo is x.hi else unless(xp, bad, *bounds, op.result)
-
-
-# Indexing.

@@ -1,8 +1,7 @@
-"""Interval rules for logic, comparison and arithmetic.
+"""Interval rules for comparisons, logic, selection, and integer division.
 
-Integers wrap around, so a bound that may leave its type gives everything. Floats
-round monotonically, and products and quotients are widened a little besides, since
-compilers fuse and rearrange them.
+A comparison with a bound of NaN is False. So each `possibly` bound is written as the
+negation of a comparison: it is True wherever NaN leaves the answer open.
 """
 
 import operator
@@ -60,13 +59,14 @@ def _ne(xp, op, x, y):
 
 @elementwise("not", point=operator.invert)
 def _not(xp, op, x):
-    return Interval(~x.hi, ~x.lo)  # Decreasing for integers, too: ~x = −x − 1.
+    return Interval(~x.hi, ~x.lo)  # decreasing for integers too: ~x = −x − 1
 
 
 @elementwise("and", point=operator.and_)
 def _and(xp, op, x, y):
     if op.result.dtype == bool:
         return Interval(x.lo & y.lo, x.hi & y.hi)
+    # Of numbers ≥ 0, the bitwise `and` is at most each of them.
     hi = xp.minimum(x.hi, y.hi)
     negative = (x.lo < 0) | (y.lo < 0)
     return unless(xp, negative, xp.zeros_like(hi), hi, op.result)
@@ -89,15 +89,13 @@ def _select_n(xp, op, which, *cases):
     least, most = cases[0].lo, cases[0].hi
     for i, case in enumerate(cases[1:], 1):
         only, maybe = which.lo >= i, which.hi >= i
-        # `only`: no earlier case is possible; NaN must not leak out of those.
+        # Where `only` is True, no earlier case is possible, and NaN in earlier cases must
+        # not reach the result.
         low = xp.where(maybe, xp.minimum(least, case.lo), least)
         high = xp.where(maybe, xp.maximum(most, case.hi), most)
         least, most = xp.where(only, case.lo, low), xp.where(only, case.hi, high)
     exact = which.lo is which.hi and all(case.lo is case.hi for case in cases)
     return point(least) if exact else Interval(least, most)
-
-
-# Arithmetic. Integers wrap, so a bound that may leave the type gives everything.
 
 
 # Division. Both quotients are monotone in each operand while no divisor is zero.

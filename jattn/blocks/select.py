@@ -23,9 +23,10 @@ from jattn.blocks.intervals import (
     unknown,
 )
 
-_MAX_SIZE = 2**26  # Of a value with axes of its own, over all blocks.
+_MAX_SIZE = 2**26  # numbers of a value over all blocks; a larger value counts as unknown
 
-_TABLES = 4  # What a value on a range of rows and columns takes, beside one on all.
+# The work for a value on a range of rows and columns, relative to one on whole blocks.
+_TABLES = 4
 
 
 class _Selection:
@@ -33,18 +34,18 @@ class _Selection:
 
     def __init__(self, layout: Layout, masks=None, ranges=None, operand=None):
         self.layout = layout
-        self.masks = masks or {}  # Of the positions, per side.
-        self.ranges = ranges or {}  # Of rows and columns, narrower than the blocks.
+        self.masks = masks or {}  # which positions are selected, by side
+        self.ranges = ranges or {}  # first and last row or column, within each block
         self.operand = operand or self.value
         self.memo: dict[Node, Interval] = {}
 
     @property
     def effort(self) -> int:
-        """How much was evaluated; extremes over ranges need tables of the array."""
+        """Gives how much was evaluated; ranges count more, because of their tables."""
         return len(self.memo) * (_TABLES if self.ranges else 1)
 
     def is_inhabited(self):
-        """Returns on which blocks anything is selected."""
+        """Says on which blocks anything is selected."""
         anywhere = [self._reduced(mask, "any") for mask in self.masks.values()]
         return functools.reduce(operator.and_, anywhere, TRUE)
 
@@ -71,6 +72,7 @@ class _Selection:
             least, most = extremes(lo.dtype)
             mask = mask.reshape(mask.shape + (1,) * (lo.ndim - mask.ndim))
             xp = namespace(mask, lo, hi)
+            # Positions that are not selected must not be the least or the greatest.
             lo, hi = xp.where(mask, lo, most), xp.where(mask, hi, least)
         side = min(sides)
         is_single = len(sides) == 1 and lo.ndim == TRUE.ndim and lo.shape[side] > 1
@@ -84,9 +86,9 @@ class _Selection:
         return array
 
     def _within(self, x: Interval, side: int) -> Interval:
-        """Returns the extremes over a range of one side per pair of blocks."""
+        """Returns, for each pair of blocks, the extremes over its range of one side."""
         xp, shape = namespace(*x), np.broadcast_shapes(*(bound.shape for bound in x))
-        # What is the same for all examples or heads is not indexed by them.
+        # A value that is the same for all examples or heads is not indexed by them.
         axes = [axis for axis in (0, 1) if shape[axis] > 1]
         indices = [np.arange(n, dtype=np.int32) for n in shape[:2]]
         own = indices[0].reshape(-1, 1, 1, 1), indices[1].reshape(1, -1, 1, 1)
@@ -96,12 +98,13 @@ class _Selection:
 
 
 def _selected(literals, equalities) -> dict:
-    """Returns where one-sided literals hold, and equalities may still do so."""
+    """Returns, by side, the positions where one-sided literals and equalities may hold."""
     masks = {}
     for node, positive in literals:
         mask, side = _possible(node.dense, positive), tuple(node.sides)
         masks[side] = masks[side] & mask if side in masks else mask
     for node, _ in equalities:
+        # x = y is only possible for x within the range of the selected y.
         for x, y in itertools.permutations(node.operands):
             if (mask := masks.get(tuple(y.sides))) is not None:
                 allowed = _between(x.dense, *_span(y.dense, mask))
@@ -114,7 +117,7 @@ def _between(x: Interval, least, most):
 
 
 def _span(x: Interval, mask):
-    """Returns the extremes of a one-sided value over all that is selected."""
+    """Returns the extremes of a one-sided value over all selected positions."""
     xp: Any = namespace(*x, mask)
     least, most = extremes(x.lo.dtype)
     lo, hi = xp.where(mask, x.lo, most), xp.where(mask, x.hi, least)
@@ -126,16 +129,17 @@ def _span(x: Interval, mask):
 
 
 def _possible(x: Interval, positive: bool):
-    """Returns where a Boolean, or its negation, is possible."""
+    """Says where a Boolean, or its negation, is possible."""
     return x.hi if positive else ~x.lo
 
 
 def per_block(array, axis: int, size: int, extreme: str):
-    """Reduces an axis block by block; one that is broadcast stays so."""
+    """Reduces an axis block by block; an axis of length 1 stays as it is."""
     length = array.shape[axis]
     if length == 1:
         return array
     xp = namespace(array)
+    # The last block is filled with its last value, which changes no extreme.
     if extra := -length % size:
         widths = [(0, extra if i == axis else 0) for i in range(array.ndim)]
         array = xp.pad(array, widths, mode="edge")

@@ -1,11 +1,11 @@
 """What is asked: one call, as data.
 
 `plain`         a function of scalars as a jaxpr that says nothing of devices
-`keys`          keys of traced functions: two with one key compute the same
-`jaxprs`        one list of the calls in them, and one walk over their equations
+`keys`          keys of traced functions: two functions with one key compute the same
+`jaxprs`        one list of the calls in jaxprs, and one walk over their equations
 `program`       masks and modifiers made into data that compare by structure
 `options`       the options of a call, by name and type
 `problem`       one call, taken apart: static facts and operands
 `pose`          the arguments of a public function, checked and taken apart
-`hoist`         what of a mask or modifier reads one side, evaluated once for each row
+`hoist`         parts of a mask or modifier that read one side, evaluated once for each row
 """

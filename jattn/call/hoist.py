@@ -1,16 +1,16 @@
-"""What of a pointwise function depends on the query alone or on the key alone.
+"""Parts of a pointwise function that depend on the query alone or on the key alone.
 
-A program is evaluated for every pair of a query and a key, though much of it looks at one
-side only: `doc[t]`, `slope[n]`, `cos(0.1 * s)`. `split` evaluates that outside, once for
-each query or each key, into arrays aligned with BNTS, and leaves a program of what joins
-the two sides, or reads the logit:
+A program is evaluated for every pair of a query and a key, though many of its values
+depend on one side only: `doc[t]`, `slope[n]`, `cos(0.1 * s)`. `split` evaluates these
+outside, once for each query or each key, into arrays aligned with BNTS. It leaves a program
+of the equations that join the two sides or read the logit:
 
     doc[t] == doc[s]             →  q == k             with q = doc[t] and k = doc[s]
     logit · cos(0.1 s) − |t − s| →  logit · k − |t − s|   with k = cos(0.1 s)
 
-The arrays are ordinary JAX of the captured ones, so gradients flow through them. What
-costs nothing at each pair stays: a bare position, and additions and comparisons of such.
-So does a sum of two values that read different axes, for it would be longer than both.
+JAX computes the new arrays from the captured ones, so gradients flow through them. Cheap
+values stay in the program: bare positions, and their sums and comparisons. A sum of two
+values that read different axes stays too, because its array would be longer than both.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jax.extend.core import Literal
 from jattn.call.jaxprs import called, walk
 from jattn.call.program import Arrays, Index, Program, over_axes, trace
 
-# What may as well be done at each pair.
+# Primitives so cheap that they may as well be evaluated at each pair.
 _CHEAP = {"abs", "max", "min", "neg", "sign", "add", "sub", "mul", "clamp", "select_n"}
 _CHEAP |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor"}
 _CHEAP |= {"convert_element_type", "stop_gradient"}
@@ -31,7 +31,7 @@ _CHEAP |= {"convert_element_type", "stop_gradient"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Value:
-    """A value in the function: what type it has, which axes it reads, what it costs."""
+    """A value in the function: its type, the axes it reads, and whether it is costly."""
 
     aval: Any
     reads: frozenset[str]
@@ -40,17 +40,19 @@ class _Value:
 
     @property
     def is_joint(self) -> bool:
-        """Whether it differs from query to query and from key to key."""
+        """Says whether it differs from query to query and from key to key."""
         return {"t", "s"} <= self.reads
 
     @property
     def is_hoisted(self) -> bool:
-        """Whether it is evaluated outside, where it is needed inside."""
+        """Says whether it is evaluated outside, if the program inside needs it."""
+        # Random keys, for example, are neither numbers nor Booleans, and stay inside.
         number = any(
             jnp.issubdtype(self.aval.dtype, kind) for kind in (jnp.number, jnp.bool_)
         )
         if self.is_joint or self.is_input or self.aval.shape or not number:
             return False
+        # A value that reads no index is the same for all pairs, so it is computed once.
         return self.is_costly or not self.reads
 
 
@@ -63,7 +65,7 @@ class _Step:
     results: tuple[_Value, ...]
 
     def run(self, values: dict) -> None:
-        """Adds its results to the values."""
+        """Adds the results to the values."""
         arguments = [x.val if isinstance(x, Literal) else values[x] for x in self.operands]
         primitive = self.equation.primitive
         params = primitive.get_bind_params(self.equation.params)
@@ -73,22 +75,23 @@ class _Step:
 
 
 def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arrays]:
-    """The program of what joins queries with keys, and the arrays that it reads.
+    """Gives the program that joins queries with keys, and the arrays that it reads.
 
-    The result is the same function: called with the same index and logit, it gives the
-    same. Scalars that were captured become aligned arrays of one element; other arrays
-    stay captured where what joins both sides indexes them. Which blocks are empty is
-    best asked of the program before it is split, for that may know more of positions.
+    The result is the same function: with the same index and logit, it gives the same
+    values. Captured scalars become aligned arrays of one element. Other captured arrays
+    stay captured if an equation that joins both sides indexes them. To find empty blocks,
+    take the program before the split: bounds on positions say more than arrays of values.
 
     Args:
-        program: Of a mask or a modifier.
-        arrays: What it reads; they may be traced.
-        index: Where the pairs are, as the program is called with.
+        program: The program of a mask or a modifier.
+        arrays: The arrays that it reads; they may be traced.
+        index: The index of the pairs, as in calls of the program.
 
     Returns:
         The program, and its arrays.
     """
     indexed = (*index, *arrays.aligned)
+    # A modifier has one input more than a mask, the logit, which reads all axes.
     logits = ["bnts"] * (len(program.jaxpr.invars) - len(indexed))
     reads = [*logits, *(_letters(x.shape) for x in indexed)]
     captured, inputs, result, steps = _graph(program.jaxpr, reads)
@@ -96,6 +99,7 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
     inside, needed = _needed(steps, result)
 
     given = dict(zip(captured, arrays.captured, strict=True))
+    # The new program's aligned arrays: the old ones that it still needs, and new ones.
     whole = dict(zip(inputs[4:], arrays.aligned, strict=True))
     whole = {value: array for value, array in whole.items() if value in needed}
     leading = dict(zip(inputs, indexed, strict=True))
@@ -104,6 +108,7 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
             whole[value] = _outside(value, steps, given, leading)
 
     def joint(*scalars):
+        # The order of inputs that `Program` has: the logit, b, n, t, s, aligned elements.
         front = (*logits, *inputs[:4])
         values = given | dict(zip((*front, *whole), scalars, strict=True))
         for step in inside:
@@ -115,10 +120,12 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
 
 
 def joint_equations(program: Program, logit: bool) -> list:
-    """The equations that `split` leaves, whatever the shapes of the arrays; at the most.
+    """Gives the equations that `split` leaves at most, for arrays of any shapes.
 
-    `logit` says whether the program takes one.
+    `logit` says whether the program takes a logit.
     """
+    # Positions may differ by example, and aligned arrays may have all four axes: that reads
+    # most, so it leaves most inside.
     reads = [*["bnts"] * logit, "b", "n", "bt", "bs"]
     reads += ["bnts"] * (len(program.jaxpr.invars) - len(reads))
     *_, result, steps = _graph(program.jaxpr, reads)
@@ -126,7 +133,7 @@ def joint_equations(program: Program, logit: bool) -> list:
 
 
 def _graph(jaxpr, reads):
-    """Captured values, inputs that read these axes, the result, and all steps."""
+    """Gives captured values, inputs that read these axes, the result and all steps."""
     captured = [_Value(x.aval, frozenset(), bool(x.aval.shape)) for x in jaxpr.constvars]
     inputs = [
         _Value(var.aval, frozenset(letters), is_input=True)
@@ -143,12 +150,12 @@ def _letters(shape) -> str:
 
 
 def _walk(jaxpr, constants, inputs, steps: list[_Step]) -> list:
-    """Adds the steps of a jaxpr, and gives its results."""
+    """Appends the steps of a jaxpr to `steps`, and gives its results."""
 
     def step(equation, operands):
         own = [x for x in operands if isinstance(x, _Value)]
         inner = called(equation)
-        # A call that is joint in all its arguments has nothing to take out.
+        # If all arguments of a call are joint, nothing inside it can be hoisted.
         if inner is not None and not inner[1] and not all(x.is_joint for x in own):
             return _walk(inner[0], (), operands, steps)
         results = _results(equation, own)
@@ -163,7 +170,7 @@ def _results(equation, operands: list[_Value]) -> tuple[_Value, ...]:
     avals = [x.aval for x in (*equation.invars, *equation.outvars)]
     costly = [x for x in operands if x.is_costly]
     if equation.primitive.name in _CHEAP and not any(aval.shape for aval in avals):
-        # A sum over more axes than its costly part would be longer than that.
+        # A sum that reads more axes than its costly part would be a longer array than it.
         is_costly = any(x.reads == reads for x in costly)
     else:
         is_costly = True
@@ -171,7 +178,7 @@ def _results(equation, operands: list[_Value]) -> tuple[_Value, ...]:
 
 
 def _needed(steps: list[_Step], result) -> tuple[list[_Step], set]:
-    """The steps that stay, in order, and the values that they and the result need."""
+    """Gives the steps that stay, in order, and the values that they and the result need."""
     inside, needed = [], {result} if isinstance(result, _Value) else set()
     for step in reversed(steps):
         wanted = [x for x in step.results if x in needed]
@@ -182,7 +189,8 @@ def _needed(steps: list[_Step], result) -> tuple[list[_Step], set]:
 
 
 def _outside(value: _Value, steps: list[_Step], given: dict, leading: dict) -> jax.Array:
-    """A value at every index that it reads, as four axes."""
+    """Evaluates a value at every index that it reads, as an array of four axes."""
+    # The cone has the steps that the value depends on, the last one first.
     cone, needed = [], {value}
     for step in reversed(steps):
         if any(x in needed for x in step.results):

@@ -1,11 +1,11 @@
-"""Jaxprs: one list of the calls in them, and one walk over their equations."""
+"""Jaxprs: one list of the calls in jaxprs, and one walk over their equations."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.extend.core import Literal
 
-# The calls that are looked into, and the parameter that holds their jaxpr.
+# The calls that may be inlined, and the parameter that holds their jaxpr.
 CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -15,12 +15,12 @@ CALLS = {
     "remat": "jaxpr",
     "remat2": "jaxpr",
 }
-# Those of functions with their own derivatives, which are lost where one looks inside.
+# Calls of functions with their own derivatives. Inlining such a call would lose these.
 RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 def called(equation, calls: dict[str, str] = CALLS) -> tuple[Any, Sequence] | None:
-    """Gives the jaxpr that a call runs, and its constants; None for all else."""
+    """Gives the jaxpr that a call runs, and its constants; None for other equations."""
     inner = equation.params.get(calls.get(equation.primitive.name))
     if inner is None:
         return None
@@ -30,14 +30,17 @@ def called(equation, calls: dict[str, str] = CALLS) -> tuple[Any, Sequence] | No
 def walk(
     jaxpr, constants: Sequence, inputs: Sequence, step: Callable, literal: Callable
 ) -> list:
-    """Gives the outputs of a jaxpr, whatever stands for its values.
+    """Evaluates a jaxpr with objects of any kind in place of its values.
 
     Args:
-        jaxpr: Not closed.
-        constants: What stands for its constants.
-        inputs: What stands for its inputs.
-        step: From an equation and its operands to a sequence of its results.
-        literal: From a literal to what stands for it.
+        jaxpr: A jaxpr, not closed.
+        constants: The objects that stand for its constants.
+        inputs: The objects that stand for its inputs.
+        step: A function from an equation and its operands to a sequence of its results.
+        literal: A function from a literal to the object that stands for it.
+
+    Returns:
+        The objects that stand for its outputs.
     """
     values = dict(zip(jaxpr.constvars, constants, strict=True))
     values |= dict(zip(jaxpr.invars, inputs, strict=True))

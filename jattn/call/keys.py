@@ -11,29 +11,31 @@ from jax.extend.core import Literal
 
 from jattn.pytree import Same, bits, by_content
 
-# How many derivatives of a function with its own rules a key tells apart. Some rules call
-# their function again, `exp` is one such, so there is no last one.
+# The number of derivatives, of a function with its own rules, that a key distinguishes.
+# Some rules call their own function again, as a rule of `exp` does, so there is no last
+# derivative. The rules of higher derivatives count as equal.
 _ORDERS = 4
 _RULES = ("custom_jvp_call", "custom_vjp_call")
 
 
 def structure(jaxpr, orders: int = _ORDERS) -> Hashable:
-    """Makes a key of a jaxpr: equal ones compute the same from equal inputs.
+    """Makes a key of a jaxpr: jaxprs with equal keys compute the same from equal inputs.
 
-    Every key in this library is made of the following, so that two programs with one key
-    are one program. Nothing is known by its printed text, for two numbers may print alike.
+    Every key in this library is made of the following parts, so two programs with one key
+    are one program. Printed text is no part of a key, for two numbers may print alike.
 
         type of a value     shape, dtype, weak type, sharding: the abstract value itself
         literal             its type and its bits
-        array of an inner   its type and its bits; a traced one only equals itself
+        array of an inner   its type and its bits; a traced array equals only itself
           jaxpr
         inner jaxpr         its own key
         parameter           number: type and bits; container: its items; else by `==`
         function with its   the keys of its jaxpr and of the jaxpr of its derivative, and
           own derivative    so on for `orders` derivatives
 
-    Only a function without a jaxpr, such as a callback, is known by its identity.
+    Only a function without a jaxpr, such as a callback, is compared by identity.
     """
+    # Variables are numbered by first use, so that their names do not matter.
     numbers: dict[Any, int] = {}
 
     def atom(x):
@@ -43,6 +45,8 @@ def structure(jaxpr, orders: int = _ORDERS) -> Hashable:
 
     def equation(eqn):
         params = eqn.params
+        # The rules in the parameters are functions, made anew in each trace; so the key
+        # has the jaxprs that they trace to.
         if eqn.primitive.name in _RULES:
             params = {"call": eqn.params["call_jaxpr"], "rule": _Rule(eqn)}
         return (
@@ -71,6 +75,7 @@ def _parameter(value, orders: int) -> Hashable:
         return type(value), items
     if isinstance(value, float | complex | np.ndarray | np.generic | jax.Array):
         return type(value), by_content(value)
+    # The type is part of the key, since 1 and True are equal.
     try:
         hash(value)
     except TypeError:
@@ -80,7 +85,7 @@ def _parameter(value, orders: int) -> Hashable:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Rule:
-    """The derivative that a function brings with it, as an equation calls it."""
+    """The derivative that a function itself defines, as an equation calls it."""
 
     equation: Any
 
@@ -89,21 +94,22 @@ class _Rule:
         types = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in self.inputs]
         try:
             derivative = jax.make_jaxpr(self._derivative)(*types)
-        except Exception:  # noqa: BLE001  whatever the user's rule raises; it may be unused
+        except Exception:  # noqa: BLE001  a user's rule may raise anything, and be unused
             return Same(self.equation)
         constants = tuple(map(by_content, derivative.consts))
         return structure(derivative.jaxpr, orders), constants
 
     @property
     def inputs(self):
-        """The inputs of the call, then what is to be pushed or pulled through it."""
+        """Gives the inputs of the call, and after them tangents or cotangents."""
         real = lambda x: jnp.issubdtype(x.aval.dtype, jnp.inexact)
         forward = self.equation.primitive.name == "custom_jvp_call"
+        # A jvp takes tangents of the inputs, a vjp cotangents of the outputs.
         ends = self.equation.invars if forward else self.equation.outvars
         return [*self.equation.invars, *filter(real, ends)]
 
     def _derivative(self, *arrays):
-        """Pushes tangents through the call, or pulls cotangents."""
+        """Pushes tangents through the call, or pulls cotangents back through it."""
         primitive, count = self.equation.primitive, len(self.equation.invars)
         params = primitive.get_bind_params(self.equation.params)
         primals, rest = arrays[:count], arrays[count:]

@@ -1,4 +1,4 @@
-"""The options of a call, by name and type, spelled out once for every public function."""
+"""The options of a call, by name and type, written once for all public functions."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict
@@ -19,7 +19,7 @@ Implementation = Literal["blockwise", "dense", "tpu", "cudnn"]
 
 
 class MaskOptions(TypedDict, total=False):
-    """What decides which pairs count; see `attention`."""
+    """The options that decide which pairs count; see `attention`."""
 
     mask: MaskLike | None
     query_position: PositionLike | None
@@ -27,7 +27,7 @@ class MaskOptions(TypedDict, total=False):
 
 
 class LogitOptions(MaskOptions, total=False):
-    """What decides the logits; see `attention`."""
+    """The options that decide the logits; see `attention`."""
 
     bias: ArrayLike | None
     modifier: ModifierLike | None
@@ -35,22 +35,22 @@ class LogitOptions(MaskOptions, total=False):
 
 
 class WeightOptions(LogitOptions, total=False):
-    """What decides the weights before any of them drop; see `attention`."""
+    """The options that decide the weights before dropout; see `attention`."""
 
     sink: ArrayLike | None
 
 
 class Options(WeightOptions, total=False):
-    """What decides the output; see `attention`."""
+    """The options that decide the output; see `attention`."""
 
     dropout: Dropout | None
 
 
 def checked(where: str, options: Any, known: Any) -> dict[str, Any]:
-    """Gives the options, if the function has them all.
+    """Checks that the function has all these options, and gives them as a dict.
 
     Raises:
-        TypeError: As Python does for an option that a function does not have.
+        TypeError: If it does not have one, as Python does for an unknown keyword.
     """
     names = sorted(known.__optional_keys__)
     for name in options:

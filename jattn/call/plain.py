@@ -17,10 +17,11 @@ from jattn.meshes import _CALLER, _mesh_of, without_axes
 
 
 def jaxpr_of(function, *scalars):
-    """The jaxpr of a function of scalars, the arrays it captured, and the result's shape.
+    """Gives the jaxpr of a function of scalars, the arrays it captured, and its result.
 
-    No type in it says anything of devices, so calls that differ only in where their arrays
-    lie have one program; the arrays that it captured are left to XLA likewise.
+    The result is a shape and dtype. No type in the jaxpr says anything of devices, so calls
+    whose arrays lie on different devices have one program. The captured arrays also have
+    their explicit mesh axes left to XLA.
     """
     try:
         closed, result = jax.make_jaxpr(function, return_shape=True)(*scalars)
@@ -35,12 +36,12 @@ def jaxpr_of(function, *scalars):
     return _plain(closed.jaxpr), captured, result
 
 
-# Equations that say where an array lies and compute nothing.
+# Equations that say where an array lies and compute nothing: their output is their input.
 _PLACING = {"pvary", "pcast", "reshard", "sharding_constraint"}
 
 
 def _plain(jaxpr):
-    """The same jaxpr over types that say nothing of devices."""
+    """Gives the same jaxpr with types that say nothing of devices."""
     names: dict[Any, Any] = {}
 
     def atom(x):
@@ -58,7 +59,7 @@ def _plain(jaxpr):
         params = {name: _plain_param(x) for name, x in equation.params.items()}
         outputs = [*map(atom, equation.outvars)]
         equations.append(equation.replace(invars=inputs, outvars=outputs, params=params))
-    # From jax 0.11 on, a jaxpr is closed or not by its constants.
+    # From jax 0.11 on, a jaxpr is closed or not depending on its constants.
     consts = {"consts": jaxpr.consts} if isinstance(jaxpr, ClosedJaxpr) else {}
     return jaxpr.replace(
         constvars=constvars,
@@ -88,11 +89,11 @@ def _plain_param(value):
 
 
 def _is_of_meshes(error) -> bool:
-    """Whether JAX may have refused explicit axes, and not what the function does.
+    """Says whether an error may be JAX refusing explicit axes, not the user's own error.
 
-    It has a class of errors for that, which it does not export. But inside a public
-    function these axes are left to XLA, and an array that was captured is of another mesh
-    than all others, which raises a common one.
+    JAX has a class of errors for that, which it does not export. But inside a public
+    function the explicit axes are left to XLA, so a captured array has another mesh than
+    all other arrays. JAX refuses that with an error of a common class.
     """
     if type(error).__name__ == "ShardingTypeError":
         return True
@@ -101,20 +102,22 @@ def _is_of_meshes(error) -> bool:
 
 
 def _traced_reading(function, scalars):
-    """The jaxpr of a function that explicit axes do not let trace as it stands.
+    """Traces a function that cannot be traced directly because of explicit axes.
 
-    Each array with explicit axes is replaced as a primitive reads it. A `jit` inside the
-    function looks at types before any primitive does; so if need be, it is left out.
+    Each array with explicit axes is replaced when a primitive reads it. A `jit` inside the
+    function checks the types before any primitive reads them. So if the trace fails, it is
+    repeated with `jit` disabled.
     """
     with take_current_trace() as outer:
-        pass
+        pass  # only to know the trace outside the function; `inner` below likewise
     own = jax.sharding.get_abstract_mesh()
     caller = own if _CALLER.get() is None else _CALLER.get()
 
     def reading(*scalars):
         with take_current_trace() as inner:
             pass
-        # Inside `shard_map` a primitive looks at the mesh before its trace does.
+        # Inside `shard_map` a primitive checks the mesh before it calls its trace, so the
+        # function runs with the caller's mesh, and `_Reading` restores its own.
         reads = _Reading(inner, outer, own)
         with set_current_trace(reads), use_abstract_mesh(caller):
             return function(*scalars)
@@ -127,9 +130,10 @@ def _traced_reading(function, scalars):
 
 
 class _Reading(jax.core.Trace):
-    """Hands all on to the `inner` trace, but for arrays with explicit axes.
+    """A trace that passes everything on to the `inner` trace, except explicit axes.
 
-    They are replaced by what the `outer` trace makes of them, once each.
+    It replaces each array with explicit axes, once, by an array without explicit axes. The
+    `outer` trace makes that array.
     """
 
     def __init__(self, inner, outer, mesh):
@@ -137,28 +141,29 @@ class _Reading(jax.core.Trace):
         self.inner, self.outer, self.mesh, self.replaced = inner, outer, mesh, {}
 
     def read(self, array):
-        """The array that is read in place of one."""
+        """Gives the array that is read in place of this one."""
         if _mesh_of(array) is None:
             return array
         if id(array) not in self.replaced:
             with set_current_trace(self.outer):
+                # The array is kept too, so that no other array gets its id.
                 self.replaced[id(array)] = array, without_axes(array)
         return self.replaced[id(array)][1]
 
     def process_primitive(self, primitive, arrays, params, /):
-        """A primitive."""
+        """Runs a primitive on the replaced arrays."""
         with set_current_trace(self.inner), use_abstract_mesh(self.mesh):
             return primitive.bind(*map(self.read, arrays), **params)
 
     def process_custom_jvp_call(self, primitive, function, jvp, arrays, /, **options):
-        """A function that has its own tangents."""
+        """Runs a function that defines its own tangents on the replaced arrays."""
         arrays = [*map(self.read, arrays)]
         process = self.inner.process_custom_jvp_call
         with use_abstract_mesh(self.mesh):
             return process(primitive, function, jvp, arrays, **options)
 
     def process_custom_vjp_call(self, primitive, function, fwd, bwd, arrays, /, **options):
-        """A function that has its own cotangents."""
+        """Runs a function that defines its own cotangents on the replaced arrays."""
         arrays = [*map(self.read, arrays)]
         process = self.inner.process_custom_vjp_call
         with use_abstract_mesh(self.mesh):

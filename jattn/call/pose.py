@@ -1,4 +1,4 @@
-"""The arguments of a public function, checked and taken apart."""
+"""The arguments of a public function, checked and taken apart into facts and arrays."""
 
 import dataclasses
 from typing import Any
@@ -31,7 +31,7 @@ def pose(
     key_position=None,
     dropout=None,
 ) -> tuple[Problem, Operands]:
-    """Checks the arguments of `where` and takes them apart.
+    """Checks the arguments of the function `where`, and takes them apart.
 
     Raises:
         ValueError: *where: what must hold, what was got, what to do*.
@@ -51,7 +51,7 @@ def pose(
     )
     rate, shared, rng = _check_dropout(where, dropout)
     named = {"bias": bias, "scale": scale}
-    config: Any = jax.config  # whose attributes type checkers do not know
+    config: Any = jax.config  # `Any`, for type checkers do not know its attributes
     precision = config.jax_default_matmul_precision
     problem = dataclasses.replace(
         problem,
@@ -80,11 +80,14 @@ def pose_mask(
     query_position=None,
     key_position=None,
 ) -> tuple[Problem, Operands]:
-    """Takes apart what decides which blocks are skipped; the inputs are left out.
+    """Takes apart the arguments that decide which blocks are skipped.
+
+    The fields of all other arguments stay None.
 
     Raises:
         ValueError: As `pose` does.
     """
+    # Only a mask such as a `BlockTable` brings blocks with it.
     blocks = kinds = None
     are_given = given(query_position), given(key_position)
     if isinstance(mask, Mask):
@@ -95,7 +98,7 @@ def pose_mask(
     query_position, key_position, fits = check_range(
         where, sizes, query_position, key_position
     )
-    if mask is None and modifier is None:  # nothing compares positions
+    if mask is None and modifier is None:  # nothing reads positions, so they may wrap
         fits = None
     mask_program, mask_arrays = _trace_mask(where, mask, sizes)
     traced = _trace_modifier(where, modifier, sizes, wide_dtype(dtype))
@@ -126,7 +129,7 @@ def pose_mask(
 
 
 def check_sink(where: str, sink, sizes: Sizes) -> jax.Array | None:
-    """The sink of each query head, `N`."""
+    """Checks the sink, and gives it for each query head, `N`."""
     if sink is None:
         return None
     sink = _check_floating(where, "sink", sink)
@@ -143,7 +146,7 @@ def _trace_mask(where, mask, sizes):
         return None, Arrays()
     made = as_mask(mask, where)
     if made is not mask and isinstance(made, Explicit):
-        align(where, "mask", made.array, sizes)  # whose message names what the user gave
+        align(where, "mask", made.array, sizes)  # its error names `mask`, not `array`
     mask = made
     elements, tree = jax.tree.flatten(mask.aligned(sizes))
 
@@ -174,11 +177,12 @@ def _check_floating(where, name, array):
 
 
 def check_bias(where: str, bias, sizes: Sizes) -> jax.Array:
-    """The bias as BNTS, any axis 1."""
+    """Checks the bias, and gives it as BNTS, each axis in full or 1."""
     return align(where, "bias", _check_floating(where, "bias", bias), sizes)
 
 
 def _check_scale(where, scale, sizes):
+    # With H = 0 all products are 0, whatever the scale.
     if scale is None:
         return jnp.asarray(sizes.H**-0.5 if sizes.H else 1.0)
     scale = check_array(where, "scale", scale)

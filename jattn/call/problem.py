@@ -1,7 +1,7 @@
 """One call, taken apart: a `Problem` of static facts and the `Operands` it applies to.
 
-Equal problems share one compiled program. Everything that may change from call to call
-without changing the program, document ids and slopes included, is an operand.
+Equal problems share one compiled program. Everything that can change from call to call
+without a new program is an operand, document ids and slopes included.
 """
 
 import dataclasses
@@ -19,32 +19,33 @@ from jattn.shapes import Sizes, is_one, wide_dtype
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The facts that decide what is compiled; hashable."""
+    """The facts that decide which program is compiled; hashable."""
 
     sizes: Sizes
     dtype: jnp.dtype
     mask: Program | None
     modifier: Program | None
     rate: float  # of dropout
-    blocks: tuple[int, int] | None = None  # of a block table that came with the mask
-    settled: bool = False  # whether that table says all that is skipped
+    blocks: tuple[int, int] | None = None  # block size of the table in `Operands.kinds`
+    settled: bool = False  # whether that table accounts for everything that is skipped
     shared: bool = False  # whether one draw of dropout serves all examples and heads
-    precision: str | None = None  # of products: what `jax.default_matmul_precision` says
-    # Which of bias, scale and positions are not the default, and whether the logsumexp is
-    # asked for; some implementations have none of them.
+    precision: str | None = None  # of products, as `jax.default_matmul_precision` says
+    # Options the caller gave, of "bias", "scale", "positions", "logsumexp"; cuDNN refuses
+    # each.
     given: frozenset[str] = frozenset()
-    # The mask, where it is made of `Causal` and `Window` with numbers that are known: for
-    # cuDNN, whose programs hold them. Others take the numbers as operands, and None here.
+    # The mask, if `Causal` and `Window` with known numbers make it. Only cuDNN uses it, and
+    # its programs hold these numbers. Other implementations take the numbers as operands;
+    # for them it is None.
     named: Mask | None = None
-    # How many queries and keys a tile has, where the mask's numbers decided it beforehand.
+    # How many queries and keys a tile has, if the mask's known numbers have decided it.
     size: int | None = None
-    # How many examples b counts before it starts again, where slices of a `vmap` joined
-    # the batch.
+    # How many examples the caller's batch has, if the slices of a `vmap` joined it: b
+    # starts again at 0 after so many.
     examples: int | None = None
 
     @property
     def wide(self) -> jnp.dtype:
-        """The precision of logits, softmax and sums."""
+        """Gives the precision of logits, softmax and sums."""
         return wide_dtype(self.dtype)
 
 
@@ -58,18 +59,18 @@ class Operands(NamedTuple):
     bias: jax.Array | None  # BNTS, any axis 1
     mask: Arrays
     modifier: Arrays
-    query_position: jax.Array | None  # BT, B may be 1, or the first; None: 0, 1, …
+    query_position: jax.Array | None  # BT (B may be 1), or the first one; None: 0, 1, …
     key_position: jax.Array | None  # BS, likewise
     rng: Any  # of dropout: a random key, or the words that were drawn from it
-    kinds: jax.Array | None = None  # of the blocks, see `jattn.blocks.kinds`
-    fits: jax.Array | None = None  # whether int32 held the positions, where they are traced
+    kinds: jax.Array | None = None  # kinds of the blocks, see `jattn.blocks.kinds`
+    fits: jax.Array | None = None  # for traced positions: whether int32 held them
 
 
 def apart(operands: Operands):
-    """The operands as implementations take them, and what spoils results that are wrong.
+    """Gives the operands as implementations take them, and a function for the results.
 
-    That gives NaN where traced positions did not fit int32: a mask that compares wrapped
-    ones would be wrong without a word.
+    The function makes all results NaN if traced positions did not fit int32. Otherwise a
+    mask would compare positions that have wrapped around, and be wrong silently.
     """
     fits = operands.fits
     if fits is None:
@@ -79,17 +80,18 @@ def apart(operands: Operands):
 
 
 def asking_logsumexp(problem: Problem) -> Problem:
-    """The problem of a caller who needs the logsumexp, and not only the output."""
+    """Gives the problem of a caller who needs the logsumexp besides the output."""
     return dataclasses.replace(problem, given=problem.given | {"logsumexp"})
 
 
 def given(position) -> bool:
-    """Whether positions are other than 0, 1, …, as far as can be told."""
+    """Says whether positions may be other than 0, 1, …: all but None and a Python 0."""
     return not (position is None or (isinstance(position, int) and position == 0))
 
 
 def example(problem: Problem, xp):
-    """The number b of each example, of B or 1, by `numpy` or `jax.numpy`."""
+    """Gives the number b of each example, B or 1 of them; xp is `numpy` or `jax.numpy`."""
+    # An axis of length 1, since then b is 0 everywhere.
     if is_one(problem.examples):
         return xp.zeros(1, xp.int32)
     count = xp.arange(problem.sizes.B, dtype=xp.int32)
@@ -97,7 +99,7 @@ def example(problem: Problem, xp):
 
 
 def index(problem: Problem, operands: Operands) -> Index:
-    """Example, head and positions of every pair."""
+    """Gives the example, the head and the positions of every pair."""
     sizes = problem.sizes
     return Index(
         b=example(problem, jnp)[:, None, None, None],
@@ -108,7 +110,7 @@ def index(problem: Problem, operands: Operands) -> Index:
 
 
 def kept(problem: Problem, operands: Operands, index: Index):
-    """Which weights dropout leaves, or None without dropout."""
+    """Says which weights dropout keeps; None without dropout."""
     if operands.rng is None:
         return None
     query_words, key_words = drawn(problem, operands, index)
@@ -116,8 +118,9 @@ def kept(problem: Problem, operands: Operands, index: Index):
 
 
 def drawn(problem: Problem, operands: Operands, index: Index):
-    """The words of dropout, of queries and of keys."""
+    """Computes the words of dropout for queries and for keys."""
     b, n = index.b, index.n
+    # A shared draw is that of example 0 and head 0, as in `definition`.
     if problem.shared:
         b = n = jnp.zeros((1, 1, 1, 1), jnp.int32)
     query_words = words(operands.rng, b, n, index.t, side=0)
@@ -125,17 +128,17 @@ def drawn(problem: Problem, operands: Operands, index: Index):
 
 
 def select_rows(problem: Problem, operands: Operands, rows: jax.Array):
-    """The same call for some of its queries."""
+    """Gives the same call for some of its queries only."""
     count = rows.shape[0]
 
-    def cut(array):
+    def cut(array):  # an axis of length 1 stands for all queries
         return array if array.shape[2] == 1 else jnp.take(array, rows, axis=2)
 
     def cut_aligned(arrays):
         return arrays._replace(aligned=tuple(map(cut, arrays.aligned)))
 
     sizes = dataclasses.replace(problem.sizes, T=count)
-    # A table is of all queries.
+    # A block table describes blocks of all queries, so it does not fit the chosen ones.
     return dataclasses.replace(problem, sizes=sizes, blocks=None), operands._replace(
         kinds=None,
         query=jnp.take(operands.query, rows, axis=1),

@@ -1,8 +1,8 @@
 """A function of one query and one key, made into data.
 
 Masks and modifiers are functions of scalars: example `b`, query head `n`, query
-position `t`, key position `s`. `trace` turns one into a `Program`, which compares equal
-to every other of the same structure, and the arrays it uses. So a new lambda over new
+position `t`, key position `s`. `trace` turns such a function into a `Program` and the
+arrays that it reads. Programs of the same structure are equal. So a new lambda over new
 arrays, written the same way, is the same program: nothing is compiled again, and the
 arrays are ordinary operands that can be traced, batched and differentiated.
 """
@@ -22,7 +22,7 @@ INDICES = ("b", "n", "t", "s")
 
 
 class Index(NamedTuple):
-    """Where a tile's pairs are: four integer arrays that broadcast to BNTS."""
+    """The indices of a tile's pairs: four integer arrays that broadcast to BNTS."""
 
     b: jax.Array
     n: jax.Array
@@ -31,7 +31,7 @@ class Index(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """What a program reads: arrays it captured, and arrays aligned with BNTS."""
+    """The arrays that a program reads: captured ones, and ones aligned with BNTS."""
 
     captured: tuple[jax.Array, ...] = ()
     aligned: tuple[jax.Array, ...] = ()
@@ -39,10 +39,10 @@ class Arrays(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A traced pointwise function; equal to those of equal structure.
+    """A traced pointwise function; programs of equal structure are equal.
 
-    Its jaxpr takes the captured arrays as constants and then, all scalars, the logit (for
-    a modifier), b, n, t, s, and an element of each aligned array.
+    The constants of its jaxpr are the captured arrays. Its inputs are scalars: the logit
+    (of a modifier only), b, n, t, s, and an element of each aligned array.
     """
 
     jaxpr: Any = dataclasses.field(compare=False, repr=False)
@@ -50,7 +50,7 @@ class Program:
     structure: Hashable = dataclasses.field(repr=False)
 
     def __call__(self, arrays: Arrays, index: Index, logit=None) -> jax.Array:
-        """Evaluates at every pair of a tile; four axes, 1 where nothing depends on it."""
+        """Evaluates all pairs of a tile, as four axes; an unused axis has length 1."""
         inputs = (*index, *arrays.aligned)
         inputs = inputs if logit is None else (logit, *inputs)
 
@@ -62,11 +62,12 @@ class Program:
 
 
 def trace(where: str, function: Callable, aligned, logit=None):
-    """The program of `function(*scalars)`, and the arrays that it reads.
+    """Makes the program of `function(*scalars)`, and gives the arrays that it reads.
 
-    Raises a ValueError where the function does not return one scalar: a Boolean, or a
-    floating number where it takes a logit, whose dtype is `logit`.
+    Raises a ValueError unless the function returns one scalar: a Boolean, or a floating
+    number if it takes a logit, whose dtype is `logit`.
     """
+    # The order of inputs: the logit if there is one, b, n, t, s, aligned elements.
     scalars = [jax.ShapeDtypeStruct((), jnp.int32)] * len(INDICES)
     scalars += [jax.ShapeDtypeStruct((), array.dtype) for array in aligned]
     if logit is not None:
@@ -78,6 +79,7 @@ def trace(where: str, function: Callable, aligned, logit=None):
             f"{where}: a function of positions must index JAX arrays, got a NumPy array "
             f"indexed by a traced position; wrap the array in `jnp.asarray`."
         ) from None
+    # `checkify` turns its checks into results, so fewer effects are left if there are any.
     effects = jaxpr.effects
     if effects and len(_without_checks(function, scalars).effects) < len(effects):
         raise ValueError(
@@ -100,15 +102,16 @@ def trace(where: str, function: Callable, aligned, logit=None):
 
 
 def _without_checks(function, scalars):
-    """Gives the jaxpr of a function whose checks are made into results."""
+    """Gives the jaxpr of a function in which `checkify` turned checks into results."""
     return jax.make_jaxpr(checkify.checkify(function))(*scalars).jaxpr
 
 
 def over_axes(function, inputs, used):
     """Maps a function of scalars over arrays of four axes that broadcast.
 
-    Inputs that are not `used` do not spread their axes over the result.
+    An input that is not `used` does not add its axes to the result.
     """
+    # An unused input becomes one element of it, or a zero where it is empty.
     inputs = [
         x
         if flag
@@ -123,8 +126,8 @@ def over_axes(function, inputs, used):
 def _over_axes(function, inputs):
     """Maps axis by axis.
 
-    An axis that is 1 in every input is not mapped, so that what depends on t alone is
-    computed T times and not T·S times.
+    An input whose axis is 1 is not mapped along it. So a value that depends on t alone is
+    computed T times, not T·S times.
     """
     if not inputs or inputs[0].ndim == 0:
         return function(*inputs)
@@ -138,7 +141,8 @@ def _over_axes(function, inputs):
 
 
 def _used(jaxpr) -> tuple[bool, ...]:
-    """Which inputs the result depends on."""
+    """Says for each input whether the result depends on it."""
+    # Backward from the outputs; by identity, for literals may not be hashable.
     live = set(map(id, jaxpr.outvars))
     for equation in reversed(jaxpr.eqns):
         if any(id(var) in live for var in equation.outvars):

@@ -1,4 +1,4 @@
-"""How arrays of a mapped axis join one call of an operation."""
+"""How the slices of a mapped axis become one call of an operation."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -11,20 +11,20 @@ from jattn.shapes import is_one
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """An argument that is the same for every slice, and stays as it is."""
+    """The join of an argument that is the same for every slice: it stays as it is."""
 
     def join(self, array, is_mapped: bool):
-        """The array itself, which is not mapped."""
+        """Gives the array itself, which is not mapped."""
         del is_mapped
         return array
 
 
 @dataclasses.dataclass(frozen=True)
 class Leading:
-    """An array whose first axis, of `length`, a mapped axis of `size` can join.
+    """The join of a mapped axis of `size` with an array's first axis, of `length`.
 
-    The first axis may be 1 where it stands for all. Such an array stays as it is unless it
-    is mapped, or must be given to each slice `apart`.
+    The first axis may be 1, broadcast to `length`. Such an array stays as it is, unless it
+    is mapped or each slice needs its own copy (`apart`).
     """
 
     size: Any
@@ -32,7 +32,7 @@ class Leading:
     apart: bool
 
     def join(self, array, is_mapped: bool):
-        """The array, its mapped axis first, with one axis for both."""
+        """Merges the mapped axis, the first of a mapped array, with the axis after it."""
         if not is_mapped:
             if not self.apart and is_one(array.shape[0]):
                 return array
@@ -42,8 +42,9 @@ class Leading:
         return array.reshape(self.size * self.length, *rest)
 
     def part(self, array, shape):
-        """The transpose of `join`, for a mapped array of this shape."""
+        """Computes the transpose of `join`, for a mapped array of this shape."""
         array = array.reshape(self.size, self.length, *array.shape[1:])
+        # The transpose of a broadcast is a sum.
         if is_one(shape[1]) and not is_one(self.length):
             return jnp.sum(array, axis=1, keepdims=True, dtype=array.dtype)
         return array
@@ -53,11 +54,11 @@ class Joined(NamedTuple):
     """An operation that computes all slices of a mapped axis, and how arrays join."""
 
     operation: Operation
-    arguments: tuple[Any, ...]  # each a `Leading`, or what has its `join`
+    arguments: tuple[Any, ...]  # each a `Leading`, or another object with a `join`
     outputs: tuple[Leading, ...]
 
     def __call__(self, arrays, mapped, types):
-        """Runs it on arrays with the mapped axis first, to outputs of these types."""
+        """Runs the operation on arrays with the mapped axis first; gives these types."""
         slots = zip(self.arguments, arrays, mapped, strict=True)
         outputs = self.operation(*(slot.join(x, flag) for slot, x, flag in slots))
         slots = zip(self.outputs, outputs, types, strict=True)

@@ -9,26 +9,26 @@ from jax.interpreters import mlir
 
 
 def lower(context, *arrays, operation, platform=None):
-    """Lowers an operation as the platform and the devices of the program ask for it."""
+    """Lowers an operation for the platform and the devices of the program."""
     module = context.module_context
-    if platform is not None:  # of several that are lowered for, this rule is for one
+    if platform is not None:  # the rule of one platform, of perhaps several in a module
         module = module.replace(platforms=(platform,))
     exported = platform == "cuda" and module.lowering_parameters.for_export
-    # Of a module for several platforms, the context says which of them this is for.
+    # A module may be for several platforms. The context says for which one this call is.
     platform = platform or (context.platforms or module.platforms)[0]
     operation = operation.on("export" if exported else platform)
     spread = _is_spread(module.axis_context)
     if not spread:
         module = module.replace(axis_context=_alone(module.axis_context))
     fast = functools.partial(operation.fast, spread=spread)
-    # Inside, shapes are all that matters: not how the arrays lie on a mesh.
+    # Inside, only shapes and dtypes matter, not how the arrays lie on a mesh.
     plain = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
     context = context.replace(avals_in=plain, module_context=module)
     return mlir.lower_fun(fast, multiple_results=True)(context, *arrays)
 
 
 def _alone(axes):
-    """The context, saying that one device runs the program, for rules that ask who does."""
+    """Gives the context of one device, for lowering rules that ask how many there are."""
     if _is_manual(axes):
         return dataclasses.replace(axes, manual_axes=frozenset(axes.mesh.axis_names))
     return dataclasses.replace(
@@ -37,19 +37,20 @@ def _alone(axes):
 
 
 def _is_spread(axes) -> bool:
-    """Whether the compiled program runs on several devices that share its arrays."""
+    """Says whether the program runs on several devices that share its arrays."""
     if not _is_manual(axes):
         return (axes.num_devices or 1) > 1
+    # In `shard_map`, devices share arrays along the axes of the mesh that are not manual.
     shape = dict(axes.mesh.shape)
     rest = [size for name, size in shape.items() if name not in axes.manual_axes]
     return math.prod(rest) > 1
 
 
 def _is_manual(axes) -> bool:
-    """Whether a context is one inside `shard_map`, of the two kinds that JAX has.
+    """Says which of JAX's two kinds a context is: inside `shard_map` (True) or not.
 
-    JAX does not export their classes, and might add one. To take it for another would
-    compile a wrong program, so it is refused by name.
+    JAX does not export the two classes, and might add a third one. Treating the third as
+    one of the two would compile a wrong program, so its name is refused.
     """
     kinds = {"SPMDAxisContext": True, "ShardingContext": False}
     name = type(axes).__name__

@@ -1,4 +1,4 @@
-"""An operation for each slice of a mapped axis: a loop, of as much as fits at once."""
+"""An operation for each slice of a mapped axis: a loop over chunks that fit at once."""
 
 import dataclasses
 import functools
@@ -10,7 +10,8 @@ from jax.custom_batching import custom_vmap
 from jattn.operations.derivatives import Pushforward
 from jattn.operations.operation import Operation, choose, retype
 
-# How many elements a vmapped operation may hold at once before it runs as a loop.
+# How many elements a vmapped operation may hold at once before it runs as a loop: 8 MiB in
+# float32.
 BUDGET = 2**21
 
 
@@ -18,7 +19,8 @@ BUDGET = 2**21
 class Mapped(Operation):
     """An operation for each slice of the `mapped` arguments along a new first axis.
 
-    Outputs are stacked, or `summed` as the cotangent of an argument not mapped must be.
+    Outputs are stacked along a new first axis, or summed over the slices where `summed`
+    says so: the cotangent of an argument that is not mapped is such a sum.
     """
 
     operation: Operation
@@ -28,38 +30,39 @@ class Mapped(Operation):
 
     @property
     def outputs(self):
-        """As many as the operation."""
+        """Gives the number of outputs of the operation."""
         return self.operation.outputs
 
     @property
     def linear(self):
-        """As the operation."""
+        """Gives how many last arguments the operation is linear in."""
         return self.operation.linear
 
     @property
     def linear_in(self):
-        """As the operation."""
+        """Gives the other arguments that the operation is linear in."""
         return self.operation.linear_in
 
     @property
     def names(self):
-        """As the operation."""
+        """Gives the names of the operation's outputs."""
         return self.operation.names
 
     @property
     def chunk(self):
-        """How many slices run at once: as many as fit, for small ones gain by it."""
+        """Gives how many slices run at once: as many as fit in BUDGET, at least one."""
         if not isinstance(self.size, int):
             return 1
         return max(1, min(self.size, BUDGET // max(self.operation.elements, 1)))
 
     @property
     def elements(self):
-        """Those of the slices that run at once."""
+        """Gives the number of elements of the slices that run at once."""
         return self.chunk * self.operation.elements
 
     def types(self, *types):
-        """Those of the operation, with the new axis where stacked."""
+        """Gives the types of the operation's outputs; stacked ones have the new axis."""
+        # The operation sees mapped arguments without their first axis.
         inner = [
             retype(x, x.shape[1:], spec=x.sharding.spec[1:]) if mapped else x
             for x, mapped in zip(types, self.mapped, strict=True)
@@ -70,26 +73,33 @@ class Mapped(Operation):
         ]
 
     def on(self, platform):
-        """That of the operation for the platform, mapped."""
+        """Maps the operation for the platform."""
         return dataclasses.replace(self, operation=self.operation.on(platform))
 
     def fast(self, *arrays, spread):
-        """Chunk by chunk; all at once where a loop would cut an axis of many devices."""
+        """Computes chunk by chunk; all at once where arrays lie on several devices.
+
+        There, a loop would slice an axis that may be divided among the devices.
+        """
         function = functools.partial(self.operation.fast, spread=spread)
         return self._run(function, arrays, self.size if spread else self.chunk)
 
     def reference(self, *arrays):
-        """Chunk by chunk."""
+        """Computes the reference chunk by chunk."""
         return self._run(jax.checkpoint(self.operation.reference), arrays, self.chunk)
 
     def pushed(self, active):
-        """The tangents, mapped likewise."""
+        """Maps the operation that gives the tangents."""
         kept = (True,) * len(self.names)
         mapped = (*self.mapped, *kept, *choose(active, self.mapped))
         return Mapped(pushed(self.operation, active), self.size, mapped, self.summed)
 
     def transposed(self):
-        """The transpose, mapped where this one stacks and summed where it broadcasts."""
+        """Maps the transpose: stacked outputs become mapped arguments.
+
+        Arguments that are not mapped are broadcast to all slices; their cotangents are
+        summed.
+        """
         fixed = len(self.mapped) - self.linear
         mapped = (*self.mapped[:fixed], *(not x for x in self.summed))
         summed = tuple(not x for x in self.mapped[fixed:])
@@ -99,7 +109,8 @@ class Mapped(Operation):
         axes = [0 if mapped else None for mapped in self.mapped]
 
         def at_once(size, *arrays):
-            if isinstance(size, int) and size == 1:  # kernels are not to be mapped
+            # A single slice runs without `vmap`, which kernels may not support.
+            if isinstance(size, int) and size == 1:
                 return self._one(function, arrays)
             outputs = jax.vmap(function, axes, axis_size=size)(*arrays)
             return [
@@ -122,6 +133,7 @@ class Mapped(Operation):
         cut = lambda part: [
             part(x) if mapped else x for x, mapped in zip(arrays, self.mapped, strict=True)
         ]
+        # Whole chunks run in a scan; the rest of the slices, if any, runs after it.
         head = lambda x: x[: count * chunk].reshape(count, chunk, *x.shape[1:])
         types = self.types(*map(jax.typeof, arrays))
         sums = [
@@ -130,6 +142,7 @@ class Mapped(Operation):
             if summed
         ]
 
+        # Summed outputs are carried, stacked ones are the outputs of the scan.
         def step(sums, scanned):
             scanned = iter(scanned)
             given = [
@@ -148,6 +161,7 @@ class Mapped(Operation):
         stacked = [x.reshape(count * chunk, *x.shape[2:]) for x in stacked]
         sums, stacked = iter(sums), iter(stacked)
         outputs = [next(sums) if summed else next(stacked) for summed in self.summed]
+        # Chunks of one leave no rest, also of a symbolic size.
         rest = 0 if chunk == 1 else self.size % chunk
         if not rest:
             return outputs
@@ -159,7 +173,7 @@ class Mapped(Operation):
 
 
 def pushed(operation: Operation, active) -> Operation:
-    """The operation that gives the tangents of another one."""
+    """Gives the operation that computes the tangents of another one."""
     if isinstance(operation, Mapped):
         return operation.pushed(active)
     return Pushforward(operation, active)
@@ -177,9 +191,9 @@ def _(size, mapped, predicate):
 
 
 def cond_any(predicate, mend, otherwise, *operands):
-    """`jax.lax.cond` that runs one branch in a `vmap` too: `mend`, if any slice asks.
+    """Runs `jax.lax.cond`, also inside `vmap`, with one branch: `mend` if any slice asks.
 
-    So `mend` must be right where `otherwise` is. A condition that differs from slice to
-    slice makes JAX run both branches for all of them.
+    So `mend` must be right for every slice. With a plain `cond`, a condition that differs
+    from slice to slice makes JAX run both branches for all slices.
     """
     return jax.lax.cond(_in_any_slice(predicate), mend, otherwise, *operands)

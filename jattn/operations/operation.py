@@ -7,11 +7,12 @@ one JAX primitive, whose rules make new operations out of old ones:
     any            jvp       →  Pushforward(operation), linear in the tangents
     Pushforward    transpose →  Pullback(operation), linear in the cotangents
     Pullback       transpose →  Pushforward(operation)
-    any            vmap      →  Mapped(operation), a loop over the mapped axis; or an
-                                operation of more, where one can take the axis as its own
+    any            vmap      →  Mapped(operation), a loop over the mapped axis; or one
+                                larger operation, where the mapped axis can join its own
 
-An operation may bring its own `push` and `pull`; else they are JAX's derivatives, forward
-through `fast` and backward through `reference`. So derivatives exist to every order.
+An operation may define its own `push` and `pull`. By default they are JAX's derivatives,
+forward through `fast` and backward through `reference`. So derivatives exist to every
+order.
 """
 
 import functools
@@ -30,97 +31,104 @@ class Operation:
     Attributes:
         outputs: How many arrays it returns.
         linear: How many of its last arguments it is linear in.
-        names: Where not empty, the names under which its outputs are kept for its
-            derivatives, which take them after the arguments.
-        elements: About how many elements it holds at once beside its arguments.
+        names: Names for its outputs, as `checkpoint_name` takes them. If there are any,
+            its derivatives take the outputs, after the arguments.
+        elements: About how many elements it holds at once besides its arguments.
     """
 
     @property
     def outputs(self) -> int:
-        """One, unless said otherwise."""
+        """Gives the number of outputs; 1 by default."""
         return 1
 
     @property
     def linear(self) -> int:
-        """None, unless said otherwise."""
+        """Gives how many of the last arguments it is linear in; 0 by default."""
         return 0
 
     @property
     def linear_in(self) -> frozenset[int]:
-        """Which of its other arguments it is linear in while the rest stays; none here."""
+        """Gives the other arguments that it is linear in, if all others stay fixed.
+
+        There are none by default.
+        """
         return frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """None, unless said otherwise."""
+        """Gives the names of its outputs; no names by default."""
         return ()
 
     @property
     def elements(self) -> int:
-        """None, unless said otherwise."""
+        """Gives about how many elements it holds at once; 0 by default."""
         return 0
 
     def types(self, *types) -> list:
-        """The types of the outputs, as `jax.typeof` gives them, for the arguments'."""
+        """Gives the outputs' types, as `jax.typeof` does, from the arguments' types."""
         raise TypeError(f"{type(self).__name__} must define `types`")
 
     def fast(self, *arrays, spread: bool) -> Any:
-        """Computes it; `spread` says that the arrays may lie on several devices."""
+        """Computes the outputs; with `spread`, the arrays may lie on several devices."""
         raise TypeError(f"{type(self).__name__} must define `fast`")
 
     def reference(self, *arrays) -> Any:
-        """Computes it in a form that JAX differentiates backward in linear memory."""
+        """Computes the outputs in a form that JAX can differentiate backward.
+
+        That backward pass takes linear memory.
+        """
         raise TypeError(f"{type(self).__name__} must define `reference`")
 
     def push(self, active, primals, outputs, tangents, spread: bool):
-        """The tangents of the outputs, for tangents of the active arguments."""
+        """Computes tangents of the outputs from tangents of the active arguments."""
         del outputs
         fast = functools.partial(self.fast, spread=spread)
         return jax.jvp(*restrict(fast, active, primals), tuple(tangents))[1]
 
     def pull(self, active, primals, outputs, cotangents, spread: bool):
-        """The cotangents of the active arguments, for cotangents of the outputs."""
+        """Computes cotangents of the active arguments from cotangents of the outputs."""
+        # JAX differentiates `reference` anew, so it needs no outputs of the forward pass.
         del outputs, spread
         function, chosen = restrict(self.reference, active, primals)
         return jax.vjp(function, *chosen)[1](tuple(cotangents))
 
     def transposed(self) -> "Operation":
-        """The operation that gives the cotangents of the linear arguments."""
+        """Gives the operation that computes the cotangents of the linear arguments."""
         raise TypeError(f"{type(self).__name__} is not linear")
 
     def joined(self, size, mapped, apart) -> Any:
-        """Computes all slices of the `mapped` arguments as one call, a `Joined`, or None.
+        """Gives a `Joined` that computes all slices in one call; None where it cannot.
 
         Args:
             size: How many slices there are.
-            mapped: Which arguments have a slice each.
-            apart: Which others must be given to each slice apart, for their derivatives
-                are asked for slice by slice.
+            mapped: Which arguments have one slice for each.
+            apart: Which other arguments each slice needs its own copy of, because each
+                slice has its own derivatives of them.
         """
         del size, mapped, apart
         return None
 
     def on(self, platform: str) -> "Operation":
-        """The operation that computes it on a platform: itself, unless said otherwise.
+        """Gives the operation that computes the same on a platform; itself by default.
 
-        The platform is "export" where it is CUDA and `jax.export` is to keep the program,
-        which it does for few of the calls that a GPU has.
+        The platform is "export" when lowering for CUDA under `jax.export`, which refuses
+        custom calls without a stability promise, cuDNN's among them.
         """
         del platform
         return self
 
     def __call__(self, *arrays) -> tuple[jax.Array, ...]:
-        """Runs it, differentiably."""
+        """Runs the operation; JAX can differentiate the call."""
         return tuple(primitive.bind(*vary(arrays), operation=self))
 
 
 def choose(flags, items) -> list:
-    """Picks the items whose flag is true."""
+    """Gives the items whose flag is true."""
     return [item for item, flag in zip(items, flags, strict=True) if flag]
 
 
 def restrict(function, active, primals):
-    """The function of its active arguments alone, and those."""
+    """Gives a function of the active arguments alone, and these arguments."""
 
     def restricted(*chosen):
         chosen = iter(chosen)
@@ -137,14 +145,18 @@ def restrict(function, active, primals):
 
 
 def retype(like, shape, dtype=None, spec=None):
-    """The type of an array that lies where one of type `like` does."""
+    """Gives the type of an array that lies on the same devices as one of type `like`."""
     spec = like.sharding.spec if spec is None else spec
     sharding = like.sharding.update(spec=jax.sharding.PartitionSpec(*spec))
     return like.update(shape=shape, dtype=dtype, sharding=sharding, weak_type=False)
 
 
 def vary(arrays):
-    """The arrays, made to vary over every axis of a `shard_map` that one varies over."""
+    """Makes all arrays vary over each `shard_map` axis that any of them varies over.
+
+    JAX refuses to combine arrays in one equation that vary over different axes.
+    """
+    # Outside of `shard_map` no array varies, and nothing changes.
     axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = frozenset().union(*axes)
     return [

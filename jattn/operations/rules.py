@@ -22,8 +22,9 @@ def _compiled(operation, *arrays):
 
 @primitive.def_impl
 def _run(*arrays, operation):
-    # Without `jit`, and where JAX runs again what gave a NaN or Inf, this would call itself
-    # for ever. What takes the results looks at them.
+    # This function binds the primitive again, inside `jit`. With `disable_jit`, or where
+    # JAX runs a function without `jit` to find a NaN or Inf, it would call itself for ever.
+    # NaN and Inf are still found, by the operations that read the results.
     with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         return _compiled(operation, *arrays)
 
@@ -41,10 +42,12 @@ def _jvp(primals, tangents, *, operation):
     if not any(active):
         return outputs, [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in outputs]
     fixed = len(primals) - operation.linear
-    if any(active[:fixed]):  # the linear arguments' too: all in one pass
+    # All tangents, also of the linear arguments, are computed in one pass.
+    if any(active[:fixed]):
         kept = outputs if operation.names else ()
         tangents = choose(active, tangents)
         return outputs, list(pushed(operation, active)(*primals, *kept, *tangents))
+    # f is linear in the rest, so its derivative is f itself, at the tangents.
     rest = map(ad.instantiate_zeros, tangents[fixed:])
     return outputs, list(operation(*primals[:fixed], *rest))
 
@@ -62,12 +65,13 @@ def _transpose(cotangents, *arrays, operation):
 
 
 def _transpose_in(unknown, cotangents, arrays, operation):
-    """Transposes an operation in arguments that it happens to be linear in."""
+    """Transposes an operation in some of its arguments `linear_in`, such as the values."""
     if not {i for i, flag in enumerate(unknown) if flag} <= operation.linear_in:
         raise ValueError(
             "jattn: `jax.linear_transpose` must be asked in the values alone, for "
             "attention is linear in nothing else; use `jax.vjp`."
         )
+    # The derivative of a linear function is the same at all points, so also at 0.
     fill = lambda x: jnp.zeros(x.aval.shape, x.aval.dtype)
     arrays = [fill(x) if ad.is_undefined_primal(x) else x for x in arrays]
     kept = operation(*arrays) if operation.names else ()
@@ -85,7 +89,8 @@ def _batch(arrays, axes, *, operation):
     each = Mapped(operation, size, mapped, (False,) * operation.outputs)
     types = list(map(jax.typeof, moved))
     specs = [x.sharding.spec for x in choose(mapped, types)]
-    # The axis comes before the batch, which then cannot be divided among devices.
+    # In a joined axis the mapped axis comes before the batch, which then could not stay
+    # divided among devices.
     divided = any(len(spec) > 1 and spec[1] is not None for spec in specs)
     joined = None if divided else operation.joined(size, mapped, (False,) * len(mapped))
     outputs = each(*moved) if joined is None else joined(moved, mapped, each.types(*types))
@@ -93,7 +98,7 @@ def _batch(arrays, axes, *, operation):
 
 
 def _jet(primals, series, *, operation):
-    """Gives the coefficients of a Taylor series, from derivatives along a path.
+    """Computes the coefficients of a Taylor series, from derivatives along a path.
 
     path(time) = f(x + time · x₁ + time² · x₂ + …)        coefficient k: path⁽ᵏ⁾(0) / k!
     """

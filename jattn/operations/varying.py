@@ -1,10 +1,10 @@
-"""Functions of arrays whose values differ from device to device, without saying so.
+"""Functions of arrays whose values differ from device to device, run as one operation.
 
 Inside `jax.shard_map` types say over which mesh axes an array's values differ, and JAX
-refuses an equation whose operands differ over other axes. Functions that a user writes
-are traced before anyone knows: `ids[t] == ids[s]` is one program, whether t comes from
+refuses an equation whose operands differ over different axes. A user's function is traced
+before these axes are known: `ids[t] == ids[s]` is one program, whether t comes from
 `lax.axis_index` or not. What the library computes from such programs needs no other
-device, so it is one operation, inside of which types say nothing.
+device. So it is one operation, and the types inside it say nothing of devices.
 """
 
 import dataclasses
@@ -18,25 +18,27 @@ from jattn.operations.operation import Operation, retype
 
 
 def locally(function: Callable, statics: tuple[Hashable, ...], *trees):
-    """What `function(*statics, *trees)` returns, also where arrays in the trees vary.
+    """Returns `function(*statics, *trees)`, also where arrays in the trees vary.
 
-    Results that are floating have derivatives of every order. `function` is one that
-    compares equal to itself in later calls: of a module, not made in a call.
+    Floating results have derivatives of every order. `function` must be defined in a
+    module, not inside a call, so that later calls pass an equal one and compile nothing.
     """
     leaves, tree = jax.tree.flatten(trees)
     if not any(_varies(x) for x in leaves):
         return function(*statics, *trees)
+    # Random keys pass through the operation as the integers that they are made of.
     keys = [_key_impl(x) for x in leaves]
     leaves = [
         x if key is None else jax.random.key_data(x)
         for x, key in zip(leaves, keys, strict=True)
     ]
-    config: Any = jax.config  # whose attributes type checkers do not know
+    config: Any = jax.config  # `Any`, for type checkers do not know its attributes
     precision = config.jax_default_matmul_precision
     local = Local(function, statics, tree, tuple(keys), precision, (True,))
     types, out_tree = jax.tree.flatten(local.shapes(leaves))
     real = [jnp.issubdtype(x.dtype, jnp.floating) for x in types]
     results = [None] * len(types)
+    # Floating and other results are two operations: only floating ones have derivatives.
     for wanted in (real, [not x for x in real]):
         if any(wanted):
             part = dataclasses.replace(local, wanted=tuple(wanted))
@@ -50,27 +52,30 @@ def locally(function: Callable, statics: tuple[Hashable, ...], *trees):
 
 @dataclasses.dataclass(frozen=True)
 class Local(Operation):
-    """Those results of a function that are `wanted`, in one piece."""
+    """An operation that computes the `wanted` results of a function."""
 
     function: Callable
     statics: tuple[Hashable, ...]
     tree: Any
-    keys: tuple  # of the random keys among the arguments, how they are made
+    keys: tuple  # for each argument the `key_impl` of a random key, None for other arrays
     precision: str | None
     wanted: tuple[bool, ...]
 
     @property
     def outputs(self) -> int:
-        """As many as are wanted."""
+        """Gives the number of wanted results."""
         return sum(self.wanted)
 
     def shapes(self, arrays):
-        """The shapes of all results."""
+        """Gives the shapes of all results."""
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
         return jax.eval_shape(self._call, *shapes)
 
     def types(self, *types) -> list:
-        """Those of arrays that vary as the arguments do, and are not cut further."""
+        """Gives the types of the wanted results.
+
+        They vary over the same axes as the arguments, and no mesh axis cuts them.
+        """
         results = zip(jax.tree.leaves(self.shapes(types)), self.wanted, strict=True)
         return [
             retype(types[0], x.shape, x.dtype, (None,) * len(x.shape))
@@ -79,12 +84,12 @@ class Local(Operation):
         ]
 
     def fast(self, *arrays, spread):
-        """By the function."""
+        """Computes the wanted results by the function."""
         del spread
         return self.reference(*arrays)
 
     def reference(self, *arrays):
-        """By the function."""
+        """Computes the wanted results by the function."""
         results = zip(jax.tree.leaves(self._call(*arrays)), self.wanted, strict=True)
         return tuple(jnp.asarray(x) for x, want in results if want)
 
@@ -93,7 +98,7 @@ class Local(Operation):
             x if key is None else jax.random.wrap_key_data(x, impl=key)
             for x, key in zip(arrays, self.keys, strict=True)
         ]
-        # It is compiled after the caller's `jax.default_matmul_precision` ended.
+        # This is traced after the caller's `jax.default_matmul_precision` may have ended.
         with jax.default_matmul_precision(self.precision):
             return self.function(*self.statics, *self.tree.unflatten(arrays))
 
@@ -103,7 +108,7 @@ def _varies(x) -> bool:
 
 
 def _key_impl(x):
-    """How a random key is made, None for any other array."""
+    """Gives the implementation of a random key; None for any other array."""
     if not jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
         return None
     return jax.random.key_impl(x)
