@@ -1,4 +1,4 @@
-"""Attention on TPU, by Pallas kernels; nothing here needs a TPU to be read or tested.
+"""Attention on TPU, by Pallas kernels, which tests emulate on any machine.
 
 `schedule`      which blocks meet, in which order, as one integer a step
 `pairs`         masks and modifiers evaluated on a tile inside a kernel
