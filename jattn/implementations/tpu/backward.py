@@ -26,7 +26,7 @@ from jattn.implementations.tpu.call import Arguments, Call
 from jattn.implementations.tpu.layout import LANES, LOG2_E, kind
 from jattn.implementations.tpu.tiles import Tile, parts
 
-_VMEM = 60 * 2**20  # bytes: twice `kernel.RESIDENT` for d_query, the rest for blocks
+_VMEM = 60 * 2**20  # bytes: twice `kernel.RESIDENT` for d_query, and room for the blocks
 
 
 def backward(call: Call, wanted, arguments: Arguments):
@@ -248,7 +248,6 @@ def _add(call: Call, into, cotangents, part, i):
             where = (0, 0, slice(None), pl.ds(first + part.columns.start, part.shape[1]))
             ref[where] += cotangent
         else:
-            # Spread over all lanes, each with 1/128 of it, because a column of one lane
-            # is slow to store; the sum over lanes at the end gives it back.
+            # Each of the 128 lanes holds 1/128 of the column; `_finish` sums up the lanes.
             lanes = jnp.broadcast_to(cotangent * (1 / LANES), (part.shape[0], LANES))
             ref[part.keys, :] += lanes

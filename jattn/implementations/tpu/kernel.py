@@ -79,7 +79,7 @@ class TPU(Kernel):
         return _objection(problem)
 
     def block_sizes(self, problem: Problem, operands: Operands | None) -> tuple[int, int]:
-        """Gives the queries and keys of a block that can be skipped, if heads are folded."""
+        """Gives the queries and keys of a block that it can skip, if heads are folded."""
         del operands
         return _block_sizes(problem, self.blocks)
 
@@ -192,7 +192,7 @@ def _numbers(problem: Problem, operands: Operands):
     The scale is split. In float32 all of it multiplies the queries, as in blockwise. In
     bfloat16 that would round the queries, so only the sign of the scale multiplies them;
     the sign makes the largest product the largest logit. The size of the scale multiplies
-    the products, or without modifier and bias the exponents.
+    the products, or the exponents of a forward pass without modifier and bias.
 
     Maxima are multiplied by the same number by which backward multiplies products. So
     backward computes exactly the logits to which the maximum belongs.

@@ -1,7 +1,8 @@
-"""The backward pass over segments of queries, where they are too many for one kernel.
+"""The backward pass in segments of queries, for more queries than one kernel can hold.
 
-The cotangents of all queries that a kernel sees stay in VMEM. So long inputs are cut into
-segments of queries, one kernel each, and the cotangents of keys and values summed.
+A kernel keeps the cotangents of all its queries in VMEM. So long inputs are cut into
+segments of queries. One kernel runs for each segment, and the cotangents of keys and values
+are summed over the segments.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from jattn.implementations.tpu.layout import kind
 
 
 def in_segments(call: Call, wanted, arguments: Arguments):
-    """As `backward`; the words of the schedule have one more axis in front, segments."""
+    """Runs `backward` on each segment; the schedule has segments as its first axis."""
     segments = arguments.words.shape[0]
     if segments == 1:
         return backward(call, wanted, arguments._replace(words=arguments.words[0]))
@@ -33,7 +34,7 @@ def in_segments(call: Call, wanted, arguments: Arguments):
         return jnp.moveaxis(array, -2, 0)
 
     def run(xs):
-        """The results of one segment: those to sum, and those to join."""
+        """Computes the results of one segment: those to sum, and those to join."""
         words, (query, *rows), some = xs
         some = iter(some)
         read = [next(some) if many else x for x, many in zip(leaves, along, strict=True)]
