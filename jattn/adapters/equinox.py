@@ -47,7 +47,8 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
                 f"{WHERE}: num_heads={num_heads} must be a multiple of `num_kv_heads`, got "
                 f"{num_kv_heads}."
             )
-        _, key_rng, value_rng, _ = jax.random.split(key, 4)  # as equinox does
+        # Two projections are made again with fewer heads, from the keys that equinox uses.
+        _, key_rng, value_rng, _ = jax.random.split(key, 4)
         linear = lambda size, head_size, has_bias, like, rng: eqx.nn.Linear(
             size,
             self.num_kv_heads * head_size,

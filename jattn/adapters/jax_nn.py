@@ -66,8 +66,8 @@ def dot_product_attention(
         local_window_size: (left, right), or one number for both: query t sees the keys
             t − left ≤ s ≤ t + right.
         implementation: None lets jattn choose. `"xla"` is jattn's `"dense"`: all logits at
-            once and no kernel, as in `jax.nn`. jattn's own names work too; its `"cudnn"`
-            refuses more calls than that of `jax.nn`.
+            once and no kernel, as in `jax.nn`. jattn's own names work too; `"cudnn"`
+            refuses more calls here than in `jax.nn`.
         return_residual: Whether to return the logsumexp of the logits too.
 
     Returns:
@@ -114,6 +114,7 @@ def _masks(
     if local_window_size is not None:
         masks.append(Window(*_sides(local_window_size)))
     if key_value_seq_lengths is not None or query_seq_lengths is not None:
+        # If only queries have lengths, all keys count.
         every_key = _batched(key).shape[-3]
         lengths = every_key if key_value_seq_lengths is None else key_value_seq_lengths
         masks.append(Lengths(lengths, query_seq_lengths))

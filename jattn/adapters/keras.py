@@ -68,6 +68,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         """Collects the masks of a call as they are; none of them is spread to T × S."""
         del query, value
         masks = [attention_mask]
+        # A mask of queries holds for all keys, and a mask of keys for all queries.
         if query_mask is not None:
             masks.append(jnp.expand_dims(query_mask, -1))
         masks += [

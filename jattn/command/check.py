@@ -62,7 +62,7 @@ def check(name: str, attend: Callable, case_name: str, dtype: str) -> Result:
 
 
 def _errors(attend: Callable, case: Case, dtype: str) -> np.ndarray:
-    """Computes the error of the output, then those of the gradients."""
+    """Computes the error of the output, then the errors of the gradients."""
     with jax.enable_x64(dtype == "float64"):
         inputs = random_inputs(case, dtype)
         answers = _output_and_gradients(attend, case, inputs)

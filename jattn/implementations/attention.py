@@ -125,6 +125,7 @@ class Attention(Operation):
         B, N, T, _ = self.problem.sizes.BNTS
         query, wide = types[0], self.problem.wide
         spec = query.sharding.spec[:3]
+        # The outputs are divided among devices as the queries are.
         output = retype(query, (B, T, N, self.problem.sizes.D), wide, (*spec, None))
         return [output, *[retype(query, (B, T, N), wide, spec)] * 2]
 
@@ -152,6 +153,7 @@ class Attention(Operation):
         if self.kernel is not None:
             return self._push_own(active, primals, outputs, tangents, spread)
         layout = Layout(self.problem, self.tree.unflatten(primals), self._plan(spread))
+        # Tangents are given for the active arguments only; None stands for the others.
         tangents = iter(tangents)
         tangents = [next(tangents) if flag else None for flag in active]
         return tangent(layout, outputs, self.tree.unflatten(tangents))
@@ -159,8 +161,8 @@ class Attention(Operation):
     def _push_own(self, active, primals, outputs, tangents, spread):
         """Computes the tangents tile by tile, after a blockwise forward pass of its own.
 
-        The kernel's products are rounded in another way than those of blockwise. So its
-        maximum and sum do not fit the logits that blockwise computes again.
+        The kernel and blockwise round their products differently. So the kernel's maximum
+        and sum do not fit the logits that blockwise computes again.
         """
         blockwise = self._blockwise(spread)
         own = outputs if spread else blockwise.fast(*primals, spread=spread)
@@ -171,8 +173,8 @@ class Attention(Operation):
     def pull(self, active, primals, outputs, cotangents, spread):
         """Computes the cotangents by the kernel if there is one, else tile by tile.
 
-        JAX cannot differentiate the kernel, so derivatives of these cotangents are those
-        of the blockwise computation.
+        JAX cannot differentiate the kernel, so it differentiates the blockwise cotangents
+        for derivatives of higher order.
         """
         if self.kernel is None:
             operands, wanted = map(self.tree.unflatten, (primals, active))
@@ -182,6 +184,7 @@ class Attention(Operation):
         otherwise = functools.partial(self._pull_own, active, spread)
         if spread:
             return otherwise(primals, outputs, cotangents)
+        # JAX differentiates `otherwise` in place of the kernel.
         pull = jax.custom_jvp(functools.partial(self._pull, active, otherwise))
         pull.defjvp(functools.partial(jax.jvp, otherwise))
         return pull(primals, outputs, cotangents)
@@ -217,6 +220,7 @@ class Attention(Operation):
         """
         if self.problem.mask is None or self.kernel.isolates:
             return tuple(results)
+        # Only floating results can be NaN.
         floating = [x for x in results if jnp.issubdtype(x.dtype, jnp.floating)]
         spoiled = [jnp.any(jnp.isnan(x)) for x in floating]
         return cond_any(
@@ -243,6 +247,7 @@ class Attention(Operation):
     def _chosen(self, active, primals, results: Operands) -> list[jax.Array]:
         """Picks the cotangents of the active arguments, each in its argument's dtype."""
         leaves = self.tree.flatten_up_to(results)
+        # An argument for which the results have None has the cotangent 0.
         return [
             jnp.zeros(x.shape, x.dtype) if result is None else result.astype(x.dtype)
             for x, result, flag in zip(primals, leaves, active, strict=True)
@@ -261,7 +266,7 @@ def _is_felt_wide(problem: Problem, operands: Operands) -> bool:
 
 
 def _ratio(outputs, own):
-    """Gives the factor from tangents of one total to those of another.
+    """Computes the factor that turns a tangent of one total into that of another.
 
     Both totals belong to the same logsumexp = top + log total, with different tops. So
     d log total = d_total / total is the same for both, and the factor is their ratio. An

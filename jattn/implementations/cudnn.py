@@ -162,6 +162,7 @@ def _run(problem: Problem, query, key, value):
 
 
 def _pull(problem: Problem, query, key, value, cotangent):
+    # The residual is the logsumexp; nothing depends on it here, so its cotangent is 0.
     (_, logsumexp), pull = jax.vjp(functools.partial(_run, problem), query, key, value)
     return pull((cotangent, jnp.zeros_like(logsumexp)))
 
@@ -215,6 +216,7 @@ def _joined(function):
 
     @joined.def_vmap
     def _(size, mapped, *arrays):
+        # An array without the mapped axis is repeated for each slice.
         arrays = [
             x if flag else jnp.broadcast_to(x, (size, *x.shape))
             for x, flag in zip(arrays, mapped, strict=True)

@@ -83,6 +83,7 @@ def per_layer(
     Raises:
         ValueError: If there is no layer, or one does not fit.
     """
+    # A list of numbers is one array; any other list has an array for each layer.
     is_many = isinstance(layers, list | tuple) and not (layers and np.ndim(layers[0]) == 0)
     arrays = [np.asarray(layer, np.float64) for layer in (layers if is_many else [layers])]
     arrays = [x[0] if x.ndim == 3 and len(x) == 1 else x for x in arrays]

@@ -110,7 +110,7 @@ def pool(weights: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     """
     sums = np.add.reduceat(weights, np.arange(0, weights.shape[-1], block[1]), axis=-1)
     starts = np.arange(0, weights.shape[-2], block[0])
-    counts = np.diff(starts, append=weights.shape[-2])
+    counts = np.diff(starts, append=weights.shape[-2])  # the last block may have fewer
     return np.add.reduceat(sums, starts, axis=-2) / counts[:, None]
 
 
@@ -196,6 +196,7 @@ def grid(cells: np.ndarray, block: tuple[int, int], width: int) -> list[str]:
     margin = len(str((height - 1) * block[0])) + 1
     repeat = 2 if margin + 2 * columns <= width else 1
     longest = len(str((columns - 1) * block[1]))
+    # From mark to mark there is room for the longest number.
     step = next(step for step in (5, 10, 20) if step * repeat > longest)
     marks = range(0, columns, step)
     ruler = "".join(str(column * block[1]).ljust(step * repeat) for column in marks)

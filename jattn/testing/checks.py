@@ -131,7 +131,7 @@ def assert_matches_definition(
         dtype: The dtype of the inputs.
         budget: How many times the definition's error in the same dtype is allowed, plus
             two units in the last place of the largest number.
-        sizes: Sizes that replace those of the case.
+        sizes: Sizes in place of the case's own.
         seed: The seed of the inputs.
 
     Raises:
@@ -163,7 +163,7 @@ def check_gradients(
     Args:
         attention_state: A function of the signature of `jattn.attention_state`.
         case: One of `CASES`, or your own.
-        sizes: Small sizes that replace those of the case.
+        sizes: Small sizes in place of the case's own.
         seed: The seed of the inputs.
 
     Raises:

@@ -77,6 +77,7 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
         )
         if felt:
             queries = queries._replace(delta=_deltas(layout, head, queries, by_key))
+        # Summed up transposed, blocks × BKHR: see `_add_products`.
         d_rows = jnp.zeros_like(jnp.swapaxes(queries.query, -1, -2), wide)
         body = functools.partial(_backward_block, layout, head, queries, by_key)
         d_rows, *carry = loop(layout.counts["S"], body, (d_rows, *carry))
@@ -221,6 +222,7 @@ def _backward_tile(layout, head, queries: Rows, keys, j, masked):
         (key, value), rows = keys, queries.at(i)
         view, allowed, products = _pairs(layout, head, (i, j), rows, key, masked)
         keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
+        # Only arrays whose cotangents are wanted are differentiated.
         chosen = view.active.where(d_active)
         logits, pull = jax.vjp(
             lambda x, chosen: view.logits(x, chosen.fill(view.active)), products, chosen
@@ -229,6 +231,7 @@ def _backward_tile(layout, head, queries: Rows, keys, j, masked):
         if isolated:  # the products below mix rows, and columns, and 0 · NaN is NaN
             key = shared.isolate(key)[0]
             clean, poison = shared.isolate(rows.d_output)
+            # Through top, a NaN of d_output reaches the pairs of its row that count.
             top = rows.top + poison.astype(layout.problem.wide)
             rows = rows._replace(query=shared.isolate(rows.query)[0], top=top)
         weights, powers = _weights(layout, logits, rows, allowed)
@@ -237,6 +240,7 @@ def _backward_tile(layout, head, queries: Rows, keys, j, masked):
         d_weights = jnp.where(powers > row(rows.settled), row(rows.delta), d_weights)
         offset = rows.delta - rows.d_logsumexp
         d_products, d_chosen = pull(keep_allowed(weights * (d_weights - row(offset))))
+        # The derivative of a modifier may be infinite or NaN at a masked pair.
         if layout.problem.modifier is not None:
             d_products = keep_allowed(d_products)
         if d_scale is not None:  # products are scaled, so this sums up scale · d_scale
@@ -290,6 +294,7 @@ def _cotangents(layout, wanted, d_query, d_key, d_value, d_active, d_scale) -> O
         at_zero = shared.sum_all(
             d_query * finite.astype(d_query.dtype)
         )  # less precise, as its sums cancel more; only where the scale is 0
+        # The tiles have summed up scale · d_scale.
         is_zero = operands.scale == 0
         d_scale = d_scale / jnp.where(is_zero, 1, operands.scale)
         d_scale = jnp.where(is_zero, at_zero, d_scale)

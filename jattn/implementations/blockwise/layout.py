@@ -42,6 +42,7 @@ class Layout:
     def __init__(self, problem: Problem, operands: Operands, plan: Plan, wide=True):
         sizes = problem.sizes
         self.problem, self.operands, self.plan = problem, operands, plan
+        # `is` also finds a symbolic length that one block has as a whole.
         count = lambda length, size: 1 if size is length else -(-length // size)
         self.counts = {x: count(getattr(sizes, x), getattr(plan, x)) for x in "BKTS"}
         self.padded = {x: self.counts[x] * getattr(plan, x) for x in "TS"}
@@ -109,6 +110,7 @@ class Layout:
         """Reshapes BNTS to BKGTS and pads its queries."""
         sizes = self.problem.sizes
         B, N, T, S = array.shape
+        # An array that all heads share has size 1 for both K and G.
         heads = (1, 1) if N == 1 and sizes.N != 1 else (sizes.K, sizes.G)
         return self._pad(array.reshape(B, *heads, T, S), {3: "T", 4: "S"})
 
@@ -127,6 +129,7 @@ class Layout:
         for letter, length in zip(axes, array.shape, strict=True):
             size = self.extent[letter] if letter in at else length
             whole = isinstance(length, int) and (length == 1 or length == size)
+            # A stride of 0 starts at 0 for every block.
             stride = 0 if letter not in at or whole else getattr(self.plan, letter)
             starts.append(stride and at[letter] * stride)
             sizes.append(length if whole else size)
@@ -155,14 +158,14 @@ class Layout:
         array = self.cut(array, "BTN" + "." * (array.ndim - 3), **at)
         B, T, N, *rest = array.shape
         G = self.plan.G
-        array = jnp.moveaxis(array.reshape(B, T, N // G, G, *rest), 1, 3)
+        array = jnp.moveaxis(array.reshape(B, T, N // G, G, *rest), 1, 3)  # BKGT…
         return array.reshape(B, N // G, G * T, *rest)
 
     def put_rows(self, array, part, **at):
         """Writes rows to the place that `rows` reads."""
         B, K, GT, *rest = part.shape
         G, T = self.plan.G, GT // self.plan.G
-        part = jnp.moveaxis(part.reshape(B, K, G, T, *rest), 3, 1)
+        part = jnp.moveaxis(part.reshape(B, K, G, T, *rest), 3, 1)  # BTKG…
         part = part.reshape(B, T, K * G, *rest)
         return self.put(array, part, "BTN" + "." * len(rest), **at)
 
@@ -172,7 +175,7 @@ class Layout:
         B, _, N, *rest = array.shape
         G, blocks = self.plan.G, (self.counts["T"], self.plan.T)
         array = array.reshape(B, *blocks, N // G, G, *rest)
-        array = jnp.moveaxis(array, (1, 2), (0, 4))
+        array = jnp.moveaxis(array, (1, 2), (0, 4))  # blocks × BKGT…
         return array.reshape(blocks[0], B, N // G, G * blocks[1], *rest)
 
     def put_row_blocks(self, array, part, **at):
@@ -191,7 +194,7 @@ class Layout:
     def lay(self, array, columns_first: bool = False):
         """Reshapes an aligned part, BKGTS, to four axes: G and T become rows."""
         B, K, G, T, S = array.shape
-        if G == 1 and T == 1:
+        if G == 1 and T == 1:  # one row, which broadcasts to all rows
             array = array.reshape(B, K, 1, S)
         else:
             G, T = self.plan.G, self.plan.T
@@ -226,6 +229,7 @@ class Layout:
                 shape[axis] = self.padded[letter]
         if tuple(shape) == array.shape:
             return array
+        # `whole` has the padding everywhere; the array is written over it at the end.
         whole = jnp.full(shape, fill, array.dtype)
         for axis, letter in axes.items() if repeats else ():
             count = array.shape[axis]

@@ -30,7 +30,7 @@ def strongest(
         shape = (B, T, k) if average else (B, T, N, k)
         return jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, problem.wide)
     usual = plan(problem, False, granularity(problem, operands), tile)
-    usual = usual._replace(folded=False)
+    usual = usual._replace(folded=False)  # `sweep` does not fold heads
     layout = Layout(problem, operands, _plan(problem, average, usual, tile))
     B, K, G, T, *_ = layout.plan
     rows, whole = (B, K, G * T), layout.query.shape[:3]

@@ -219,6 +219,7 @@ class Received(_View):
         layout, normalizer = self.lay(
             leaves, plan(self.problem, spread, self.size, self.tile)
         )
+        # The sums are over queries, so one total passes through all query blocks.
         total = self.nothing(layout)
         add = lambda total, logs, at: layout.add(
             total, self.columns(layout, logs), "BKGS", S=at.j, **at.head

@@ -112,8 +112,8 @@ class Sums(NamedTuple):
 def _tangent_tile(layout, head, d_head, given, i, masked):
     """Makes the body of the loop over the tiles of one query block.
 
-    The tangents of the products are query′ · kₛ + scale · q · kₛ′; modifier and bias turn
-    them into those of the logits.
+    The tangents of the products are query′ · kₛ + scale · q · kₛ′. Modifier and bias turn
+    them into the tangents of the logits.
     """
     wide = layout.problem.wide
     d_keys, d_values, d_actives = d_head
@@ -142,6 +142,7 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
             (products, chosen),
             (d_products, d_active),
         )
+        # weightsₛ = eₛ, not yet divided by the total; d_logitsₛ = logitₛ′ − mean so far.
         weights, d_logits = exponentials(logits, top[..., None]), d_logits - mean[..., None]
         if allowed is not None:
             weights = jnp.where(allowed, weights, 0)
@@ -149,6 +150,7 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
         total = total + jnp.sum(weights, axis=-1)
         # The running mean of logit′, over total so far, moves by the tile's share in it.
         step = jnp.sum(weights * d_logits, axis=-1) / jnp.where(total == 0, 1, total)
+        # With the new mean: by_logits = Σₛ eₛ (logitₛ′ − mean − step) vₛ.
         d_weights = weights * (d_logits - step[..., None])
         by_logits = by_logits - step[..., None] * output
         by_logits = by_logits + sums_of(view.drop(d_weights), value, allowed)

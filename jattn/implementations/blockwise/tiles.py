@@ -136,7 +136,7 @@ def _at_most_zero(x):
     return jnp.minimum(x, 0)
 
 
-# The derivative is always that of x: `minimum` would halve it at 0 and drop it above 0.
+# The derivative is always 1: `minimum` would have 1/2 at 0 and 0 above.
 _at_most_zero.defjvp(lambda x, d: (_at_most_zero(*x), *d))
 
 

@@ -7,6 +7,6 @@
 `tiles`         a part of a block inside a kernel
 `forward`       output and logsumexp
 `backward`      cotangents
-`segments`      cotangents in several kernels, where one cannot hold those of all queries
+`segments`      cotangents in several kernels, for more queries than one kernel can hold
 `kernel`        all of them as an implementation, and what it refuses
 """

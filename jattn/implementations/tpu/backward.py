@@ -49,6 +49,7 @@ def backward(call: Call, wanted, arguments: Arguments):
         if want
     ]
     kinds = [kind(like) for like in shapes]
+    # One block for the whole head: it stays in VMEM while blocks of queries pass.
     whole = lambda b, k, i, j: (b, k, 0, 0)
     extra_out, extra_specs, scratch = [], [], []
     for like in shapes:
@@ -66,6 +67,7 @@ def backward(call: Call, wanted, arguments: Arguments):
             raise TypeError(f"backward: has no place for the cotangent of a {what}.")
 
     def kernel(words, numbers, *refs):
+        # Arguments come in this order: inputs, extras, results, scratch memory.
         given, refs = refs[:5], refs[5:]
         read, refs = refs[: tree.num_leaves], refs[tree.num_leaves :]
         read = jax.tree.unflatten(tree, read)
@@ -88,6 +90,7 @@ def backward(call: Call, wanted, arguments: Arguments):
 
         @pl.when(word & steps.FIRST != 0)
         def _start():
+            # Transposed once for each key block, as the product for d_query needs it.
             key_transposed[...] = given[1][0, 0].T
             for ref in (key_sum, value_sum, *sums):
                 ref[...] = jnp.zeros_like(ref)

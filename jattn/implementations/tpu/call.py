@@ -129,6 +129,7 @@ class Call:
             pl.when(half >= 0)(lambda: block(masked=True, half=half))
 
     def _at(self, b, k, step):
+        # A schedule with one example or one head serves all of them.
         B, K, steps = self.steps
         return ((b if B > 1 else 0) * K + (k if K > 1 else 0)) * steps + step
 
@@ -181,6 +182,7 @@ class Call:
     ):
         """Runs a kernel over the schedule, with the specs of inputs and extras."""
         grid = {x: options.pop(x) for x in ("out_specs", "scratch_shapes")}
+        # The grid has a traced size where the number of steps is not known.
         count = arguments.count if self.count is None else self.count
         return pl.pallas_call(
             kernel,

@@ -90,6 +90,7 @@ class TPU(Kernel):
         call, arguments = self._call(problem, operands, by_query=True)
         plan, sizes = call.plan, problem.sizes
         query, key, value = arguments.inputs
+        # The forward kernel reads values transposed, B × K × D × S.
         arguments = arguments._replace(inputs=(query, key, jnp.swapaxes(value, 2, 3)))
         output, top, total = forward(call, arguments)
         return Sums(
@@ -125,6 +126,9 @@ class TPU(Kernel):
         finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
         d_modifier, d_bias = _read_cotangents(problem, operands, plan, flags, d_read)
         nothing = jax.tree.map(lambda _: None, wanted)
+        # The kernel gives Σₛ d_logitₛ kₛ for each query q. From it
+        #     d_q = scale · Σₛ d_logitₛ kₛ        d_scale = Σ q · Σₛ d_logitₛ kₛ
+        # Its d_key has only a part of the scale; `numbers[0]` is the rest, see `_numbers`.
         return nothing._replace(
             query=d_query * operands.scale,
             key=layout.unkeys(d_key, sizes) * arguments.numbers[0],
@@ -142,12 +146,13 @@ class TPU(Kernel):
         pairs, read = layout.extras(problem, operands)
         plan = layout.plan(problem.sizes, layout.folds(read), self.blocks)
         segments = 1 if by_query else self._segments(problem, plan)
+        # The number of query blocks is rounded up to whole segments.
         plan = plan._replace(queries=-(-plan.queries // segments) * segments)
         kinds = _kinds(problem, operands, plan)
         if by_query:
             plan = plan.joined
             words, count = schedule(kinds, plan.heads, plan.halves)
-        else:  # by key, for each segment of queries
+        else:  # B × N × i × j to (segments · B) × N × j × i: outer blocks are of keys
             B, N, i, j = kinds.shape
             kinds = kinds.reshape(B, N, segments, i // segments, j)
             kinds = kinds.transpose(2, 0, 1, 4, 3).reshape(-1, N, j, i // segments)

@@ -27,6 +27,7 @@ def in_segments(call: Call, wanted, arguments: Arguments):
     likes = jax.tree.leaves(call.shapes)
     along = [kind(like) != "column" and like.shape[2] > 1 for like in likes]
     flags = zip(likes, along, jax.tree.leaves(wanted), strict=True)
+    # Cotangents that go along the queries are joined; all others are summed.
     stacked = [True, False, False, *(many for _, many, want in flags if want)]
 
     def cut(array):
@@ -61,6 +62,7 @@ def in_segments(call: Call, wanted, arguments: Arguments):
         tuple(map(cut, (query, *rows))),
         [cut(x) for x, many in zip(leaves, along, strict=True) if many],
     )
+    # Only the shapes are computed here, to start the sums with zeros.
     types, _ = jax.eval_shape(run, jax.tree.map(lambda x: x[0], xs))
     zeros = [jnp.zeros(x.shape, x.dtype) for x in types]
     sums, parts = jax.lax.scan(step, zeros, xs)
