@@ -19,7 +19,7 @@ from jattn.implementations.blockwise.plan import Plan
 
 
 class Aligned(NamedTuple):
-    """Arrays that are read by row and column: BKGTS, any axis may be 1; or a part."""
+    """Arrays that are read by row and column, or parts: BKGTS, any axis may be 1."""
 
     bias: jax.Array | None
     mask: Any

@@ -129,7 +129,7 @@ def rows_plan(problem: Problem) -> Plan:
 def _even(length: int, block: int, multiple: int = 16) -> int:
     """Chooses the size of blocks, about `block` at most, so that all are nearly full.
 
-    Several blocks have sizes that are a multiple of `multiple`.
+    If there are several blocks, their size is a multiple of `multiple`.
     """
     count = -(-length // block)
     size = -(-length // count)

@@ -148,7 +148,7 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
             weights = jnp.where(allowed, weights, 0)
             d_logits = jnp.where(allowed, d_logits, 0)
         total = total + jnp.sum(weights, axis=-1)
-        # The running mean of logit′, over total so far, moves by the tile's share in it.
+        # step = Σₛ eₛ (logitₛ′ − mean) / total: how far this tile moves the running mean.
         step = jnp.sum(weights * d_logits, axis=-1) / jnp.where(total == 0, 1, total)
         # With the new mean: by_logits = Σₛ eₛ (logitₛ′ − mean − step) vₛ.
         d_weights = weights * (d_logits - step[..., None])
