@@ -2,11 +2,12 @@
 
 `layer`     what layers of other libraries have in common
 `jax_nn`    `jax.nn.dot_product_attention`
-`nnx`       what `flax.nnx.MultiHeadAttention` takes as `attention_fn`
-`linen`     what `flax.linen.MultiHeadDotProductAttention` takes as `attention_fn`
+`nnx`       the `attention_fn` for `flax.nnx.MultiHeadAttention`
+`linen`     the `attention_fn` for `flax.linen.MultiHeadDotProductAttention`
 `equinox`   `equinox.nn.MultiheadAttention`
 `haiku`     `haiku.MultiHeadAttention`
 `keras`     `keras.layers.MultiHeadAttention`, on its JAX backend
 
-Each is imported by itself, and none here, so that no framework is needed for another.
+This package imports none of them. Each is imported by itself, so that an adapter needs only
+its own framework.
 """

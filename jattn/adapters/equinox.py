@@ -13,15 +13,15 @@ WHERE = "equinox.MultiheadAttention"
 class MultiheadAttention(eqx.nn.MultiheadAttention):
     """`equinox.nn.MultiheadAttention`, parameter for parameter; change the import.
 
-    It has the same leaves in the same order, so that what `tree_serialise_leaves` wrote of
-    one `tree_deserialise_leaves` reads into the other. Beyond it, it has grouped heads,
-    any mask and any modifier. It differs in this:
+    It has the same leaves in the same order. So `tree_deserialise_leaves` reads into one of
+    the two layers what `tree_serialise_leaves` wrote of the other. In addition it has
+    grouped heads, any mask and any modifier. The differences from equinox are:
 
-    - A query that sees no key has output 0 before the last projection, and gradient 0; not
-      the mean of the values.
+    - A query that sees no key has output 0 before the last projection, and gradient 0. In
+      equinox the output is the mean of the values.
     - The weights are not rounded to the dtype of half precision inputs.
-    - Dropout drops with the same probability, but its draws are others.
-    - A mask may have axes of size 1, and be of ones and zeros.
+    - Dropout has the same probability, but drops other weights.
+    - A mask may have axes of size 1, and consist of ones and zeros.
     """
 
     num_kv_heads: int = eqx.field(static=True)
@@ -32,9 +32,9 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         Args:
             num_heads: N, how many heads the queries have.
             query_size: How many features a query has.
-            *sizes: As equinox takes them, and so are all others.
-            num_kv_heads: K, how many heads the keys and values have; N a multiple of it,
-                and N by default.
+            *sizes: As in equinox, like all other arguments.
+            num_kv_heads: K, how many heads the keys and values have; N must be a multiple
+                of it; N by default.
             key: The random key of the parameters.
             **options: See equinox.
         """
@@ -47,7 +47,8 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
                 f"{WHERE}: num_heads={num_heads} must be a multiple of `num_kv_heads`, got "
                 f"{num_kv_heads}."
             )
-        _, key_rng, value_rng, _ = jax.random.split(key, 4)  # as equinox does
+        # Two projections are made again with fewer heads, from the keys that equinox uses.
+        _, key_rng, value_rng, _ = jax.random.split(key, 4)
         linear = lambda size, head_size, has_bias, like, rng: eqx.nn.Linear(
             size,
             self.num_kv_heads * head_size,
@@ -85,9 +86,9 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             mask: True = may attend: an array that broadcasts to `NTS`, one of
                 `jattn.masks`, or a function (b, n, t, s) → bool; b is 0 under `jax.vmap`.
             key: The random key of dropout.
-            inference: Whether nothing is dropped; by default what the layer says.
+            inference: Whether nothing is dropped; by default the setting of the layer.
             deterministic: Equinox's older name of `inference`.
-            process_heads: Turns query, key and value heads into others of their shapes.
+            process_heads: Maps query, key and value heads to new ones of the same shapes.
             bias: Added to the logits; broadcasts to `NTS`.
             **options: `modifier`, `sink`, `scale`, `query_position`, `key_position` and
                 `implementation` of `jattn.attention`.
@@ -96,7 +97,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             T × output_size.
 
         Raises:
-            ValueError: If an argument does not fit, naming it and what to do.
+            ValueError: If an argument does not fit; the message says what to do.
         """
         heads = (
             _project(self.query_proj, query, self.num_heads),
@@ -127,5 +128,5 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
 
 
 def _project(linear, array, heads: int) -> jax.Array:
-    """The features of each position, head by head."""
+    """Projects each position and splits its features into heads."""
     return jax.vmap(linear)(array).reshape(array.shape[0], heads, -1)

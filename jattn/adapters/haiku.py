@@ -13,12 +13,12 @@ WHERE = "haiku.MultiHeadAttention"
 class MultiHeadAttention(hk.MultiHeadAttention):
     """`haiku.MultiHeadAttention`, parameter for parameter; change the import.
 
-    Its parameters have the same names and shapes, so that those of one apply to the other.
-    Beyond it, it has grouped heads, any mask, any modifier and dropout. It differs in
-    this:
+    Its parameters have the same names and shapes, so the parameters of one module work in
+    the other. In addition it has grouped heads, any mask, any modifier and dropout. The
+    differences from haiku are:
 
-    - A query that sees no key has output 0 before the last projection, and gradient 0; not
-      the mean of the values.
+    - A query that sees no key has output 0 before the last projection, and gradient 0. In
+      haiku the output is the mean of the values.
     - The softmax is in float32 at least.
     - A mask may have fewer axes than the logits, and axes of size 1.
     """
@@ -31,9 +31,9 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         Args:
             num_heads: N, how many heads the queries have.
             key_size: H, the size of a head of queries and keys.
-            w_init_scale: As haiku takes it, and so are all others.
-            num_kv_heads: K, how many heads the keys and values have; N a multiple of it,
-                and N by default.
+            w_init_scale: As in haiku, like all other arguments.
+            num_kv_heads: K, how many heads the keys and values have; N must be a multiple
+                of it; N by default.
             **rest: `w_init`, `with_bias`, `b_init`, `value_size`, `model_size`, `name`.
         """
         super().__init__(num_heads, key_size, w_init_scale, **rest)
@@ -45,7 +45,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         """Projects, attends and projects back.
 
         Args:
-            query: Queries, `…T` × features; any number of batch axes, none too.
+            query: Queries, `…T` × features; any number of batch axes, or none.
             key: Keys, `…S` × features.
             value: Values, `…S` × features.
             mask: True = may attend: an array that broadcasts to `…NTS`, one of
@@ -59,7 +59,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
             `…T` × model_size.
 
         Raises:
-            ValueError: If an argument does not fit, naming it and what to do.
+            ValueError: If an argument does not fit; the message says what to do.
         """
         heads = (
             self._project(query, self.num_heads, self.key_size, "query"),
@@ -80,7 +80,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
 
     @hk.transparent
     def _project(self, array, heads: int, head_size: int, name: str) -> jax.Array:
-        """The features of each position, head by head."""
+        """Projects each position and splits its features into heads."""
         projected = self._linear(heads * head_size, name)(array)
         return projected.reshape(*array.shape[:-1], heads, head_size)
 

@@ -35,38 +35,39 @@ def dot_product_attention(
 
         output = softmax(scale · query keyᵀ + bias, over the keys that count) value
 
-    A key counts where every one of `mask`, `is_causal`, the lengths and the window allows.
+    A key counts if `mask`, `is_causal`, the lengths and the window all allow it.
 
-    It differs from `jax.nn` (0.10 to 0.12) in this:
+    The differences from `jax.nn` (0.10 to 0.12) are:
 
-    - A query that sees no key has output 0, residual −∞ and gradient 0; not the mean of the
-      values, nor, where a bias of −∞ hides the keys, NaN.
-    - NaN or Inf in a key or value that no query sees touches nothing.
-    - For float64 inputs the softmax is in float64, not float32.
-    - The residual is in float32 at least and has a gradient; not in bfloat16 and constant.
-    - float16 runs under `jit` on every platform, strict dtype promotion is respected, and
-      `jax.export` takes a window with symbolic lengths.
-    - `value` may have another head size than `key`: the output has it. There may be more
-      batch axes than one. Lengths may be of any integer dtype, or one number for all.
-    - Refused are integer queries, keys and values, a Boolean `bias`, and negative windows.
+    - A query that sees no key has output 0, residual −∞ and gradient 0. In `jax.nn` the
+      output is the mean of the values, or NaN if a bias of −∞ hides the keys.
+    - NaN or Inf in a key or value that no query sees changes no result.
+    - For float64 inputs the softmax is in float64; in `jax.nn` it is in float32.
+    - The residual is in float32 at least and has a gradient. In `jax.nn` it may be in
+      bfloat16, and is a constant.
+    - float16 runs under `jit` on every platform, strict dtype promotion works, and
+      `jax.export` supports a window with symbolic lengths.
+    - `value` may have another head size than `key`, which the output then has. There may be
+      several batch axes. Lengths may have any integer dtype, or be one number for all.
+    - Integer queries, keys and values, a Boolean `bias`, and negative windows are refused.
 
     Args:
         query: `BTNH` or `TNH`.
         key: `BSKH` or `SKH`; N is a multiple of K.
         value: `BSKD` or `SKD`.
         bias: Added to the logits; broadcasts to `BNTS`, leading axes may be left out.
-        mask: Boolean, True = may attend; broadcasts to `BNTS` likewise.
+        mask: Boolean, True = may attend; broadcasts to `BNTS` in the same way.
         scale: Multiplies the logits; 1/√H by default.
         is_causal: Whether query t sees only the keys s ≤ t, both counted from 0: for T ≠ S
             the diagonal starts at the top left, as in `jax.nn`.
-        query_seq_lengths: How many queries of each example count, `B`; the output of the
-            others is 0.
+        query_seq_lengths: How many queries of each example count, `B`; the output of other
+            queries is 0.
         key_value_seq_lengths: How many keys of each example count, `B`.
         local_window_size: (left, right), or one number for both: query t sees the keys
             t − left ≤ s ≤ t + right.
         implementation: None lets jattn choose. `"xla"` is jattn's `"dense"`: all logits at
-            once and no kernel, as in `jax.nn`. jattn's own names are taken too, `"cudnn"`
-            among them, which refuses more than in `jax.nn`.
+            once and no kernel, as in `jax.nn`. jattn's own names work too; `"cudnn"`
+            refuses more calls here than in `jax.nn`.
         return_residual: Whether to return the logsumexp of the logits too.
 
     Returns:
@@ -74,7 +75,7 @@ def dot_product_attention(
         output and the logsumexp, `BTN` or `TN`.
 
     Raises:
-        ValueError: If an argument does not fit, naming it and what to do.
+        ValueError: If an argument does not fit; the message says what to do.
 
     Example:
         >>> query, key = jnp.zeros((2, 1, 2)), jnp.zeros((2, 1, 2))
@@ -106,13 +107,14 @@ def dot_product_attention(
 def _masks(
     mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, key
 ) -> list[Mask]:
-    """Each of `jax.nn`'s five arguments that hide keys, as one mask."""
+    """Turns each of `jax.nn`'s arguments that hide keys into a mask."""
     masks: list[Mask] = []
     if is_causal:
         masks.append(Causal())
     if local_window_size is not None:
         masks.append(Window(*_sides(local_window_size)))
     if key_value_seq_lengths is not None or query_seq_lengths is not None:
+        # If only queries have lengths, all keys count.
         every_key = _batched(key).shape[-3]
         lengths = every_key if key_value_seq_lengths is None else key_value_seq_lengths
         masks.append(Lengths(lengths, query_seq_lengths))
@@ -122,7 +124,7 @@ def _masks(
 
 
 def _sides(size) -> tuple:
-    """How far a window reaches to the left and to the right."""
+    """Gives how far a window reaches to the left and to the right."""
     if isinstance(size, int | np.integer):
         return size, size
     try:
@@ -136,7 +138,7 @@ def _sides(size) -> tuple:
 
 
 def _bias(bias):
-    """The bias; whole numbers are added as they are in `jax.nn`."""
+    """Checks the bias; converts whole numbers to float32, as `jax.nn` adds them too."""
     if bias is None:
         return None
     bias = check_array(WHERE, "bias", bias)
@@ -145,10 +147,10 @@ def _bias(bias):
 
 
 def _batched(array: jax.Array) -> jax.Array:
-    """The array with 1 for each axis that is left out of BTNH."""
+    """Adds an axis of size 1 for each axis of BTNH that is left out."""
     return array.reshape(*(1,) * (4 - array.ndim), *array.shape)
 
 
 def _name(implementation: str | None) -> str | None:
-    """The name here of what `jax.nn` calls an implementation."""
+    """Translates `jax.nn`'s name of an implementation to jattn's."""
     return "dense" if implementation == "xla" else implementation

@@ -40,19 +40,19 @@ _check_backend(keras.backend.backend())
 class MultiHeadAttention(keras.layers.MultiHeadAttention):
     """`keras.layers.MultiHeadAttention`, parameter for parameter; change the import.
 
-    Its arguments, weights and their names are those of keras, so that weights load.
-    `attention_mask` may also be one of `jattn.masks` or a function (b, n, t, s) → bool. No
-    mask is ever made T × S here, and blocks that causal and sliding windows leave empty are
-    skipped. It differs from keras (3.15) in this:
+    It has the arguments, the weights and the names of keras, so that saved weights load.
+    `attention_mask` may also be one of `jattn.masks` or a function (b, n, t, s) → bool.
+    Masks are never spread to T × S here, and blocks that causal masks and sliding windows
+    leave empty are skipped. The differences from keras (3.15) are:
 
-    - A query that sees no key has output 0 and gradient 0; in keras that is so only where
-      the layer drops or returns weights, and else the mean of the values.
-    - Dropout drops with the same probability, but its draws are others.
-    - Memory is linear in the lengths without `flash_attention`, and with it, weights can be
-      returned too.
+    - A query that sees no key has output 0 and gradient 0. In keras this holds only if the
+      layer drops or returns weights; otherwise the output is the mean of the values.
+    - Dropout has the same probability, but drops other weights.
+    - Memory is linear in the lengths even without `flash_attention`, and weights can be
+      returned even with it.
     - `value_dim` may differ from `key_dim`.
-    - `use_causal_mask` and `sliding_window` are along the attention axis, whichever it is;
-      several axes have no order, and are refused.
+    - `use_causal_mask` and `sliding_window` work along the attention axis, whichever it is.
+      With several attention axes there is no order, and they are refused.
     """
 
     def _compute_attention_mask(
@@ -65,9 +65,10 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         attention_mask=None,
         use_causal_mask=False,
     ) -> list:
-        """The masks that count, each as it is: none is spread over T × S."""
+        """Collects the masks of a call as they are; none of them is spread to T × S."""
         del query, value
         masks = [attention_mask]
+        # A mask of queries holds for all keys, and a mask of keys for all queries.
         if query_mask is not None:
             masks.append(jnp.expand_dims(query_mask, -1))
         masks += [
@@ -86,7 +87,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         return_attention_scores=False,
         use_causal_mask=False,
     ):
-        """The output, BT…ND, and the weights, BNT…S…, if they are asked for."""
+        """Computes the output BT…ND, and the weights BNT…S… if they are asked for."""
         masks = attention_mask if isinstance(attention_mask, list) else [attention_mask]
         masks = masks + self._ordered(use_causal_mask, None)
         heads = [self._flatten(x) for x in (query, key, value)]
@@ -112,35 +113,36 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
     @property
     def _axes(self) -> tuple[int, ...]:
-        """The attention axes, which keras knows once the layer is built."""
+        """Gives the attention axes, which keras knows once the layer is built."""
         return tuple(self._attention_axes or ())
 
     def _ordered(self, is_causal: bool, window: int | None) -> list:
-        """The masks of one axis along which positions have an order."""
+        """Makes the masks that need an order of positions, and so a single axis."""
         if (is_causal or window is not None) and len(self._axes) > 1:
             raise ValueError(
                 f"{WHERE}: `use_causal_mask` and `sliding_window` need one attention axis, "
                 f"got `attention_axes={self._axes}`; give an `attention_mask`."
             )
         masks: list = [Causal()] if is_causal else []
+        # In keras a window counts the query itself; here it counts the keys on each side.
         return masks if window is None else [*masks, Window(window - 1, window - 1)]
 
     def _draw(self, training):
-        """The dropout of this call, from the seeds of the layer's own."""
+        """Makes the dropout of this call, from the seeds of the layer's dropout."""
         if not training or self._dropout == 0:
             return None
         seed = self._dropout_layer.seed_generator.next()
         return layer.dropout(WHERE, self._dropout, seed, deterministic=False)
 
     def _flatten(self, array) -> jax.Array:
-        """BT…NH with the attention axes last among the positions, and as one."""
+        """Moves the attention axes of BT…NH before N, and joins them into one axis."""
         axes = self._axes
         count = array.ndim - 2 - len(axes)
         array = jnp.moveaxis(array, axes, range(count, count + len(axes)))
         return array.reshape(*array.shape[:count], -1, *array.shape[-2:])
 
     def _align(self, mask, lengths, rank: int):
-        """An array with axes BNTS, of one that may lack some before its T… and S…."""
+        """Gives a mask the axes BNTS; it may lack axes before its own T… and S…."""
         if mask is None or not hasattr(mask, "ndim"):
             return mask
         axes = len(self._axes)

@@ -1,4 +1,4 @@
-"""What layers of other libraries hand to attention, in the words of this one."""
+"""Arguments of other libraries' layers, translated to arguments of `jattn.attention`."""
 
 import contextlib
 import operator
@@ -31,9 +31,9 @@ def attend(
     sow=None,
     options: dict[str, Any],
 ) -> jax.Array:
-    """Attends; before it, hands the weights BNTS to `sow`, before dropout, if given."""
+    """Attends; first hands the weights BNTS, without dropout, to `sow` if it is given."""
     with _precise(where, precision):
-        if sow is not None:
+        if sow is not None:  # only `attention` has a choice of implementation
             others = {k: x for k, x in options.items() if k != "implementation"}
             weights = attention_weights(query, key, mask=mask, bias=bias, **others)
             sow(weights.astype(query.dtype))
@@ -44,31 +44,35 @@ def attend(
 
 @pytree()
 class CausalRows(Mask):
-    """No row sees a later column, whatever positions they have."""
+    """A mask in which no row sees a later column, whatever the positions are."""
 
     def aligned(self, sizes) -> Any:
-        """The number of each row and column."""
+        """Gives the number of each row and column."""
         row, column = (jnp.arange(x, dtype=jnp.int32) for x in (sizes.T, sizes.S))
         return row.reshape(1, 1, -1, 1), column.reshape(1, 1, 1, -1)
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """The column is not after the row."""
+        """Says whether the column is not after the row."""
         row, column = elements
         return column <= row
 
 
 def causal(options: dict[str, Any]) -> Mask:
-    """The lower triangle from the top left corner, as layers mean it."""
+    """Makes the lower triangle from the top left corner, which layers mean by causal.
+
+    If positions are given, `Causal` would compare them; so rows and columns are compared.
+    """
     placed = any(options.get(f"{side}_position") is not None for side in ("query", "key"))
     return CausalRows() if placed else Causal()
 
 
 def any_mask(where: str, mask) -> Mask | None:
-    """Gives a mask, of a function or of an array: Boolean, or of ones and zeros.
+    """Makes a mask from a function or an array; the array is Boolean, or ones and zeros.
 
     Raises:
-        ValueError: If it is a floating array, known now, with a negative in it: such masks
-            are made to be added, and mean the opposite.
+        ValueError: If it is a floating array with a negative number, and its numbers are
+            known: such an array is made to be added to the logits, where 0 means "may
+            attend".
     """
     if mask is None or isinstance(mask, Mask) or callable(mask):
         return None if mask is None else as_mask(mask, where)
@@ -85,13 +89,13 @@ def any_mask(where: str, mask) -> Mask | None:
 
 
 def both(*masks: Mask | None) -> Mask | None:
-    """What all of the masks allow that are given."""
+    """Joins the masks that are not None by `&`; None if there are none."""
     given = [mask for mask in masks if mask is not None]
     return reduce(operator.and_, given) if given else None
 
 
 def dropout(where: str, rate, rng, deterministic, shared=False) -> Dropout | None:
-    """The dropout of a layer; None where it is off."""
+    """Makes the dropout of a layer; None if it is off."""
     if deterministic or (isinstance(rate, int | float) and rate == 0):
         return None
     if rng is None:
@@ -103,7 +107,10 @@ def dropout(where: str, rate, rng, deterministic, shared=False) -> Dropout | Non
 
 
 def check_step(where: str, query, key, reads_positions: bool, options) -> None:
-    """Refuses to guess where the one query of a decoding step stands."""
+    """Refuses a decoding step whose single query has no position, if positions matter.
+
+    The query could be at any place among the keys; a guess would be wrong in silence.
+    """
     one, many = query.shape[-3], key.shape[-3]
     if reads_positions and one == 1 < many and options.get("query_position") is None:
         raise ValueError(
@@ -114,7 +121,7 @@ def check_step(where: str, query, key, reads_positions: bool, options) -> None:
 
 
 def _precise(where: str, precision):
-    """The context in which products have a precision, as `jax.lax` names it."""
+    """Makes a context in which products have a precision, as `jax.lax` names it."""
     if precision is None:
         return contextlib.nullcontext()
     pair = precision if isinstance(precision, tuple | list) else (precision,)
@@ -128,7 +135,7 @@ def _precise(where: str, precision):
 
 
 def _name(where: str, precision) -> str:
-    """One precision as `jax.default_matmul_precision` takes it."""
+    """Translates a precision to a name that `jax.default_matmul_precision` accepts."""
     if isinstance(precision, lax.DotAlgorithmPreset):
         return precision.name
     if isinstance(precision, str) and precision in lax.DotAlgorithmPreset.__members__:

@@ -12,7 +12,7 @@ __all__ = ["attention"]
 WHERE = "linen.attention"
 
 
-# A layer hands over only what it finds in this signature by name.
+# A linen layer passes only those arguments whose names are in this signature.
 def attention(
     query,
     key,
@@ -38,39 +38,40 @@ def attention(
 
         nn.MultiHeadDotProductAttention(…, attention_fn=jattn.adapters.linen.attention)
 
-    The layer keeps its parameters, outputs and gradients. `functools.partial` adds what
-    flax lacks, such as `partial(attention, modifier=ALiBi(), and_mask=Causal())`.
+    The layer keeps its parameters, outputs and gradients. `functools.partial` adds options
+    that flax lacks: `partial(attention, modifier=ALiBi(), and_mask=Causal())`.
 
-    It differs from flax (0.12) in this:
+    The differences from flax (0.12) are:
 
-    - A query that sees no key has output 0 and gradient 0, not the mean of the values.
+    - A query that sees no key has output 0 and gradient 0. In flax the output is the mean
+      of the values.
     - The softmax is in float32 at least, with or without `force_fp32_for_softmax`.
-    - Dropout drops with the same probability and, with `broadcast_dropout`, alike in all
-      examples and heads, but its draws are others.
-    - Key/value heads may be fewer than query heads.
+    - Dropout has the same probability, but drops other weights. With `broadcast_dropout` it
+      drops the same weights in all examples and heads, as in flax.
+    - There may be fewer key/value heads than query heads.
 
     Args:
-        query: `…TNH`; any number of batch axes, none too.
+        query: `…TNH`; any number of batch axes, or none.
         key: `…SKH`; N is a multiple of K.
         value: `…SKD`.
         bias: Added to the logits; broadcasts to `…NTS`.
         mask: True or not 0 = may attend; broadcasts to `…NTS`. Or one of `jattn.masks`, or
-            a function (b, n, t, s) → bool, as in `layer(x, mask=Causal())`. A floating one
-            that is to be added (0 and −∞) means the opposite: it is refused where its
-            numbers are known, and inside `jit` they are not.
+            a function (b, n, t, s) → bool, as in `layer(x, mask=Causal())`. A floating mask
+            to be added to the logits (0 and −∞) means the opposite. It is refused where its
+            numbers are known; inside `jit` they are not known.
         broadcast_dropout: Whether one draw serves all examples and heads.
         dropout_rng: The random key of dropout.
         dropout_rate: The probability that a weight is dropped.
         deterministic: Whether nothing is dropped.
-        dtype: What the inputs are converted to; by default what they promote to.
-        precision: Of the products, one for both of their sides.
-        module: Where the weights are sown as `attention_weights`, if given: T × S of them.
-        force_fp32_for_softmax: Always so.
-        einsum_dot_general: Refused, as jattn takes its products itself.
-        qk_attn_weights_einsum: Refused likewise.
-        attn_weights_value_einsum: Refused likewise.
-        and_mask: A mask that must allow it too, for `functools.partial`: the layer itself
-            always gives `mask`.
+        dtype: The dtype to convert the inputs to; by default the one they promote to.
+        precision: The precision of products, the same for both sides of a product.
+        module: If given, all T × S weights are sown in it as `attention_weights`.
+        force_fp32_for_softmax: Ignored: the softmax is always in float32 at least.
+        einsum_dot_general: Refused, since jattn computes its products itself.
+        qk_attn_weights_einsum: Refused for the same reason.
+        attn_weights_value_einsum: Refused for the same reason.
+        and_mask: A second mask that must allow a pair too. It is for `functools.partial`,
+            because the layer itself always gives `mask`.
         **options: `modifier`, `sink`, `scale`, `query_position`, `key_position` and
             `implementation` of `jattn.attention`.
 
@@ -78,9 +79,9 @@ def attention(
         The output, `…TND`, in the dtype of the converted inputs.
 
     Raises:
-        ValueError: If an argument does not fit, naming it and what to do; and where a
-            single query decodes with `modifier` or `and_mask` and nothing says where it
-            stands.
+        ValueError: If an argument does not fit; the message says what to do. Also if a
+            single query decodes with `modifier` or `and_mask`, and no option gives its
+            position.
     """
     del force_fp32_for_softmax
     products = {

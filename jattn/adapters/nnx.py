@@ -37,41 +37,43 @@ def attention(
 
         nnx.MultiHeadAttention(…, attention_fn=jattn.adapters.nnx.attention)
 
-    The layer keeps its parameters, outputs and gradients. `functools.partial` adds what
-    flax lacks, such as `partial(attention, modifier=ALiBi(), and_mask=Window(512, 0))`.
+    The layer keeps its parameters, outputs and gradients. `functools.partial` adds options
+    that flax lacks: `partial(attention, modifier=ALiBi(), and_mask=Window(512, 0))`.
 
-    It differs from flax (0.12) in this:
+    The differences from flax (0.12) are:
 
-    - A query that sees no key has output 0 and gradient 0, not the mean of the values.
+    - A query that sees no key has output 0 and gradient 0. In flax the output is the mean
+      of the values.
     - Decoding with `is_causal=True` attends to every key of the cache so far; flax before
-      0.12.12 attends to the first one only. So with a mask, one query and more keys,
-      `is_causal` adds nothing.
-    - Dropout drops with the same probability and, with `broadcast_dropout`, alike in all
-      examples and heads, but its draws are others.
-    - `precision` is honoured, also without dropout; the softmax is in float32 at least.
+      0.12.12 attends to the first one only. So `is_causal` is ignored if there are a mask,
+      one query and more than one key.
+    - Dropout has the same probability, but drops other weights. With `broadcast_dropout` it
+      drops the same weights in all examples and heads, as in flax.
+    - `precision` is used with and without dropout; the softmax is in float32 at least.
 
     Args:
-        query: `…TNH`; any number of batch axes, none too.
+        query: `…TNH`; any number of batch axes, or none.
         key: `…SKH`; N is a multiple of K.
         value: `…SKD`.
         bias: Added to the logits; broadcasts to `…NTS`.
         mask: True or not 0 = may attend; broadcasts to `…NTS`. Or one of `jattn.masks`, or
-            a function (b, n, t, s) → bool, as in `layer(x, mask=Causal())`. A floating one
-            that is to be added (0 and −∞) means the opposite: it is refused where its
-            numbers are known, and inside `jit` they are not.
+            a function (b, n, t, s) → bool, as in `layer(x, mask=Causal())`. A floating mask
+            to be added to the logits (0 and −∞) means the opposite. It is refused where its
+            numbers are known; inside `jit` they are not known.
         broadcast_dropout: Whether one draw serves all examples and heads.
         dropout_rng: The random key of dropout.
         dropout_rate: The probability that a weight is dropped.
         deterministic: Whether nothing is dropped.
-        dtype: What the inputs are converted to; by default what they promote to.
-        precision: Of the products, one for both of their sides.
-        module: Where the weights are sown as `attention_weights`, if given: T × S of them.
+        dtype: The dtype to convert the inputs to; by default the one they promote to.
+        precision: The precision of products, the same for both sides of a product.
+        module: If given, all T × S weights are sown in it as `attention_weights`.
         promote_dtype: Converts the tuple of inputs.
         is_causal: Whether the t-th query sees only the keys s ≤ t.
-        input_positions: `…T`: where the queries stand, and the keys if there are as many,
-            for masks and modifiers; else keys count from 0, as those of a cache do.
-        and_mask: A mask that must allow it too, for `functools.partial`: the layer itself
-            always gives `mask`.
+        input_positions: `…T`: the positions of queries for masks and modifiers. If there
+            are as many keys, they have the same positions; otherwise keys count from 0, as
+            in a cache.
+        and_mask: A second mask that must allow a pair too. It is for `functools.partial`,
+            because the layer itself always gives `mask`.
         **options: `modifier`, `sink`, `scale`, `query_position`, `key_position` and
             `implementation` of `jattn.attention`.
 
@@ -79,14 +81,15 @@ def attention(
         The output, `…TND`, in the dtype of the converted inputs.
 
     Raises:
-        ValueError: If an argument does not fit, naming it and what to do; and where a
-            single query decodes with `modifier` or `and_mask` and nothing says where it
-            stands.
+        ValueError: If an argument does not fit; the message says what to do. Also if a
+            single query decodes with `modifier` or `and_mask`, and no option gives its
+            position.
     """
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     options = _placed(options, input_positions, query, key)
     reads_positions = and_mask is not None or options.get("modifier") is not None
     layer.check_step(WHERE, query, key, reads_positions, options)
+    # In decoding the mask already says which keys of the cache are filled.
     decodes = query.shape[-3] == 1 < key.shape[-3] and mask is not None
     sow = lambda weights: module.sow(nnx.Intermediate, "attention_weights", weights)
     return layer.attend(
@@ -110,7 +113,7 @@ def attention(
 
 
 def _placed(options, input_positions, query, key):
-    """The options, with the positions that the layer gave."""
+    """Adds the positions that the layer gave to the options."""
     if input_positions is None:
         return options
     if options.get("query_position") is not None:

@@ -1,7 +1,7 @@
 """The parts of `python -m jattn`: each prints to stdout and returns an exit code.
 
 `expression`    masks written as text
-`refusal`       what a command says instead of running
+`refusal`       the message of a command that cannot run
 `files`         reading and writing files without losing any
 `check`         every implementation against the definition
 `timing`        how long a call takes

@@ -26,10 +26,10 @@ from jattn.pictures.numbers import bar
 
 SUMMARY = "attend with your own arrays"
 _NAMES = ("query", "key", "value")
-_QUERIES, _HEADS, _STRONGEST = 16, 4, 3  # what is printed at most
-_NEXT_TO_NOTHING = 0.0005  # what is not printed, unless nothing is more
-_WEIGHTS_AT_ONCE = 2**24
-_MOST_BYTES = 2**32  # of all weights, for --out and --plot
+_QUERIES, _HEADS, _STRONGEST = 16, 4, 3  # printed at most, so that the output stays short
+_NEXT_TO_NOTHING = 0.0005  # prints as 0.000 below this; shown only if no weight is larger
+_WEIGHTS_AT_ONCE = 2**24  # evaluated at a time, so that little memory is needed
+_MOST_BYTES = 2**32  # of all weights, 4 GiB; --out and --plot hold them all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Attends, writes what is asked for, and prints the strongest weights per query."""
+    """Attends, writes the requested files, and prints each query's strongest weights."""
     _check_targets(arguments)
     arrays, unused = read(arguments.file, _NAMES)
     tokens = None
@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     one_head = all(array.ndim == 2 for array in arrays)
     if one_head:
         arrays = [array[:, None] for array in arrays]
-    # Without it, JAX would take float64 for float32, and int64 for int32 in messages.
+    # Without x64, JAX would convert float64 to float32, and messages would name int32
+    # where the file has int64.
     wide = jax.config.read("jax_enable_x64") or any(x.dtype.itemsize > 4 for x in arrays)
     with jax.enable_x64(wide):
         _attend(arguments, arrays, one_head, tokens, unused)
@@ -104,7 +105,7 @@ def _mask(expression: str | None):
 
 
 def _check(arguments, arrays, options):
-    """The letters of the call; every fault of the arrays is found before computing."""
+    """Finds every fault of the arrays before computing; gives the sizes of the call."""
     try:
         problem, _ = pose(arguments.file, *arrays, **options)
     except ValueError as error:
@@ -126,12 +127,12 @@ def _check(arguments, arrays, options):
 
 
 def _needs_all_weights(arguments) -> bool:
-    """A page takes them from views instead, so that there may be any number."""
+    """Says whether all weights are needed; a page is made without them."""
     return bool(arguments.out or (arguments.plot and not is_page(arguments.plot)))
 
 
 def _all_weights(query, key, options, sizes) -> np.ndarray:
-    """The weights, evaluated some rows at a time."""
+    """Computes the weights some rows at a time."""
     step = max(_WEIGHTS_AT_ONCE // max(sizes.B * sizes.N * sizes.S, 1), 1)
     parts = [
         np.asarray(jattn.attention_weights(query, key, rows=np.arange(*rows), **options))
@@ -141,7 +142,7 @@ def _all_weights(query, key, options, sizes) -> np.ndarray:
 
 
 def _write(arguments, state, weights, one_head, page_of) -> None:
-    """Writes both files or neither; `page_of` is what a page is made of."""
+    """Writes both files or neither; `page_of` has the arguments of a page."""
     title = os.path.basename(arguments.file)
     with contextlib.ExitStack() as stack:
         if arguments.out:
@@ -197,7 +198,7 @@ def _print_strongest(query, key, options, sizes, one_head) -> None:
 
 
 def _strongest(line: np.ndarray) -> str:
-    """The strongest weights of one query."""
+    """Writes the strongest weights of one query."""
     if np.isnan(line).any():
         return "not a number"
     order = np.argsort(-line, kind="stable")[:_STRONGEST]
@@ -207,7 +208,7 @@ def _strongest(line: np.ndarray) -> str:
 
 
 def _finite(text: str) -> float:
-    """A number, for --scale."""
+    """Reads a finite number, for --scale."""
     with contextlib.suppress(ValueError):
         if math.isfinite(float(text)):
             return float(text)

@@ -1,9 +1,10 @@
 """The self-check: every implementation against the definition, output and gradients.
 
-A few of the cases of `jattn.testing`, in a few seconds; the tests take them all, and more
-derivatives of them. An error is the largest difference from the definition in float64,
-relative to the largest number. It may be some roundings of the case's dtype or, where a
-device multiplies in less than that, twice what the definition's own error is there.
+The check takes a few seconds and a few cases of `jattn.testing`; the tests take all cases,
+and check more derivatives. An error is the largest difference from the definition in
+float64, relative to the largest number. It may be `_ROUNDINGS` roundings of the case's
+dtype. Some devices multiply less precisely; there it may be twice the definition's own
+error in this dtype.
 """
 
 import functools
@@ -25,11 +26,11 @@ CHECKS = (
     ("segments_with_padding", "float32"),
     ("capped_bias", "float32"),
 )
-_ROUNDINGS = 4
+_ROUNDINGS = 4  # units of the dtype's precision, for the few roundings of each sum
 
 
 class Result(NamedTuple):
-    """What one implementation made of one case."""
+    """The result of one implementation on one case."""
 
     refusal: str | None = None
     output_error: float = 0.0
@@ -38,7 +39,7 @@ class Result(NamedTuple):
 
 
 def implementations() -> dict[str, Callable]:
-    """Every implementation, as a function of the signature of `jattn.attention`."""
+    """Gives every implementation, as a function of the signature of `jattn.attention`."""
     return {
         name: functools.partial(jattn.attention, implementation=name)
         for name in dispatch.IMPLEMENTATIONS
@@ -61,7 +62,7 @@ def check(name: str, attend: Callable, case_name: str, dtype: str) -> Result:
 
 
 def _errors(attend: Callable, case: Case, dtype: str) -> np.ndarray:
-    """The error of the output, and those of the gradients."""
+    """Computes the error of the output, then the errors of the gradients."""
     with jax.enable_x64(dtype == "float64"):
         inputs = random_inputs(case, dtype)
         answers = _output_and_gradients(attend, case, inputs)
@@ -75,7 +76,7 @@ def _errors(attend: Callable, case: Case, dtype: str) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _output_and_gradients(attend: Callable, case: Case, inputs):
-    """The output, and the gradient of a weighted sum of it by each floating input."""
+    """Computes the output, and the gradients of a weighted sum of it by the inputs."""
     floating = {name: x for name, x in inputs.items() if _is_floating(x)}
     output, transpose = jax.vjp(lambda x: case.call(attend, inputs | x), floating)
     slopes = np.cos(np.arange(output.size)).reshape(output.shape)

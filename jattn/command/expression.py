@@ -1,8 +1,9 @@
-"""Mask expressions as text, such as `Causal() & Window(4, 0)`: read, and never run.
+"""Mask expressions as text, such as `Causal() & Window(4, 0)`.
 
-An expression is a mask, or is made of expressions by `&`, `|`, `~` and parentheses; as in
-Python, `~` binds first, then `&`, then `|`. A mask is one of MASKS with its arguments, by
-place or by name: whole numbers, None, and lists of whole numbers.
+The text is parsed; it is never executed as Python. An expression is a mask, or expressions
+joined by `&`, `|`, `~` and parentheses. As in Python, `~` binds first, then `&`, then `|`.
+A mask is one of MASKS with its arguments, by place or by name. An argument is a whole
+number, None, or a list of whole numbers.
 """
 
 import ast
@@ -17,7 +18,7 @@ from jattn import masks
 
 __all__ = ["MASKS", "parse", "signature"]
 
-# Every mask that an expression may name, and what each of its arguments may be.
+# Every mask that an expression may name, with the types of its arguments.
 MASKS: dict[str, dict[str, tuple[type, ...]]] = {
     "Causal": {"offset": (int,)},
     "Window": {"left": (int, NoneType), "right": (int, NoneType)},
@@ -31,11 +32,14 @@ MASKS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 _KINDS = {int: "a whole number", list: "a list of whole numbers", NoneType: "None"}
-_MOST_OPERATORS = 100  # far below where nested masks would exhaust Python's stack
+_MOST_OPERATORS = 100  # far fewer than would exhaust Python's stack by nesting
 
 
 class _Fault(Exception):
-    """What is wrong, {} standing for the text there, and where: a range of bytes."""
+    """A fault in the text: a sentence, and where the fault is, as a range of bytes.
+
+    In the sentence, {} stands for the text in this range.
+    """
 
     def __init__(self, sentence: str, start: int = 0, end: int = 0):
         super().__init__(sentence)
@@ -43,7 +47,7 @@ class _Fault(Exception):
 
     @classmethod
     def at(cls, node: ast.expr, sentence: str) -> "_Fault":
-        """A fault of one part of the expression."""
+        """Makes the fault of one part of the expression."""
         return cls(sentence, node.col_offset, node.end_col_offset or node.col_offset)
 
 
@@ -57,14 +61,15 @@ def parse(text: str) -> masks.Mask:
         The mask.
 
     Raises:
-        ValueError: If there is anything else in the text, saying what, at which column, and
-            what may be there; or what a mask says of its arguments.
+        ValueError: If the text has anything else; the message says what, at which column,
+            and what is allowed. Also if a mask refuses its arguments.
 
     Example:
         >>> bool(parse("Causal() & Window(4, 0)")(b=0, n=0, t=9, s=7))
         True
     """
-    line = "".join(c if c.isprintable() else " " for c in text)  # of equal columns
+    # Each character stays one column, so that columns in messages fit the user's text.
+    line = "".join(c if c.isprintable() else " " for c in text)
     source = line.strip()
     try:
         return _mask(_tree(source))
@@ -76,7 +81,7 @@ def parse(text: str) -> masks.Mask:
 
 
 def signature(name: str) -> str:
-    """How a mask is written, with its defaults: `Causal(offset=0)`."""
+    """Says how a mask is written, with its defaults: `Causal(offset=0)`."""
     parameters = inspect.signature(getattr(masks, name)).parameters.values()
     written = [
         x.name if x.default is x.empty else f"{x.name}={x.default}" for x in parameters
@@ -85,12 +90,13 @@ def signature(name: str) -> str:
 
 
 def _tree(source: str) -> ast.expr:
-    """Python's syntax tree of the text, not nested too deeply to walk."""
+    """Parses the text to Python's syntax tree; refuses one too deep to walk."""
     if not source:
         raise _Fault(f"nothing is written. {_allowed()}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they are about is refused below
+            # The parser may warn of a wrong escape in a string; strings are refused below.
+            warnings.simplefilter("ignore")
             tree = ast.parse(source, mode="eval").body
     except SyntaxError as error:
         start = len(source[: max((error.offset or 1) - 1, 0)].encode())
@@ -117,7 +123,7 @@ def _mask(node: ast.expr) -> masks.Mask:
 
 
 def _no_mask(node: ast.expr) -> _Fault:
-    """What is there instead of a mask, and what was perhaps meant."""
+    """Makes the fault of a part that is not a mask, with a guess at what was meant."""
     hint = ""
     match node:
         case ast.BoolOp():
@@ -130,7 +136,7 @@ def _no_mask(node: ast.expr) -> _Fault:
 
 
 def _call(name: str, node: ast.Call) -> masks.Mask:
-    """The named mask of the arguments written, each checked for its kind."""
+    """Makes the named mask from its written arguments, after a check of their types."""
     arguments = [_value(argument) for argument in node.args]
     named = {keyword.arg or "**": _value(keyword.value) for keyword in node.keywords}
     cls = getattr(masks, name)
@@ -153,7 +159,7 @@ def _call(name: str, node: ast.Call) -> masks.Mask:
 
 
 def _value(node: ast.expr) -> Any:
-    """A whole number, None, or a list of whole numbers."""
+    """Reads a whole number, None, or a list of whole numbers."""
     match node:
         case ast.Constant(value=None):
             return None
@@ -167,7 +173,7 @@ def _number(node: ast.expr, want: str = "a whole number") -> int:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         operand, sign = node.operand, -1
     number = operand.value if isinstance(operand, ast.Constant) else None
-    if isinstance(number, bool) or not isinstance(number, int):
+    if isinstance(number, bool) or not isinstance(number, int):  # True is an int in Python
         raise _Fault.at(node, f"an argument must be {want}, got {{}}.")
     if not -(2**31) <= sign * number < 2**31:
         raise _Fault.at(node, "{} does not fit into 32 bits.")

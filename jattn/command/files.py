@@ -1,4 +1,4 @@
-"""Files of the user: checked before anything is computed, written whole or not at all."""
+"""Files of the user: checked before any computation, and never written in part."""
 
 import contextlib
 import importlib.util
@@ -15,10 +15,10 @@ _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def read(path: str, names: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
-    """Reads the named arrays of an .npz file, and the names of those that it has besides.
+    """Reads the named arrays of an .npz file, and the names of its other arrays.
 
     Raises:
-        Refusal: If the file or an array of it cannot be read.
+        Refusal: If the file or one of these arrays cannot be read.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -36,10 +36,10 @@ def read(path: str, names: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
 
 
 def read_words(path: str, name: str) -> list[str]:
-    """Reads an array of strings of an .npz file that `read` has read.
+    """Reads an array of strings from an .npz file that `read` has checked.
 
     Raises:
-        Refusal: If it is no such array.
+        Refusal: If the array is not one axis of strings.
     """
     try:
         with np.load(path, allow_pickle=False) as entries:
@@ -55,10 +55,10 @@ def read_words(path: str, name: str) -> list[str]:
 
 
 def check_target(path: str, force: bool, source: str | None = None) -> None:
-    """Makes sure, before anything is computed, that a file can be written there.
+    """Checks, before any computation, that a file can be written.
 
     Raises:
-        Refusal: If it exists and must not be replaced, or if it has no folder.
+        Refusal: If the file exists and must not be replaced, or its folder cannot be used.
     """
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
@@ -75,7 +75,7 @@ def check_target(path: str, force: bool, source: str | None = None) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """A temporary file beside `path`, which takes its place if all goes well."""
+    """Gives the name of a temporary file beside `path`; it replaces `path` at success."""
     temporary = f"{path}.{os.getpid()}.part"
     try:
         yield temporary
@@ -88,12 +88,12 @@ def replacing(path: str) -> Iterator[str]:
 
 
 def is_page(path: str | None) -> bool:
-    """Whether a file is to be a page for a browser: its name ends in .html."""
+    """Says whether a file will be a page for a browser: its name ends in .html."""
     return path is not None and _kind(path) == "html"
 
 
 def check_picture(path: str) -> None:
-    """Makes sure, before anything is computed, that a picture of this name can be drawn.
+    """Checks, before any computation, that a picture of this name can be drawn.
 
     Raises:
         Refusal: If matplotlib is missing or does not know this kind of file.
@@ -109,7 +109,7 @@ def check_picture(path: str) -> None:
 
 
 def save_picture(figure, path: str, temporary: str) -> None:
-    """Writes a figure under a temporary name, as the kind of file that `path` names."""
+    """Writes a figure under a temporary name, in the format of the ending of `path`."""
     figure.savefig(temporary, format=_kind(path))
 
 
@@ -131,6 +131,7 @@ def _entry(entries, path: str, name: str, names: Sequence[str]) -> np.ndarray:
     except _BROKEN as error:
         reason = str(error).rstrip(".")
         raise Refusal(f"{path}: `{name}` cannot be read, {reason}.") from None
+    # NumPy's long double has more than 8 bytes, which JAX does not support.
     is_long = array.dtype.kind == "f" and array.dtype.itemsize > 8
     if is_long or array.dtype.kind not in "biufc":
         raise Refusal(

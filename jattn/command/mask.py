@@ -22,8 +22,8 @@ from jattn.command.refusal import Refusal
 from jattn.pictures.numbers import cells, grid
 
 SUMMARY = "draw a mask"
-_MOST_PAIRS = 2**34  # which take minutes
-_MOST_BLOCKS = 2**24
+_MOST_PAIRS = 2**34  # so many already take minutes
+_MOST_BLOCKS = 2**24  # of the table, which is in memory as a whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _table(mask, T: int, S: int, size: int) -> BlockTable:
-    """The mask's table for one example and head."""
+    """Makes the block table of a mask for one example and head."""
     if math.ceil(T / size) * math.ceil(S / size) > _MOST_BLOCKS or max(T, S) > 2**27:
         raise Refusal(
             f"{T} × {S} pairs in blocks of {size} × {size} are too many; the most are 2²⁴ "
@@ -83,7 +83,7 @@ def _print(expression: str, mask, T: int, S: int) -> None:
     width = shutil.get_terminal_size().columns
     block = block_size(T, S, width)
     if isinstance(mask, BlockTable):
-        # Whole blocks, however many fit.
+        # A cell has a whole number of blocks, so that no block is divided.
         size = mask.blocks[0]
         block = size * math.ceil(block[0] / size), size * math.ceil(block[1] / size)
     drawn = cells(mask, T, S, block)
@@ -100,10 +100,11 @@ def _print(expression: str, mask, T: int, S: int) -> None:
 
 
 def block_size(T: int, S: int, width: int) -> tuple[int, int]:
-    """How many queries and keys one cell holds, in a text of this width."""
+    """Computes how many queries and keys one cell has, in a text of this width."""
     room = max(width - len(str(T)) - 1, 8)
     if max(T, S) <= room:
         return (1, 1)
+    # A block is two characters wide, so half as many fit.
     return math.ceil(2 * T / room), math.ceil(2 * S / room)
 
 
@@ -124,7 +125,7 @@ def _plot(arguments, mask, T: int, S: int) -> None:
 
 
 def _count(text: str) -> int:
-    """A number of queries or keys."""
+    """Reads a number of queries or keys."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
     return int(text)

@@ -1,5 +1,5 @@
-"""What the commands say when they cannot do what was asked."""
+"""The message of a command that cannot do what the user asked."""
 
 
 class Refusal(Exception):
-    """What the user gave cannot be done, in one sentence; nothing was written."""
+    """An error that says in one sentence why a command cannot run; it wrote nothing."""

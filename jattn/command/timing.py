@@ -1,4 +1,4 @@
-"""A small timing against `jax.nn`: whether anything is amiss; `bench` measures."""
+"""A quick comparison with `jax.nn`, to notice a problem; `bench` measures precisely."""
 
 import statistics
 import time
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import jattn
 from jattn.masks import Causal
 
-_SECONDS = 1.0
-_FEWEST, _MOST = 5, 25
+_SECONDS = 1.0  # for both functions together, so that the command stays quick
+_FEWEST, _MOST = 5, 25  # rounds: enough for a median, even on a slow machine
 
 
 class Timing(NamedTuple):
-    """The median seconds of both, taken in turns."""
+    """The median seconds of both functions, which were called in turns."""
 
     what: str
     ours: float
@@ -25,7 +25,7 @@ class Timing(NamedTuple):
 
 
 def compare() -> Timing:
-    """Times causal attention, forward, here and in `jax.nn`."""
+    """Times causal attention, forward, in jattn and in `jax.nn`."""
     on_cpu = jax.default_backend() == "cpu"
     shape = (1, 1024 if on_cpu else 4096, 8, 64)
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
@@ -39,9 +39,9 @@ def compare() -> Timing:
 
 
 def _interleave(calls: list[Callable]) -> list[list[float]]:
-    """The seconds of each call, in turns, so that a busy moment meets all alike."""
+    """Measures the seconds of calls in turns, so that a busy moment slows all alike."""
     seconds: list[list[float]] = [[] for _ in calls]
-    for call in calls:
+    for call in calls:  # the first call compiles, and is not measured
         jax.block_until_ready(call())
     stop = time.perf_counter() + _SECONDS
     while (done := len(seconds[0])) < _MOST:

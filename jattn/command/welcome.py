@@ -1,4 +1,4 @@
-"""`python -m jattn`: what is installed, a worked example, and whether all is right."""
+"""`python -m jattn`: what is installed, a worked example, and a check that all works."""
 
 import platform
 import sys
@@ -14,7 +14,7 @@ from jattn.pictures.numbers import bar
 
 
 def run() -> int:
-    """Prints all of it; 1 if a check fails."""
+    """Prints everything; returns 1 if a check fails."""
     print_versions()
     print_example()
     failed = self_check()
@@ -25,7 +25,7 @@ def run() -> int:
 
 
 def print_versions() -> None:
-    """What is installed, and what it runs on."""
+    """Prints what is installed, and on which devices it runs."""
     print(f"jattn {jattn.__version__}, jax {jax.__version__}", end=", ")
     print(f"Python {platform.python_version()}")
     devices = jax.devices()
@@ -34,7 +34,7 @@ def print_versions() -> None:
 
 
 def print_example() -> None:
-    """One query over the embeddings of five tokens, which are keys and values both."""
+    """Prints one query's attention to five embeddings, which are both keys and values."""
     embeddings, query = np.arange(1, 16).reshape(5, 3) / 10, np.full(3, 0.5)
     with jax.enable_x64(True):
         output, weights, _ = definition.attend(query, embeddings, embeddings, scale=1.0)
@@ -67,7 +67,7 @@ def self_check() -> int:
 
 
 def print_timing() -> None:
-    """How long a call takes beside one of `jax.nn`."""
+    """Prints how long a call takes, and how long the same call of `jax.nn` takes."""
     progress("timing jattn and jax.nn")
     taken = compare()
     progress("")
@@ -77,7 +77,7 @@ def print_timing() -> None:
 
 
 def progress(text: str) -> None:
-    """Says on one line of a terminal what is going on; an empty text clears it."""
+    """Shows on one line of a terminal what the command does; an empty text clears it."""
     if sys.stdout.isatty() and sys.stderr.isatty():
         sys.stdout.flush()
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

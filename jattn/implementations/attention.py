@@ -1,12 +1,13 @@
 """Attention as one operation: a kernel where there is one, and blockwise for all the rest.
 
-Here, and nowhere else, one way to compute takes over from another:
+Only this module decides that one way to compute replaces another:
 
-    forward      the kernel; blockwise where it let a hidden NaN through
-    cotangents   the kernel; blockwise where it has no way, or let a hidden NaN through
+    forward      the kernel; blockwise if the kernel let a hidden NaN through
+    cotangents   the kernel; blockwise if the kernel has no backward pass for them, or let
+                 a hidden NaN through
     tangents     blockwise, and so are derivatives of higher order
-    all of it    blockwise on platforms that the kernel refuses, and where XLA is to divide
-                 the arrays of one call among devices, which it cannot do to a kernel:
+    everything   blockwise on platforms that the kernel refuses, and where XLA divides the
+                 arrays of one call among devices, because XLA cannot divide a kernel;
                  inside `jax.shard_map` each device runs the kernel
 """
 
@@ -37,9 +38,10 @@ from jattn.operations.operation import Operation, retype
 
 
 def _precise(method):
-    """The method, its products in the precision that was asked for when it was called.
+    """Makes a method compute its products in the precision of the call.
 
-    An operation is compiled after the caller's `jax.default_matmul_precision` ended.
+    JAX may compile an operation after the caller's `jax.default_matmul_precision` block
+    has ended, so the problem stores the precision and the method sets it again.
     """
 
     @functools.wraps(method)
@@ -52,21 +54,23 @@ def _precise(method):
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Operation):
-    """The leaves of `Operands`, its rng made into words, to `Sums`.
+    """The operation that maps the leaves of `Operands` to `Sums`.
 
-    A derivative takes `top` for a constant, so it is right for functions of
-    top + log total, the logsumexp, alone.
+    In the operands, the rng is already replaced by dropout's random words.
+
+    Derivatives treat `top` as a constant. So they are right only for functions that use
+    `top` and `total` together, as the logsumexp top + log total.
 
     Attributes:
         problem: The call.
         tree: The structure of its operands.
         size: The granularity of tiles.
-        tile: How many queries and keys a tile has, instead.
-        kernels: Which kernels may run, in their order.
-        kernel: The one that runs on the platform at hand.
-        widens: Whether backward takes products of bfloat16 in float32: XLA:CPU lacks some
-            of them where `vmap` adds axes, and float32 costs nothing there. Forward does
-            the same where a cotangent that starts from its output may be of float32.
+        tile: How many queries and keys a tile has; replaces the choice made by `size`.
+        kernels: The kernels that may run, in order of preference.
+        kernel: The kernel that runs on the current platform.
+        widens: Whether backward computes bfloat16 products in float32. XLA:CPU lacks some
+            batched bfloat16 products, and float32 costs nothing there. Forward does the
+            same where a cotangent that starts from its output may be float32.
     """
 
     problem: Problem
@@ -79,27 +83,30 @@ class Attention(Operation):
 
     @property
     def outputs(self) -> int:
-        """Output, maximum and sum."""
+        """Counts the outputs: output, maximum and sum."""
         return len(Sums._fields)
 
     @property
     def linear_in(self) -> frozenset[int]:
-        """The values."""
+        """Gives the index of the argument that the output is linear in: the values."""
         return frozenset({Operands._fields.index("value")})
 
     @property
     def names(self) -> tuple[str, ...]:
-        """For policies of `jax.checkpoint`; maximum and sum are two parts of one thing."""
+        """Names the outputs for policies of `jax.checkpoint`.
+
+        Maximum and sum share a name, since together they are the logsumexp.
+        """
         return "jattn_output", "jattn_logsumexp", "jattn_logsumexp"
 
     def on(self, platform: str) -> Operation:
-        """Itself, with the kernel that takes it on the platform, if one does."""
+        """Chooses the first kernel that accepts the problem on the platform, if any."""
         taking = (x for x in self.kernels if x.refusal(self.problem, platform) is None)
         kernel, widens = next(taking, None), platform == "cpu"
         return dataclasses.replace(self, kernels=(), kernel=kernel, widens=widens)
 
     def joined(self, size, mapped, apart):
-        """A call with more examples, unless slices share their keys."""
+        """Joins the slices into a call with more examples; None if they share keys."""
         found = join(self.problem, self.tree, size, mapped, apart)
         if found is None:
             return None
@@ -109,48 +116,54 @@ class Attention(Operation):
 
     @property
     def elements(self) -> int:
-        """Two tiles."""
+        """Gives the number of pairs in two tiles."""
         B, K, G, T, S, *_ = self._plan(spread=False)
         return 2 * B * K * G * T * S
 
     def types(self, *types):
-        """BTND, and twice BTN."""
+        """Gives the types of the outputs: BTND for the output, BTN for the two sums."""
         B, N, T, _ = self.problem.sizes.BNTS
         query, wide = types[0], self.problem.wide
         spec = query.sharding.spec[:3]
+        # The outputs are divided among devices as the queries are.
         output = retype(query, (B, T, N, self.problem.sizes.D), wide, (*spec, None))
         return [output, *[retype(query, (B, T, N), wide, spec)] * 2]
 
     @_precise
     def fast(self, *leaves, spread):
-        """By the kernel; else tile by tile."""
+        """Computes the outputs by the kernel if there is one, else tile by tile."""
         operands = self.tree.unflatten(leaves)
         if self.kernel is None:
             wide = self.widens and _is_felt_wide(self.problem, operands)
             return forward(Layout(self.problem, operands, self._plan(spread), wide))
         otherwise = functools.partial(self._blockwise(spread).fast, spread=spread)
-        if spread:
+        if spread:  # XLA cannot divide a kernel among devices
             return otherwise(*leaves)
         sums = check_sums(self.problem, self.kernel.forward(self.problem, operands))
         return self._unspoiled(sums, otherwise, leaves)
 
     @_precise
     def reference(self, *leaves):
-        """A few whole rows at a time."""
+        """Computes the outputs a few whole rows at a time."""
         return by_rows(self.problem, self.tree.unflatten(leaves))
 
     @_precise
     def push(self, active, primals, outputs, tangents, spread):
-        """Tile by tile."""
+        """Computes the tangents of the outputs tile by tile."""
         if self.kernel is not None:
             return self._push_own(active, primals, outputs, tangents, spread)
         layout = Layout(self.problem, self.tree.unflatten(primals), self._plan(spread))
+        # Tangents are given for the active arguments only; None stands for the others.
         tangents = iter(tangents)
         tangents = [next(tangents) if flag else None for flag in active]
         return tangent(layout, outputs, self.tree.unflatten(tangents))
 
     def _push_own(self, active, primals, outputs, tangents, spread):
-        """Tile by tile, from a maximum and sum of its own, which fit its own products."""
+        """Computes the tangents tile by tile, after a blockwise forward pass of its own.
+
+        The kernel and blockwise round their products differently. So the kernel's maximum
+        and sum do not fit the logits that blockwise computes again.
+        """
         blockwise = self._blockwise(spread)
         own = outputs if spread else blockwise.fast(*primals, spread=spread)
         d_output, d_top, d_total = blockwise.push(active, primals, own, tangents, spread)
@@ -158,7 +171,11 @@ class Attention(Operation):
 
     @_precise
     def pull(self, active, primals, outputs, cotangents, spread):
-        """By the kernel, whose own derivatives are blockwise; else tile by tile."""
+        """Computes the cotangents by the kernel if there is one, else tile by tile.
+
+        JAX cannot differentiate the kernel, so it differentiates the blockwise cotangents
+        for derivatives of higher order.
+        """
         if self.kernel is None:
             operands, wanted = map(self.tree.unflatten, (primals, active))
             layout = Layout(self.problem, operands, self._plan(spread), self.widens)
@@ -167,12 +184,13 @@ class Attention(Operation):
         otherwise = functools.partial(self._pull_own, active, spread)
         if spread:
             return otherwise(primals, outputs, cotangents)
+        # JAX differentiates `otherwise` in place of the kernel.
         pull = jax.custom_jvp(functools.partial(self._pull, active, otherwise))
         pull.defjvp(functools.partial(jax.jvp, otherwise))
         return pull(primals, outputs, cotangents)
 
     def _pull(self, active, otherwise, primals, outputs, cotangents):
-        """By the kernel, where it can."""
+        """Computes the cotangents by the kernel; by `otherwise` if the kernel cannot."""
         operands, wanted = map(self.tree.unflatten, (primals, active))
         sums = Sums(*outputs), Sums(*cotangents)
         results = self.kernel.backward(self.problem, operands, *sums, wanted)
@@ -182,7 +200,11 @@ class Attention(Operation):
         return self._unspoiled(results, otherwise, (primals, outputs, cotangents))
 
     def _pull_own(self, active, spread, primals, outputs, cotangents):
-        """Tile by tile; from a maximum and sum of its own, if the kernel's are rounded."""
+        """Computes the cotangents tile by tile.
+
+        If the kernel's maximum and sum are not exact, a blockwise forward pass first
+        computes them again.
+        """
         blockwise = self._blockwise(spread)
         if not spread and not self.kernel.exact:
             own = blockwise(*primals)
@@ -191,9 +213,14 @@ class Attention(Operation):
         return blockwise.pull(active, primals, outputs, cotangents, spread)
 
     def _unspoiled(self, results, otherwise, arrays):
-        """The results, or those of `otherwise` where a hidden NaN may have reached them."""
+        """Gives the results, or computes them by `otherwise` if one of them is NaN.
+
+        The NaN may come from a pair that the mask hides. A kernel that `isolates` never
+        lets such a NaN through, and without a mask no pair is hidden.
+        """
         if self.problem.mask is None or self.kernel.isolates:
             return tuple(results)
+        # Only floating results can be NaN.
         floating = [x for x in results if jnp.issubdtype(x.dtype, jnp.floating)]
         spoiled = [jnp.any(jnp.isnan(x)) for x in floating]
         return cond_any(
@@ -204,10 +231,10 @@ class Attention(Operation):
         )
 
     def _blockwise(self, spread: bool) -> "Attention":
-        """The same without the kernel.
+        """Gives the same operation without the kernel.
 
-        Where it may begin with the maximum and sum of the kernel, which keep all bits of
-        float32, its own products do so too.
+        It may start from the kernel's maximum and sum, which keep all bits of float32.
+        Then its own products must keep all bits too, so that its logits fit them.
         """
         problem = self.problem
         if not spread and self.kernel.exact and problem.precision is None:
@@ -218,8 +245,9 @@ class Attention(Operation):
         return plan(self.problem, spread, self.size, self.tile)
 
     def _chosen(self, active, primals, results: Operands) -> list[jax.Array]:
-        """The cotangents of the active arguments, in their dtypes."""
+        """Picks the cotangents of the active arguments, each in its argument's dtype."""
         leaves = self.tree.flatten_up_to(results)
+        # An argument for which the results have None has the cotangent 0.
         return [
             jnp.zeros(x.shape, x.dtype) if result is None else result.astype(x.dtype)
             for x, result, flag in zip(primals, leaves, active, strict=True)
@@ -228,16 +256,21 @@ class Attention(Operation):
 
 
 def _is_felt_wide(problem: Problem, operands: Operands) -> bool:
-    """Whether something may have a cotangent that is not rounded as the inputs are.
+    """Says whether some cotangent may have more precision than the inputs have.
 
-    Scale, bias, a sink and what a modifier reads are in the wide precision: a weight that
-    was rounded to bfloat16 would be seen in their gradients.
+    Scale, bias, a sink and the arrays of a modifier are in the wide precision. Weights
+    that were rounded to bfloat16 would make their gradients visibly less precise.
     """
     given = problem.given & {"bias", "scale", "logsumexp"}
     return bool(given or operands.bias is not None or jax.tree.leaves(operands.modifier))
 
 
 def _ratio(outputs, own):
-    """What turns tangents of one total into those of another, of the same logsumexp."""
+    """Computes the factor that turns a tangent of one total into that of another.
+
+    Both totals belong to the same logsumexp = top + log total, with different tops. So
+    d log total = d_total / total is the same for both, and the factor is their ratio. An
+    empty row has total 0, and 1 in the divisor keeps its factor finite.
+    """
     total = own[2]
     return outputs[2] / jnp.where(total == 0, 1, total)

@@ -1,20 +1,22 @@
 """Attention on NVIDIA GPUs by cuDNN, where it is the same function.
 
-`jax.nn.dot_product_attention(implementation="cudnn")` runs; nothing else of cuDNN is
-used. `refusal` says what it is not taken for. What is left:
+The computation is `jax.nn.dot_product_attention(implementation="cudnn")`; nothing else of
+cuDNN is used. `refusal` says why it refuses a problem. It accepts:
 
     float16 and bfloat16, H = D a multiple of 8 up to 128, grouped heads; T and S even and
     at least 64; no mask, or for T = S `Causal()` or `Window(left, 0)`, alone or joined
 
-Where a mask may hide a NaN or Inf, cuDNN does not keep it from touching what it must not:
-there the results are looked at, and blockwise takes over where one is not finite.
+cuDNN lets a masked NaN or Inf reach the output. So with a mask, a result with a NaN is
+recomputed blockwise.
 
-The gradient of the output is cuDNN's too. It starts from statistics that `jax.nn` gives
-only rounded, so it runs the forward pass again: XLA merges the two calls where both are in
-one program. Tangents and higher orders are blockwise, and so is all of it in what
-`jax.export` keeps, for JAX does not promise that a later cuDNN reads it, and where XLA is
-to divide the arrays among devices: inside `jax.shard_map` each device runs cuDNN. Other
-platforms run what they would have run without it.
+cuDNN also computes the gradient of the output. Its backward pass needs statistics of the
+forward pass, and `jax.nn` returns these only rounded. So the gradient runs the forward pass
+again; XLA merges the two calls where both are in one program.
+
+Blockwise computes tangents and derivatives of higher order. It also computes everything in
+a program for `jax.export`, since JAX does not promise that a later cuDNN can read it; and
+everything where XLA divides the arrays among devices. Inside `jax.shard_map` each device
+runs cuDNN. Other platforms run what they would run if cuDNN did not exist.
 """
 
 import functools
@@ -28,7 +30,7 @@ from jattn.implementations.kernel import Kernel, Sums
 from jattn.mask import And
 from jattn.masks import Causal, Window
 
-PLATFORMS = ("gpu", "cuda")  # JAX's names of one thing
+PLATFORMS = ("gpu", "cuda")  # JAX has two names for this platform
 
 _WORDS = {
     "bias": "a `bias`, which it rounds to the dtype of the inputs",
@@ -87,9 +89,9 @@ def _objection(problem: Problem) -> str | None:
 
 
 def _device() -> str | None:
-    """What is missing on the default device, if that is a GPU."""
+    """Says what the default device lacks, if it is a GPU; None if it lacks nothing."""
     if jax.default_backend() != "gpu":
-        return None  # described, or lowered for
+        return None  # the GPU is elsewhere: the call is only described or lowered here
     device = jax.local_devices()[0]
     if "cuda" not in device.client.platform_version:
         return "runs on NVIDIA GPUs only, and this one is not."
@@ -100,7 +102,7 @@ def _device() -> str | None:
 
 @functools.cache
 def is_installed() -> bool:
-    """Whether JAX finds cuDNN, without which nothing can be lowered to it."""
+    """Says whether JAX finds cuDNN; without it, no call can be lowered to cuDNN."""
     try:
         jax.eval_shape(_call, *[jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)] * 3)
     except RuntimeError:  # "cuDNN is not detected", or a version too old
@@ -111,32 +113,39 @@ def is_installed() -> bool:
 class CuDNN(Kernel):
     """Output and gradient by cuDNN.
 
-    What it says of the logsumexp is rounded, and its masks do not keep a NaN or Inf from
-    where it must not go.
+    Its logsumexp is rounded, so it is not `exact`. Its masks do not stop a NaN or Inf, so
+    it does not isolate.
     """
 
     exact = False
     isolates = False
 
     def refusal(self, problem: Problem, platform: str) -> str | None:
-        """Why cuDNN is not the same function, or cannot run."""
+        """Says why cuDNN is not the same function, or cannot run; None if it accepts."""
         if platform not in PLATFORMS:
             return f"runs on NVIDIA GPUs only, and the platform is {platform}."
         return _objection(problem) or _device()
 
     def block_sizes(self, problem: Problem, operands: Operands | None) -> None:
-        """Skips on its own terms, which are not known."""
+        """Gives None: cuDNN does not say which blocks it skips."""
         del problem, operands
 
     def forward(self, problem: Problem, operands: Operands) -> Sums:
-        """The output; its maximum is the logsumexp of a sum of 1, rounded."""
+        """Computes the output and the sums of each row, by cuDNN's rounded logsumexp.
+
+        With top = logsumexp and total = 1, top + log total is the logsumexp.
+        """
         run = _joined(functools.partial(_run, problem))
         output, logsumexp = run(operands.query, operands.key, operands.value)
         top = logsumexp.astype(problem.wide)
         return Sums(output.astype(problem.wide), top, jnp.ones_like(top))
 
     def backward(self, problem, operands, outputs, cotangents, wanted) -> Operands | None:
-        """The cotangents of query, key and value; the logsumexp is read by nobody."""
+        """Computes the cotangents of query, key and value; None if others are wanted.
+
+        The cotangent of the logsumexp is not used: `refusal` excludes calls that need the
+        logsumexp.
+        """
         del outputs
         inputs = ("query", "key", "value")
         if any(jax.tree.leaves(wanted._replace(**dict.fromkeys(inputs, False)))):
@@ -153,6 +162,7 @@ def _run(problem: Problem, query, key, value):
 
 
 def _pull(problem: Problem, query, key, value, cotangent):
+    # The residual is the logsumexp; nothing depends on it here, so its cotangent is 0.
     (_, logsumexp), pull = jax.vjp(functools.partial(_run, problem), query, key, value)
     return pull((cotangent, jnp.zeros_like(logsumexp)))
 
@@ -164,7 +174,7 @@ def _call(query, key, value, **words):
 
 
 def _words(problem: Problem) -> dict | None:
-    """The mask in the words of `jax.nn`, or None where it has none."""
+    """Gives the mask as arguments of `jax.nn`; None if `jax.nn` cannot express it."""
     mask = _mask(problem)
     if mask is None:
         return {} if problem.mask is None else None
@@ -174,9 +184,10 @@ def _words(problem: Problem) -> dict | None:
 
 
 def _mask(problem: Problem) -> Causal | Window | None:
-    """Gives the mask as one that cuDNN has too, or None.
+    """Gives the mask as one that cuDNN supports, or None.
 
-    Its numbers are in cuDNN's program, so they must be known: see `Problem.named`.
+    The numbers of the mask become part of cuDNN's program, so they must be Python numbers:
+    see `Problem.named`.
     """
     named = problem.named
     both = (named.left, named.right) if isinstance(named, And) else (named,)
@@ -189,11 +200,15 @@ def _mask(problem: Problem) -> Causal | Window | None:
     if not windows or windows[0].left is None:
         return Causal()
     left = int(windows[0].left)
+    # A window as wide as the sequence hides nothing that causality does not hide.
     return Causal() if left >= problem.sizes.S - 1 else Window(left, 0)
 
 
 def _joined(function):
-    """The function of arrays with examples first, which axes of a `vmap` join."""
+    """Makes a function that merges an axis of `vmap` into the first axis, of examples.
+
+    cuDNN's batch has one axis, so the mapped axis becomes part of it.
+    """
 
     @custom_vmap
     def joined(*arrays):
@@ -201,6 +216,7 @@ def _joined(function):
 
     @joined.def_vmap
     def _(size, mapped, *arrays):
+        # An array without the mapped axis is repeated for each slice.
         arrays = [
             x if flag else jnp.broadcast_to(x, (size, *x.shape))
             for x, flag in zip(arrays, mapped, strict=True)

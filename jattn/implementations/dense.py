@@ -1,7 +1,7 @@
-"""Attention in one tile: all logits at once, T × S of them.
+"""Attention in one tile: all T × S logits at once.
 
-The plainest implementation: right for small inputs, for looking at logits and weights,
-and for checking others. JAX differentiates it as it stands, to any order.
+This is the simplest implementation. It suits small inputs, a look at logits and weights,
+and checks of other implementations. JAX differentiates it directly, to any order.
 """
 
 import chex
@@ -16,7 +16,7 @@ from jattn.state import State
 
 
 def attention_logits(problem: Problem, operands: Operands) -> jax.Array:
-    """The logits BNTS: scaled, modified, biased, and −∞ where the mask says no."""
+    """Computes the logits BNTS: scaled, modified, biased, and −∞ for masked pairs."""
     return locally(_logits, (problem,), operands)
 
 
@@ -28,7 +28,7 @@ def _logits(problem: Problem, operands: Operands) -> jax.Array:
     if allowed is None:
         products = operands.scale * shared.products(query, key)
         logits = shared.logits(problem, operands, at, products)
-    else:
+    else:  # a NaN of a masked pair must reach no other pair; see `shared`
         query, query_poison = shared.isolate(query)
         key, key_poison = shared.isolate(key)
         products = operands.scale * shared.products(query, key)
@@ -44,12 +44,14 @@ def _logits(problem: Problem, operands: Operands) -> jax.Array:
 
 
 def attention_weights(problem: Problem, operands: Operands):
-    """The weights BNTS, before dropout, and their logsumexp BNT."""
+    """Computes the weights BNTS, before dropout, and the logsumexp BNT of the logits."""
     return locally(_weights, (problem,), operands)
 
 
 def _weights(problem: Problem, operands: Operands):
     logits = _logits(problem, operands)
+    # weightₛ = exp(logitₛ − top) / total, the same for any top. With the maximum no
+    # exponential overflows; and as the result does not depend on it, it is a constant.
     top = jnp.max(logits, axis=-1, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     exponentials = jnp.exp(logits - top[..., None])
@@ -61,7 +63,7 @@ def _weights(problem: Problem, operands: Operands):
 
 
 def drop(problem: Problem, operands: Operands, weights: jax.Array) -> jax.Array:
-    """The weights BNTS that are used: all, or those that dropout keeps, scaled up."""
+    """Applies dropout to the weights BNTS: keeps some, times 1/(1 − rate), others are 0."""
     keep = kept(problem, operands, index(problem, operands))
     if keep is None:
         return weights
@@ -69,18 +71,18 @@ def drop(problem: Problem, operands: Operands, weights: jax.Array) -> jax.Array:
 
 
 class Dense(Plain):
-    """All logits at once."""
+    """Attention with all logits at once."""
 
     def refusal(self, problem: Problem, platform: str) -> str | None:
-        """Takes everything, anywhere."""
+        """Refuses nothing, on any platform."""
         del problem, platform
 
     def block_sizes(self, problem: Problem, operands: Operands | None) -> None:
-        """Skips nothing."""
+        """Gives None, as it skips no block."""
         del problem, operands
 
     def attention_state(self, problem: Problem, operands: Operands) -> State:
-        """The output BTND, in the wide precision, and the logsumexp BTN."""
+        """Computes the output BTND in the wide precision and the logsumexp BTN."""
         return locally(_state, (problem,), operands)
 
 

@@ -1,8 +1,9 @@
 """Which implementation runs, and why.
 
-Each implementation says in a sentence why it cannot take a problem, or None. Without a
-name, the first that does not refuse runs, in the order written here for the platform; a
-named one runs or its sentence is raised. Nothing falls back in silence.
+Each implementation gives a sentence that says why it refuses a problem, or None. If the
+caller names no implementation, the first one that accepts runs, in the platform's order
+below. If the caller names one, it runs, or its sentence is raised as an error: a named
+implementation is never replaced by another one.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ IMPLEMENTATIONS: dict[str, Kernel | Plain] = {
     "cudnn": cudnn.CuDNN(),
 }
 
-# The first that does not refuse is taken; a platform not listed takes DEFAULT_ORDER.
+# The first implementation that accepts is used. Other platforms use DEFAULT_ORDER.
 _GPU = ("cudnn", "blockwise", "dense")
 ORDER: dict[str, tuple[str, ...]] = {
     "tpu": ("tpu", "blockwise", "dense"),
@@ -32,12 +33,12 @@ DEFAULT_ORDER = ("blockwise", "dense")
 
 
 def names(platform: str) -> tuple[str, ...]:
-    """The implementations that run on a platform, in its order."""
+    """Names the implementations that may run on a platform, in order of preference."""
     return ORDER.get(platform, DEFAULT_ORDER)
 
 
 def refusals(problem: Problem, platform: str) -> dict[str, str | None]:
-    """What each implementation says of this problem, in the platform's order."""
+    """Collects each implementation's refusal of a problem, in the platform's order."""
     order = names(platform)
     others = [name for name in IMPLEMENTATIONS if name not in order]
     return {
@@ -46,7 +47,7 @@ def refusals(problem: Problem, platform: str) -> dict[str, str | None]:
 
 
 def choose(where: str, problem: Problem, platform: str, implementation=None) -> str:
-    """The name of the implementation that runs.
+    """Gives the name of the implementation that runs.
 
     Raises:
         ValueError: If the named one is unknown or refuses.
@@ -67,11 +68,12 @@ def choose(where: str, problem: Problem, platform: str, implementation=None) -> 
 
 
 def candidates(problem: Problem, name: str, is_named: bool) -> tuple[str, ...]:
-    """The implementations that may run, where `name` was chosen for the platform at hand.
+    """Names the implementations that may run; `name` was chosen for the current platform.
 
-    What is traced on one machine may be lowered for another, or for several. So a call
-    without a name carries every kernel that takes it on its own platform, and each
-    platform finds its own when the program is lowered; blockwise where there is none.
+    A program that is traced on one machine may be lowered for another platform, or for
+    several. So a call that names no implementation keeps every kernel that accepts it on
+    the kernel's own platform. When the program is lowered, each platform takes its own
+    kernel, or blockwise if it has none.
     """
     if is_named or name == "dense":
         return (name,)
@@ -89,7 +91,10 @@ def _can_be_lowered(name: str) -> bool:
 
 
 def attention_state(problem: Problem, operands: Operands, names: tuple[str, ...]) -> State:
-    """The output BTND in the wide precision, and the logsumexp BTN, by these candidates."""
+    """Computes the output BTND in the wide precision and the logsumexp BTN.
+
+    `names` are the candidates, as `candidates` gives them.
+    """
     found: list[Any] = [IMPLEMENTATIONS[name] for name in names]
     kernels = tuple(x for x in found if isinstance(x, Kernel))
     if kernels or not found:
@@ -101,5 +106,5 @@ def attention_state(problem: Problem, operands: Operands, names: tuple[str, ...]
 def block_sizes(
     problem: Problem, operands: Operands | None, name: str
 ) -> tuple[int, int] | None:
-    """How many queries and keys are skipped at once, or None where nothing is."""
+    """Gives the queries and keys of a block that `name` can skip; None if it skips none."""
     return IMPLEMENTATIONS[name].block_sizes(problem, operands)

@@ -11,15 +11,15 @@ from jattn.state import State
 
 
 class Sums(NamedTuple):
-    """What a row of logits adds up to, in the wide precision of the problem.
-
-    The two numbers of a row stay apart, for a sum of them would be rounded as a number of
-    the size of the logits:
+    """Sums over each row of logits, in the wide precision of the problem.
 
         top    = maxₛ logitₛ              0 where the row sees nothing
         total  = Σₛ exp(logitₛ − top)     0 where the row sees nothing
 
-    Another `top` will do as long as top + log total is the logsumexp.
+    The two numbers stay separate. Their combination top + log total is as large as the
+    logits, and its rounding error would be as large as theirs.
+
+    A kernel may give another `top`, as long as top + log total is the logsumexp.
     """
 
     output: jax.Array  # BTND, Σₛ weightₛ vₛ; 0 where the row sees nothing
@@ -31,29 +31,29 @@ class Implementation(abc.ABC):
     """A way to compute attention, under a name in `dispatch.IMPLEMENTATIONS`.
 
     Laws:
-        1. What it does not refuse it computes as `jattn.definition` does, within the error
-           budget of `jattn.testing`, on every case.
-        2. `refusal` looks at nothing but its arguments and the machine, runs nothing, and
-           answers with a sentence that ends the sentence "It …".
+        1. Every problem that it accepts has the result of `jattn.definition`, within the
+           error budget of `jattn.testing`, on every case.
+        2. `refusal` reads only its arguments and the machine, and runs no computation. Its
+           answer completes a sentence that begins with "It …".
         3. Its functions can be traced: inside `jit`, with any operand unknown.
     """
 
     @abc.abstractmethod
     def refusal(self, problem: Problem, platform: str) -> str | None:
-        """Says why it cannot take a problem on a platform; None where it can."""
+        """Says why it refuses a problem on a platform; None if it accepts."""
 
     @abc.abstractmethod
     def block_sizes(
         self, problem: Problem, operands: Operands | None
     ) -> tuple[int, int] | None:
-        """Gives how many queries and keys it skips at once, None where it skips nothing.
+        """Gives the queries and keys of a block that it can skip; None if it skips none.
 
-        Operands of None are unknown.
+        `operands` is None where they are unknown.
         """
 
 
 class Plain(Implementation):
-    """An implementation in plain JAX, with derivatives of every order of its own."""
+    """An implementation in plain JAX, which has derivatives of every order itself."""
 
     @abc.abstractmethod
     def attention_state(self, problem: Problem, operands: Operands) -> State:
@@ -61,21 +61,22 @@ class Plain(Implementation):
 
 
 class Kernel(Implementation):
-    """An implementation by code that JAX cannot differentiate; a value that hashes.
+    """An implementation by code that JAX cannot differentiate; its instances are hashable.
 
-    It has to know one forward pass, and may know a backward pass. All else is done for it
-    by `attention.Attention`, blockwise: tangents, derivatives of higher order, gradients
-    without a `backward`, arrays that XLA divides among devices, and results that a hidden
-    NaN or Inf has spoiled.
+    A kernel must define a forward pass, and may define a backward pass.
+    `attention.Attention` does the rest blockwise: tangents, derivatives of higher order,
+    gradients without a `backward`, arrays that XLA divides among devices, and results that
+    a hidden NaN or Inf has spoiled.
 
     Further laws:
-        4. `forward` and `backward` see operands that were prepared: dropout's words are
-           drawn, and arrays that read one side of a pair are aligned.
-        5. Without a mask a NaN or Inf goes where the definition lets it go. With one, it
-           may go anywhere as NaN, unless `isolates` says that it reaches nothing that
-           must not see it: where a result has a NaN, blockwise computes it again.
-        6. `exact` says that top + log total is the logsumexp, exactly enough to begin
-           derivatives with. If not, blockwise begins with a pass of its own.
+        4. `forward` and `backward` get prepared operands: dropout's random words are
+           drawn, and arrays that depend on one side of a pair are aligned.
+        5. Without a mask, a NaN or Inf spreads as in the definition. With a mask, it may
+           make any result NaN, and blockwise then computes the results again. `isolates`
+           says that a hidden NaN or Inf never changes a result; then nothing is computed
+           again.
+        6. `exact` says that top + log total is precise enough to start derivatives from.
+           If it is not, blockwise first runs its own forward pass.
     """
 
     isolates: bool = False
@@ -93,17 +94,18 @@ class Kernel(Implementation):
         cotangents: Sums,
         wanted: Operands,
     ) -> Operands | None:
-        """Computes the cotangents of the operands that are `wanted`, None for others.
+        """Computes the cotangents of the operands that are `wanted`, None for the others.
 
-        None altogether where it has no way to compute one of them. The cotangent of `top`
-        is not looked at, for derivatives take the largest logit for a constant.
+        A kernel that cannot compute one of the wanted cotangents returns None instead of
+        all of them. It ignores the cotangent of `top`, because derivatives treat the
+        largest logit as a constant.
         """
         del problem, operands, outputs, cotangents, wanted
         return None
 
 
 def check_sums(problem: Problem, sums: Sums) -> Sums:
-    """Asserts what the contract says of the results of a forward pass."""
+    """Asserts that the results of a forward pass have the shapes and dtype of `Sums`."""
     B, N, T, _ = problem.sizes.BNTS
     chex.assert_shape(sums.output, (B, T, N, problem.sizes.D))
     chex.assert_shape([sums.top, sums.total], (B, T, N))

@@ -1,4 +1,4 @@
-"""A call by the operation, with or without kernels."""
+"""A call of the attention operation, with or without kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,18 @@ from jattn.state import State
 
 
 class Blockwise(Plain):
-    """Tile by tile, in plain JAX: what every kernel falls back on."""
+    """Attention tile by tile, in plain JAX; it computes whatever a kernel cannot."""
 
     def refusal(self, problem: Problem, platform: str) -> str | None:
-        """Takes everything, anywhere."""
+        """Refuses nothing, on any platform."""
         del problem, platform
 
     def block_sizes(self, problem: Problem, operands: Operands | None) -> tuple[int, int]:
-        """How many queries and keys a tile has."""
+        """Gives the number of queries and of keys in a tile."""
         return tile_sizes(problem, granularity(problem, operands))
 
     def attention_state(self, problem: Problem, operands: Operands) -> State:
-        """The state, without any kernel."""
+        """Computes the state without any kernel."""
         return attention_state(problem, operands)
 
 
@@ -36,11 +36,11 @@ def attention_state(
     kernels: tuple[Kernel, ...] = (),
     tile: tuple[int, int] | None = None,
 ) -> State:
-    """The output BTND in the wide precision, and the logsumexp BTN.
+    """Computes the output BTND in the wide precision, and the logsumexp BTN.
 
-    Of `kernels` the first runs that does not refuse the platform that the call is compiled
-    for, and blockwise where all do. `tile` is how many queries and keys a tile of blockwise
-    has, where the measured rule is not wanted.
+    The first of `kernels` that accepts the platform of compilation runs; blockwise runs if
+    none does. `tile` gives the number of queries and of keys in a blockwise tile; it
+    replaces the measured rule.
     """
     sizes = problem.sizes
     if any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S)):
@@ -51,15 +51,16 @@ def attention_state(
 
 
 def state_of(output, top, total) -> State:
-    """The state, of the outputs of `Attention`."""
+    """Makes the state from the outputs of `Attention`: logsumexp = top + log total."""
     empty = total == 0
-    # The maximum is a constant to derivatives: what it adds to them, the sum takes away.
+    # Derivatives treat the maximum as a constant: a change of top changes log total by
+    # the opposite amount, so the two changes cancel in the logsumexp.
     logsumexp = jax.lax.stop_gradient(top) + jnp.log(jnp.where(empty, 1, total))
     return State(output, jnp.where(empty, -jnp.inf, logsumexp))
 
 
 def _nothing(problem: Problem) -> State:
-    """The state of queries without keys."""
+    """Gives the state of queries without keys: output 0 and logsumexp −∞."""
     B, N, T, _ = problem.sizes.BNTS
     output = jnp.zeros((B, T, N, problem.sizes.D), problem.wide)
     return State(output, jnp.full((B, T, N), -jnp.inf, problem.wide))

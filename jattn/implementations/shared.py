@@ -1,9 +1,10 @@
 """The logits of a tile, some queries by some keys, shared by every implementation.
 
-A NaN or Inf in a key that a query does not see must not reach it, forward or backward,
-though a matrix product mixes every query with every key and 0 · NaN is NaN. So where
-there is a mask, products are taken of finite arrays, and what was not finite comes back
-as `poison`, added to the logits before the mask: whoever sees it gets NaN.
+A NaN or Inf in a key must not reach a query that does not see the key, forward or
+backward. But a matrix product mixes every query with every key, and 0 · NaN is NaN. So
+where there is a mask, non-finite numbers are set to 0 before the product. After it, a
+`poison` of NaN is added to the logits of their rows and columns, before the mask is
+applied. A query that sees such a key then gets NaN, and the others do not.
 """
 
 import jax
@@ -12,47 +13,56 @@ import jax.numpy as jnp
 from jattn.call.problem import Operands, Problem
 from jattn.call.program import Index
 
-# Inside the domain of √x, log x, log(1 − x), asin x, atanh x and 1 / x, and no pole.
+# A number at which √x, log x, log(1 − x), asin x, atanh x and 1 / x, functions that a
+# modifier may use, all have finite values and finite derivatives.
 HARMLESS = 0.618
 
 
 def allowed(problem: Problem, operands: Operands, index: Index) -> jax.Array | None:
-    """Which pairs count, four axes that broadcast to BNTS; None where all do."""
+    """Says which pairs count, in four axes that broadcast to BNTS; None if all do."""
     if problem.mask is None:
         return None
     return problem.mask(operands.mask, index)
 
 
 def harmless(products: jax.Array, allowed: jax.Array | None) -> jax.Array:
-    """The products, with a number that suits most modifiers where pairs do not count.
+    """Replaces the products of masked pairs by a number that suits most modifiers.
 
-    The derivative of a modifier may be infinite for the logit of a masked pair, as that
-    of √logit is at 0, and 0 · ∞ is NaN: so it is taken at another logit there.
+    The derivative of a modifier may be infinite at the logit of a masked pair: the
+    derivative of √logit is infinite at 0. Its cotangent there is 0, and 0 · ∞ is NaN. So
+    the derivative is taken at another logit, where it is finite.
     """
     return products if allowed is None else jnp.where(allowed, products, HARMLESS)
 
 
 def rounded(logits: jax.Array) -> jax.Array:
-    """The logits of a modifier as numbers that are rounded wherever they are used.
+    """Makes a compiler round the logits of a modifier before it uses them.
 
-    Compilers join a multiplication and what is subtracted after it into one operation
-    that rounds once. So logit − top would differ from 0 at the maximum itself, by 4 for
-    a logit of 1e8. They do not look through a choice. An infinite logit is NaN in the end.
+    Compilers fuse a multiplication and a subtraction after it into one operation that
+    rounds only once. Then logit − top would not be 0 at the maximum itself; for a logit of
+    1e8 it could be 4. Compilers do not fuse across a `where`. A logit of +∞ becomes NaN
+    here; ∞ − ∞ would make it NaN later anyway.
     """
     return jnp.where(logits < jnp.inf, logits, jnp.nan)
 
 
 def isolate(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The array with 0 for what is not finite, and NaN for each row that had some."""
+    """Splits an array into its finite part and the poison of its rows.
+
+    Returns:
+        The array with 0 in place of each non-finite number; and for each row NaN if it
+        had such a number, else 0.
+    """
     finite = jnp.isfinite(array)
     poison = jnp.where(jnp.all(finite, axis=-1), 0, jnp.nan).astype(array.dtype)
     return jnp.where(finite, array, 0), poison
 
 
 def products(query: jax.Array, key: jax.Array) -> jax.Array:
-    """Each query by each key, BTNH and BSKH to BNTS, in the precision of both.
+    """Multiplies each query by each key, BTNH and BSKH to BNTS, in their precision.
 
-    The queries of the G heads that share a key head are the rows of one product.
+    The queries of the G heads that share a key head become the rows of one product, so
+    that keys are not repeated.
     """
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
@@ -63,7 +73,7 @@ def products(query: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def sums(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """The values in proportion to weights, BNTS and BSKD to BTND."""
+    """Sums up the values, each times its weight: BNTS and BSKD to BTND."""
     B, N, T, S = weights.shape
     K, D = value.shape[2:]
     rows = weights.reshape(B, K, N // K * T, S)
@@ -72,7 +82,7 @@ def sums(weights: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def logits(problem: Problem, operands: Operands, index: Index, products) -> jax.Array:
-    """Modifier, then bias, on products that were scaled."""
+    """Computes the logits from scaled products: applies the modifier, then the bias."""
     if problem.modifier is not None:
         modified = problem.modifier(operands.modifier, index, products)
         products = rounded(modified.astype(products.dtype))
@@ -82,18 +92,29 @@ def logits(problem: Problem, operands: Operands, index: Index, products) -> jax.
 
 
 def row_factors(total):
-    """What turns exponentials of a row into weights, and which of these are settled.
+    """Computes two numbers of each row: the inverse of its total, and its threshold.
 
-    The first is 1 / total, and 0 where a row sees nothing. An exponential above the
-    second has all the weight, to the last place: there the softmax is constant. The
-    difference of v · d_output and δ, which are rounded apart, would not be 0 there.
+    The inverse, 1 / total, turns exponentials into weights; it is 0 where a row sees
+    nothing.
+
+    An exponential above the threshold belongs to a settled weight: this key has all the
+    weight of the row, to the last place, and the softmax is constant there. In exact
+    arithmetic v · d_output − δ is then 0. But the two numbers are rounded separately, so
+    callers set the difference to 0. The threshold is 0.5 where total = 1, and elsewhere 2,
+    which no exponential exceeds.
     """
     inverse = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
     return inverse, jnp.where(total == 1, jnp.array(0.5, total.dtype), 2)
 
 
 def row_numbers(outputs, cotangents):
-    """What backward needs of each row: top, the factors, δ, and δ less d_logsumexp."""
+    """Computes what backward needs of each row.
+
+        δ = output · d_output        d_logsumexp = total · d_total
+
+    Returns:
+        Top, the two numbers of `row_factors`, δ, and δ − d_logsumexp.
+    """
     output, top, total = outputs
     d_output, _, d_total = cotangents
     inverse, settled = row_factors(total)
@@ -102,7 +123,7 @@ def row_numbers(outputs, cotangents):
 
 
 def sum_all(array):
-    """The sum of all numbers, axis by axis: fewer roundings than one after the other."""
+    """Sums up all numbers axis by axis, which rounds less than one long sum."""
     while array.ndim:
         array = jnp.sum(array, axis=-1)
     return array

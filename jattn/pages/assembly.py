@@ -1,7 +1,8 @@
-"""The pages of heads: what their scripts are told, and the arrays that they read.
+"""The pages of heads: the facts and the arrays that their scripts read.
 
-All three pages have one script; it shows what there is. A head's number in all arrays is
-its *slot*: the heads of the first layer, then the mean over them, then the second layer.
+All three pages have the same script, which shows what the page contains. The number of a
+head in all arrays is its *slot*. Slots are the heads of the first layer, the mean over
+these heads, then the heads of the second layer, and so on.
 """
 
 from typing import Any
@@ -20,21 +21,21 @@ SCRIPTS = (
     *("lines.js", "panel.js", "heads.js"),
 )
 _STRONGEST = 16  # keys found for each query of a long text; its page has room for fewer
-_MOST_WEIGHTS = 2**22  # up to which every weight is looked at, and nothing is left out
-_BYTES_OF_ENTRY = 2.4  # deflated and in letters, at first guess; rounds correct it
-_ROUNDS = 5  # of this correction; three were the most that any case took
-_FULL_ENOUGH = 0.9  # of the size asked for, so that another round is not worth it
+_MOST_WEIGHTS = 2**22  # with so many weights or fewer, none is left out
+_BYTES_OF_ENTRY = 2.4  # first guess, compressed and in base 64; `_ROUNDS` rounds correct it
+_ROUNDS = 5  # of this correction; no case took more than three
+_FULL_ENOUGH = 0.9  # of the size asked for: then another round is not worth its time
 
 
 def attending(where: str, facts: dict[str, Any], layers, options, limit: float) -> Page:
     """Makes the page of weights.
 
     Args:
-        where: Who asks, for messages.
+        where: The name of the public function, for messages.
         facts: The title or None, the tokens, T and S.
         layers: The query and key of each layer.
-        options: Those of each layer.
-        limit: The most bytes.
+        options: The options of each layer.
+        limit: The largest size of the page in bytes.
 
     Returns:
         The page.
@@ -45,7 +46,7 @@ def attending(where: str, facts: dict[str, Any], layers, options, limit: float) 
     for (query, key), each in zip(layers, options, strict=True):
         seen = look(query, key, k, each)
         entries.append(entries_of(seen))
-        # Held as entries only: of a long text these arrays are large.
+        # Only entries are kept: indices and weights are large arrays for a long text.
         looks.append((seen.received, seen.entropy, seen.pictures))
     received, spread, pictures = (
         np.concatenate(parts) for parts in zip(*looks, strict=True)
@@ -74,7 +75,7 @@ def summed(kind: str, facts: dict[str, Any], layers: list[np.ndarray]) -> Page:
     Args:
         kind: `"received"` or `"entropy"`.
         facts: The title or None, the tokens, T and S.
-        layers: Positions × heads of each layer; 1 × heads of means.
+        layers: Positions × heads for each layer; 1 × heads if they are means.
 
     Returns:
         The page.
@@ -94,22 +95,22 @@ def fitted(
     """Makes the page with as many weights as fit into its size.
 
     Args:
-        where: Who asks, for messages.
-        facts: Of the page.
-        arrays: Of the page, beside the weights.
+        where: The name of the public function, for messages.
+        facts: The facts of the page.
+        arrays: The arrays of the page, without the weights.
         layers: The strongest weights of each layer.
-        limit: The most bytes.
+        limit: The largest size of the page in bytes.
 
     Returns:
         The page.
 
     Raises:
-        ValueError: If it is too large with the strongest weight of each query alone.
+        ValueError: If it is too large even with one weight for each query and head.
     """
     every = sum(int(np.count_nonzero(layer.codes)) for layer in layers)
     best = None
     rest = len(_written(facts, arrays).html)
-    coarse = rest + 2 * every * _BYTES_OF_ENTRY > limit  # all digits take twice as much
+    coarse = rest + 2 * every * _BYTES_OF_ENTRY > limit  # all digits take twice the bytes
     if coarse:
         rest = len(_written(facts, _rounded(arrays)).html)
     room = limit - rest
@@ -122,10 +123,10 @@ def fitted(
             best = page
         if size <= limit and (start == 1 or size > _FULL_ENOUGH * limit):
             break
-        # A little less than in proportion, so that the next round fits.
+        # 3 % less than in proportion, so that the next round fits.
         most = min(every, int(0.97 * most * room / max(size - rest, 1)))
         coarse = True
-    if best is None:
+    if best is None:  # above every code: only the first entry of each row stays
         best = _with_weights(facts, arrays, layers, 2**16, True)
     if len(best.html) > limit:
         raise ValueError(
@@ -148,12 +149,15 @@ def _with_weights(facts, arrays, layers, least: int, coarse: bool) -> Page:
 
 
 def _rounded(arrays):
-    """Sums with fewer digits; pictures have few anyway."""
+    """Rounds the arrays to fewer digits, except pictures, which have one byte anyway."""
     return {x: y if y.dtype == np.uint8 else rounded(y) for x, y in arrays.items()}
 
 
 def _held(facts, held) -> float:
-    """Which share of all weights of all heads is on the page; means over heads apart."""
+    """Computes the share of all weights of all heads that is on the page.
+
+    The slots of means over heads do not count.
+    """
     is_head = np.concatenate([np.arange(count + 1) < count for count in facts["heads"]])
     slot = np.repeat(np.arange(held["counts"].size) // facts["T"], held["counts"])
     found = np.bincount(slot, shares(held["weights"]), len(is_head))[is_head].sum()
@@ -162,7 +166,10 @@ def _held(facts, held) -> float:
 
 
 def _by_slot(name: str, numbers: np.ndarray) -> tuple[dict, dict]:
-    """One number for each slot and position: facts of each slot, and shares of its top."""
+    """Turns numbers by slot and position into facts of each slot, and codes.
+
+    The codes are the shares of the largest number of the slot.
+    """
     tops = np.max(numbers, axis=1, initial=0.0, where=np.isfinite(numbers))
     tops = np.where(tops > 0, tops, 1.0)
     facts = {"top": _plain(tops), "mean": _plain(numbers.mean(axis=1))}
@@ -183,14 +190,14 @@ def _slots(heads: list[int]) -> int:
 
 
 def _size(heads: list[int]) -> str:
-    """How many heads there are: `30 layers × 9 heads`."""
+    """Says how many heads there are: `30 layers × 9 heads`."""
     alike = "–".join(map(str, sorted({min(heads), max(heads)})))
     count = f"{alike} {'head' if alike == '1' else 'heads'}"
     return count if len(heads) == 1 else f"{len(heads)} layers × {count}"
 
 
 def _length(facts) -> str:
-    """How long the text is, or both texts are: `4000 tokens`."""
+    """Says how long the text is, or how long both texts are: `4000 tokens`."""
     T, S = facts["T"], facts["S"]
     if facts["key_tokens"] is None:
         return f"{T} {'token' if T == 1 else 'tokens'}"
@@ -199,5 +206,5 @@ def _length(facts) -> str:
 
 
 def _plain(numbers: np.ndarray) -> list[float | None]:
-    """Numbers for JSON, with six digits; None where there is none."""
+    """Prepares numbers for JSON: six digits, and None for NaN and infinity."""
     return [float(f"{x:.6g}") if np.isfinite(x) else None for x in numbers]

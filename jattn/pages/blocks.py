@@ -1,7 +1,8 @@
-"""A mask's blocks, and the single pairs inside those that are neither empty nor full.
+"""The blocks of a mask, and the single pairs inside its partial blocks.
 
-Most partial blocks look alike: under a causal mask all of them have the same pairs. So
-each distinct pattern of pairs is stored once, and each partial block names its own.
+A partial block is neither empty nor full. Most partial blocks look alike: under a causal
+mask all of them have the same pairs. So each distinct pattern of pairs is stored once, and
+each partial block has the number of its pattern.
 """
 
 from typing import NamedTuple
@@ -15,21 +16,21 @@ from jattn.pictures.numbers import allowed
 
 __all__ = ["Blocks", "blocks_of"]
 
-_MOST_PAIRS = 2**30  # 32768 × 32768: to ask each of them takes half a minute
+_MOST_PAIRS = 2**30  # 32768 × 32768: evaluating each pair takes half a minute
 _MOST_BYTES = 6 * 2**20  # of patterns, in a page of at most 10 MB
 
 
 class Blocks(NamedTuple):
-    """What a page holds of a mask.
+    """The part of a mask that a page contains.
 
     Attributes:
         kinds: 0 empty, 1 partial, 2 full; blocks of queries × blocks of keys.
-        block: How many queries and keys a block has.
-        pattern_of: Of each partial block, in row-major order, its pattern, counted from 1;
-            0 where its pairs are not held.
-        patterns: Their pairs as bits, each pattern in whole bytes; those beyond the end of
-            the mask are 0.
-        why: Why some pairs are not held; empty where all are.
+        block: The number of queries and of keys in a block.
+        pattern_of: The number of the pattern of each partial block, in row-major order,
+            counted from 1; 0 where the page does not contain the pattern.
+        patterns: The pairs of each pattern as bits, each pattern in whole bytes; bits
+            beyond the end of the mask are 0.
+        why: Why the page lacks some pairs; empty if it has all.
     """
 
     kinds: np.ndarray
@@ -43,11 +44,11 @@ def blocks_of(where: str, mask, T: int, S: int, block: int | None) -> Blocks:
     """Finds the blocks of a mask for one example and head, and the pairs in them.
 
     Args:
-        where: Who asks, for messages.
+        where: The name of the public function, for messages.
         mask: What `attention` takes as `mask`; a `BlockTable` keeps its blocks.
         T: The number of queries.
         S: The number of keys.
-        block: The size of a block; 128 by default, and less where it is short.
+        block: The size of a block; 128 by default, less for a short mask.
 
     Returns:
         The blocks.
@@ -72,14 +73,14 @@ def _table(where: str, mask, T: int, S: int, block: int | None) -> BlockTable:
             raise ValueError(f"{where}: {mask!r} is not of {T} × {S} pairs.")
         return mask
     if block is None:
-        # Of a short mask eight blocks on a side, so that there is something to see.
+        # A short mask has eight blocks on a side, so that there is something to see.
         block = min(128, max(max(T, S) // 8, 1))
     query, key = (jax.ShapeDtypeStruct((length, 1, 1), "float32") for length in (T, S))
     return block_table(mask, query, key, block=block)
 
 
 def _why_not(table: BlockTable) -> str:
-    """Why no pair can be asked, if none can."""
+    """Says why no pair can be evaluated; empty if pairs can be."""
     if any(table.positions):
         return "the table was made with positions, which it does not keep"
     if table.lengths[0] * table.lengths[1] > _MOST_PAIRS:
@@ -88,7 +89,12 @@ def _why_not(table: BlockTable) -> str:
 
 
 def _patterns(table: BlockTable, kinds: np.ndarray):
-    """The pattern of each partial block, counted from 1, the patterns, and what is left."""
+    """Finds the pattern of each partial block.
+
+    Returns:
+        The number of each block's pattern, counted from 1; the patterns; and why some are
+        missing.
+    """
     (T, S), (rows, columns) = table.lengths, table.blocks
     found: dict[bytes, int] = {}
     pattern_of, size = [], 0
@@ -96,7 +102,8 @@ def _patterns(table: BlockTable, kinds: np.ndarray):
         partial = np.flatnonzero(line == PARTIAL)
         if not partial.size:
             continue
-        # Repeating the last row keeps the shape, so that one program serves all.
+        # Repeating the last row keeps the shape, so that one compiled program serves all
+        # strips. The rows beyond the end are cleared below.
         chosen = np.arange(i * rows, (i + 1) * rows)
         pairs = allowed(table.mask, T, S, rows=chosen.clip(max=T - 1))
         pairs = pairs & (chosen < T)[:, None]

@@ -1,5 +1,5 @@
-// Small pictures: how dark a cell is, is the square root of its weight, so that small
-// weights are seen. The colour comes from the style, and the theme changes it.
+// Draws small pictures. The darkness of a cell is the square root of its weight, so that
+// small weights are visible. The colour comes from the style, and the theme changes it.
 
 function drawPicture(canvas, cells, [rows, columns], colour, none) {
   canvas.width = columns;
@@ -13,5 +13,5 @@ function drawPicture(canvas, cells, [rows, columns], colour, none) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-// Of 0…1, how much colour: roots again, so that 1 % and 10 % differ to the eye.
+// Gives the amount of colour for a share 0…1: a root, so that the eye tells 1 % from 10 %.
 const shade = (share) => Math.sqrt(Math.min(Math.max(share || 0, 0), 1)).toFixed(2);

@@ -1,8 +1,8 @@
 """One HTML file that needs nothing else: no server, no network, no other file.
 
-Whatever comes from the user, a token or a title, goes into the page as JSON with `<`, `>`
-and `&` written as numbers. A token `</script>` therefore ends no script, and the script
-of the page writes it as text.
+Everything that comes from the user, such as tokens and a title, goes into the page as JSON
+in which `<`, `>` and `&` are written as numbers. So a token `</script>` does not end the
+script of the page, and the script shows it as text.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ class Page:
 
     Attributes:
         html: The whole page, as text.
-        title: What stands above it.
+        title: The text above the page.
     """
 
     html: str = dataclasses.field(repr=False)
     title: str = ""
 
     def save(self, path, *, replace: bool = False) -> None:
-        """Writes the page to a file, whole or not at all.
+        """Writes the page to a file; if that fails, no part of a file is left.
 
         Args:
-            path: Where to, such as `"weights.html"`.
-            replace: Whether a file that is there may be replaced.
+            path: The name of the file, such as `"weights.html"`.
+            replace: Whether an existing file may be replaced.
 
         Raises:
-            FileExistsError: If the file is there and `replace` is False.
+            FileExistsError: If the file exists and `replace` is False.
         """
         path = os.fspath(path)
         if os.path.exists(path) and not replace:
@@ -64,7 +64,7 @@ class Page:
         return f"Page({self.title!r}, {len(self.html) / 1e6:.1f} MB)"
 
     def _repr_html_(self) -> str:
-        """The page in a frame of its own, so that it and the notebook share no style."""
+        """Gives the page in its own frame, so that it and a notebook share no style."""
         return _FRAME.format(title=html.escape(self.title), page=html.escape(self.html))
 
 
@@ -74,10 +74,10 @@ def document(
     """Puts a page together.
 
     Args:
-        body: The template of what is between the header and the scripts.
+        body: The name of the template between the header and the scripts.
         scripts: The names of the scripts, in their order.
-        facts: What the scripts read as JSON; `title` also stands in the header.
-        numbers: What `packing.packed` gives, in letters that need no escape.
+        facts: The facts that the scripts read as JSON; the header also shows `title`.
+        numbers: The letters that `packing.packed` gives, which need no escape.
 
     Returns:
         The page.
@@ -90,19 +90,19 @@ def document(
         "numbers": numbers,
         "script": "\n".join(_template(name) for name in scripts),
     }
-    # One pass over the template: what is put in is not read again.
+    # One pass over the template, so that a `{{…}}` in a user's text is not replaced.
     fill = lambda found: parts[found[1]]
     page = re.sub(r"\{\{(\w+)\}\}", fill, _template("page.html"))
     return Page(page, facts["title"])
 
 
 def plain(text: str) -> str:
-    """Text for HTML, in ASCII: half of a surrogate pair would not fit into a file."""
+    """Escapes text for HTML, in ASCII: half a surrogate pair cannot be written in UTF-8."""
     return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
 
 
 def _json(facts: dict[str, Any]) -> str:
-    """JSON that may stand inside a `<script>` element."""
+    """Writes JSON that may stand inside a `<script>` element."""
     text = json.dumps(facts, separators=(",", ":"), allow_nan=False)
     return re.sub("[<>&]", lambda found: _SAFE[found[0]], text)
 

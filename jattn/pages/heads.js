@@ -1,4 +1,4 @@
-// Brings the map, the text and the panel together: what is chosen, and what is shown of it.
+// Joins the map, the text and the panel: keeps what is chosen, and shows it in all three.
 
 start((arrays) => {
   const numbers = new Numbers(arrays), hasWeights = numbers.hasWeights;
@@ -33,13 +33,13 @@ start((arrays) => {
     say(many);
   }
 
-  // The colour behind each token, while none is pointed at.
+  // Sets the colour behind each token, while the pointer is at none.
   function colour() {
     for (const [name, kind] of [["received", "key"], ["entropy", "query"]]) {
       if (isCross ? !facts[name] : view.colours !== name) continue;
       const isOn = view.colours !== "none";
       const amounts = elements(kind).map((_, at) => isOn ? numbers.of(name, view.slots, at) : 0);
-      // Few tokens receive far more than all others: of these the largest sets the scale.
+      // A few tokens receive far more than all others, so the top 2 % do not set the scale.
       const known = amounts.filter((amount) => amount > 0).sort((x, y) => y - x);
       const top = known[Math.floor(0.02 * known.length)] || 1;
       elements(kind).forEach((element, at) => setShade(element, shade(amounts[at] / top)));
@@ -47,13 +47,13 @@ start((arrays) => {
     if (view.colours === "none") sides.forEach((side) => side.elements.forEach((x) => setShade(x, "0.00")));
   }
 
-  // Only what changes is set: to style thousands of tokens anew takes time.
+  // Sets a style only where it changes, because styling thousands of tokens takes time.
   function setShade(element, share) {
     if (element.share !== share) element.style.setProperty("--r", share);
     element.share = share;
   }
 
-  // A token is looked at while it is pointed at, and stays once it is pressed.
+  // Shows a token while the pointer is at it; a press keeps it shown.
   function look(place, isPressed, stays = false) {
     if (isPressed) {
       const isSame = place && view.pinned && place.at === view.pinned.at && place.kind === view.pinned.kind;
@@ -74,7 +74,7 @@ start((arrays) => {
     showPair();
   }
 
-  // The pair of the chosen token and the other one, in the direction that has a weight.
+  // Gives the pair of the chosen token and the other one, in the direction with a weight.
   function pair() {
     const { place, other } = view;
     if (!place || !hasWeights) return null;
@@ -124,7 +124,7 @@ start((arrays) => {
       painted.push(element);
       return [element, weight];
     });
-    // What it attends to comes last: a token that attends to itself is of this colour.
+    // The keys it attends to come last, so a token that attends to itself has their colour.
     const into = mark("query", view.into, "in"), out = mark("key", view.out, "out");
     if (!view.place) return;
     const here = elements(view.place.kind)[view.place.at];
@@ -159,7 +159,7 @@ start((arrays) => {
     return `How much “${spoken(words.query[found.query])}” attends to “${spoken(words.key[found.key])}”, in %.`;
   }
 
-  // What a screen reader says of the chosen token.
+  // Gives the text that a screen reader says of the chosen token.
   function sentence() {
     if (!view.place) return "No token is chosen.";
     const { kind, at } = view.place, name = spoken((kind === "key" ? words.key : words.query)[at]);
@@ -171,7 +171,7 @@ start((arrays) => {
   }
 
   let timer = 0;
-  function say(text) { // after a pause: of many quick steps only the last is said
+  function say(text) { // after a pause, so that of many quick steps only the last is said
     clearTimeout(timer);
     timer = setTimeout(() => { byId("said").textContent = text; }, 150);
   }

@@ -1,4 +1,4 @@
-"""What a page is given: layers, options of each layer, and tokens, checked at the door."""
+"""Checks of what a page is made from: layers, options of each layer, and tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,10 @@ __all__ = ["layers_of", "named_tokens", "options_of", "per_layer"]
 
 
 def layers_of(where: str, query, key) -> list[tuple[Any, Any]]:
-    """Checks the query and key of each layer, of one example each.
+    """Checks the query and key of each layer, which have one example.
 
     Raises:
-        ValueError: If the layers do not go together, or have several examples.
+        ValueError: If the layers do not fit together, or have several examples.
     """
     queries, keys = _sequence(query), _sequence(key)
     if not queries or len(queries) != len(keys):
@@ -31,10 +31,10 @@ def layers_of(where: str, query, key) -> list[tuple[Any, Any]]:
 
 
 def options_of(where: str, options: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Gives each layer its options; a list or a tuple has one for each.
+    """Gives each layer its options; a list or tuple has an option for each layer.
 
     Raises:
-        ValueError: If a list has another length.
+        ValueError: If a list or tuple has another length.
     """
     for name, option in options.items():
         if isinstance(option, list | tuple) and len(option) != count:
@@ -49,10 +49,10 @@ def options_of(where: str, options: dict[str, Any], count: int) -> list[dict[str
 
 
 def named_tokens(where: str, name: str, tokens, letter: str, length: int) -> list[str]:
-    """Gives the tokens as text; numbers where there are none.
+    """Gives the tokens as text; without tokens, gives the places as numbers.
 
     Raises:
-        ValueError: If there are more or fewer than there are queries or keys.
+        ValueError: If there are more or fewer tokens than queries or keys.
     """
     if tokens is None:
         return [str(place) for place in range(length)]
@@ -71,11 +71,11 @@ def per_layer(
     """Checks arrays of numbers by position and head, one for each layer.
 
     Args:
-        where: Whose argument it is.
-        name: The argument.
+        where: The name of the public function, for messages.
+        name: The name of its argument.
         layers: One array or a sequence of arrays; an axis of one example may come first.
-        letter: What the axis of positions is called, T or S.
-        means: Whether an array may lack this axis, as means over it.
+        letter: The letter of the axis of positions, T or S.
+        means: Whether an array may be means over positions, without this axis.
 
     Returns:
         Positions × heads in float64, or 1 × heads of means.
@@ -83,6 +83,7 @@ def per_layer(
     Raises:
         ValueError: If there is no layer, or one does not fit.
     """
+    # A list of numbers is one array; any other list has an array for each layer.
     is_many = isinstance(layers, list | tuple) and not (layers and np.ndim(layers[0]) == 0)
     arrays = [np.asarray(layer, np.float64) for layer in (layers if is_many else [layers])]
     arrays = [x[0] if x.ndim == 3 and len(x) == 1 else x for x in arrays]

@@ -1,8 +1,8 @@
-"""Which weights stay on a page, so that it has the size asked for.
+"""The choice of weights for a page of a given size.
 
-The strongest weight of each query always stays. Of the others those stay that are above
-one threshold, the same for all heads: a head that looks at one key takes little room, and
-leaves it to a head that looks at many.
+The strongest weight of each query always stays. The other weights stay if they reach a
+threshold, which is the same for all heads. So a head that attends to one key takes little
+room, and a head that attends to many keys gets the room that is left.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ __all__ = ["Entries", "entries_of", "kept", "threshold"]
 
 
 class Entries(NamedTuple):
-    """The strongest weights of all heads and queries, a row for each head of each query.
+    """The strongest weights of a layer, a row for each query of each head.
 
     Attributes:
-        keys: The indices of the keys, rows × k; k is the largest of all layers.
-        codes: The weights as in `packing.codes`; 0 where there is none.
+        keys: The indices of the keys, rows × k.
+        codes: The weights as in `packing.codes`; 0 where there is no weight.
     """
 
     keys: np.ndarray
@@ -28,25 +28,26 @@ class Entries(NamedTuple):
 
 
 def entries_of(look: Look) -> Entries:
-    """Gives the entries of one layer; a weight next to nothing is none."""
+    """Gives the entries of one layer; a weight with code 0 counts as no weight."""
     k = look.indices.shape[-1]
     keys, weights = look.indices.reshape(-1, k), look.weights.reshape(-1, k)
     code = codes(np.where(keys >= 0, weights, 0))
-    small = np.uint16 if keys.max(initial=0) < 2**16 else np.uint32  # half the memory
+    # Where indices fit into 16 bits, they take half the memory.
+    small = np.uint16 if keys.max(initial=0) < 2**16 else np.uint32
     return Entries(keys.clip(0).astype(small), code)
 
 
 def threshold(layers: list[Entries], most: int) -> int:
-    """Finds the least code that stays, so that about `most` entries do, at least 1.
+    """Finds the smallest code to keep, at least 1, so that about `most` entries stay.
 
-    Of each row the first stays anyway.
+    The first entry of each row stays in any case.
     """
     counts = np.zeros(STEPS + 1, np.int64)
     rows = 0
     for layer in layers:
         rows += np.count_nonzero(layer.codes[:, 0])
         counts += np.bincount(layer.codes[:, 1:].reshape(-1), minlength=STEPS + 1)
-    above = np.cumsum(counts[:0:-1])  # how many have at least the code STEPS, STEPS − 1, …
+    above = np.cumsum(counts[:0:-1])  # how many reach the code STEPS, STEPS − 1, …
     fitting = np.searchsorted(above, most - rows, side="right")
     return max(STEPS + 1 - int(fitting), 1)
 
@@ -56,11 +57,11 @@ def kept(layers: list[Entries], least: int, coarse: bool) -> dict[str, np.ndarra
 
     Args:
         layers: The entries of each layer.
-        least: The smallest code to keep, beside the first of each row.
+        least: The smallest code to keep; the first entry of each row stays anyway.
         coarse: Whether to round the weights to eight bits.
 
     Returns:
-        How many entries each row has, their keys, and their weights as codes.
+        The number of entries of each row, their keys, and their weights as codes.
     """
     counts, keys, weights = [], [], []
     for layer in layers:

@@ -1,8 +1,8 @@
-// Lines from the chosen token to the others, and where in a long text these are.
+// Draws lines from the chosen token to others, and marks their places in a long text.
 
-const MOST_LINES = 24; // of each colour; more are a thicket
+const MOST_LINES = 24; // of each colour; more would be hard to tell apart
 
-// Draws over all sides, so that a line may go from one text to another.
+// Draws above all sides, so that a line may go from one text to another.
 function drawLines(from, found, className) {
   const svg = byId("curves"), origin = svg.getBoundingClientRect();
   const top = (element) => {
@@ -12,9 +12,9 @@ function drawLines(from, found, className) {
   const [x, y] = top(from), parts = document.createDocumentFragment();
   for (const [element, weight] of found.slice(0, MOST_LINES)) {
     const [u, v] = top(element);
-    // What is farther off than a window shows is marked in the strip beside the text.
+    // A token farther off than the window is high has no line, only a mark in the strip.
     if (element === from || Math.abs(v - y) > innerHeight) continue;
-    // The farther apart, the higher the bow, so that lines along one line of text do not meet.
+    // The bow is higher for tokens farther apart, so that lines in a row stay apart.
     const rise = Math.min(12 + 0.12 * Math.hypot(u - x, v - y), 44);
     const path = document.createElementNS(svg.namespaceURI, "path");
     const isSame = element.parentElement === from.parentElement, half = (y + v) / 2;
@@ -28,7 +28,7 @@ function drawLines(from, found, className) {
   svg.append(parts);
 }
 
-// A strip beside a long text: one mark for each token that is coloured.
+// A strip beside a long text, with a mark for each coloured token.
 class Overview {
   constructor(side, onJump) {
     this.side = side;

@@ -1,4 +1,4 @@
-// The map of all layers and heads: a grid of buttons, each with a small picture or a number.
+// The map of all layers and heads: a grid of buttons with a small picture or a number each.
 
 class HeadMap {
   constructor(numbers, onChoose) {
@@ -49,7 +49,7 @@ class HeadMap {
     return cell;
   }
 
-  // One press chooses a head; with a key held, or the box "several" set, it adds one.
+  // A press chooses a head. With a key held down, or "several" checked, it adds a head.
   press(slot, event) {
     const adds = event.ctrlKey || event.metaKey || event.shiftKey || byId("several").checked;
     if (!adds) return this.onChoose([slot]);
@@ -80,7 +80,7 @@ class HeadMap {
     });
   }
 
-  // Fills the cells: with pictures, or with one number each and its share of the largest.
+  // Fills the cells with pictures, or with a number and its share of the largest number.
   draw(mode, pair) {
     const colour = colourOf("base"), none = colourOf("none");
     this.cells.forEach((cell, slot) => {
@@ -96,7 +96,7 @@ class HeadMap {
         return;
       }
       const [share, text, said] = this.amount(mode, slot, pair);
-      if (cell.said === said) return; // most heads have nothing for most pairs
+      if (cell.said === said) return; // most cells stay as they are: most heads have no weight for most pairs
       cell.said = said;
       cell.style.setProperty("--w", shade(share));
       cell.replaceChildren(...(this.size >= 30 && text ? [make("span", { textContent: text })] : []));
@@ -105,7 +105,7 @@ class HeadMap {
     });
   }
 
-  // Of one slot: the share of the largest number, the number in short, and in words.
+  // Gives for one slot the share of the largest number, the number, and a text.
   amount(mode, slot, pair) {
     if (mode === "entropy") {
       const mean = facts.entropy.mean[slot], top = Math.max(...facts.entropy.mean, 1e-9);
@@ -113,7 +113,7 @@ class HeadMap {
       return [(mean / top) ** 2, mean.toFixed(mean < 9.95 ? 1 : 0), spreadOver(mean)];
     }
     if (mode === "received") {
-      // The share of all weight that the key with the most receives.
+      // The share of all weight that goes to the key that receives most.
       const total = facts.received.mean[slot] * facts.S;
       const share = total ? facts.received.top[slot] / total : 0;
       return [share, Math.round(100 * share), `${percent(share)} go to one token`];

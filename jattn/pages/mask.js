@@ -1,21 +1,21 @@
-// The picture of a mask that can be moved and zoomed, and the pair under the pointer in words.
+// A picture of a mask that can be moved and zoomed; a text names the pair at the pointer.
 
-const SMALLEST = 4; // pixels of a block, to draw the pairs in it; else the block
-const LARGEST = 48; // pixels of a pair at the closest
+const SMALLEST = 4; // pixels of a block; a smaller block is drawn without its pairs
+const LARGEST = 48; // pixels of a pair, at most
 
 start((arrays) => {
   const pairs = new Pairs(arrays), canvas = byId("pairs"), paint = canvas.getContext("2d");
   // `scale`: pixels of a pair; `left`, `top`: the key and the query at the corner.
   const view = { scale: 1, left: 0, top: 0, at: null };
   let colours = {}, blocks = null, width = 0, height = 0, ratio = 1, isAsked = false;
-  let gutter = { x: 0, y: 0 }; // where names are, at the left and above
+  let gutter = { x: 0, y: 0 }; // room for names, at the left and above
 
   const smallest = () => Math.min(width / facts.S, height / facts.T);
   const within = (x, low, high) => Math.min(Math.max(x, low), high);
 
   function settle() {
     view.scale = within(view.scale, smallest(), Math.max(LARGEST, smallest()));
-    // What is smaller than the window is in its middle.
+    // A mask smaller than the window is centred.
     const settled = (from, length, room) => {
       const seen = room / view.scale;
       return seen >= length ? (length - seen) / 2 : within(from, 0, length - seen);
@@ -48,14 +48,14 @@ start((arrays) => {
     const [s, t] = [Math.floor(Math.max(left, 0)), Math.floor(Math.max(top, 0))];
     const [S, T] = [Math.min(facts.S, Math.ceil(left + width / scale)), Math.min(facts.T, Math.ceil(top + height / scale))];
     if (scale * Math.min(pairs.rows, pairs.columns) >= SMALLEST) {
-      // Each pair, or of many pairs in one pixel the one in its middle.
+      // Draws each pair; if a pixel has many pairs, draws the one in its middle.
       const step = Math.max(1 / (scale * ratio), 1);
       const chosen = (from, to) => Uint32Array.from({ length: Math.ceil((to - from) / step) }, (_, i) => Math.min(from + (i + 0.5) * step, to - 1));
       const [queries, keys] = [chosen(t, T), chosen(s, S)];
       paint.imageSmoothingEnabled = false;
       paint.drawImage(pairs.pairsPicture(queries, keys, colours), x(s), y(t), keys.length * step * scale, queries.length * step * scale);
     } else {
-      // The picture of blocks ends where the last block would.
+      // The last block may reach beyond the mask, so the picture is clipped.
       paint.imageSmoothingEnabled = scale * pairs.columns < 1;
       paint.save();
       paint.beginPath();
@@ -70,7 +70,7 @@ start((arrays) => {
     paint.restore();
   }
 
-  // Lines between pairs, or between blocks.
+  // Draws lines between pairs, or between blocks.
   function rule(rows, columns, thick) {
     const { scale, left, top } = view;
     paint.fillStyle = `rgb(${colours.paper.join(" ")})`;
@@ -110,7 +110,7 @@ start((arrays) => {
     settle();
   }
 
-  const places = new Map(); // of the fingers or the mouse, while they press
+  const places = new Map(); // of fingers or the mouse, while they are down
   const local = (event) => {
     const box = canvas.getBoundingClientRect();
     return [event.clientX - box.left - gutter.x, event.clientY - box.top - gutter.y];
@@ -128,7 +128,7 @@ start((arrays) => {
     if (!before) return point(...here);
     const others = [...places].filter(([id]) => id !== event.pointerId).map(([, place]) => place);
     places.set(event.pointerId, here);
-    if (others.length) { // two fingers: what is between them stays between them
+    if (others.length) { // two fingers: the pair between them stays between them
       const [x, y] = others[0], apart = ([u, v]) => Math.hypot(u - x, v - y) || 1;
       return zoom(apart(here) / apart(before), (here[0] + x) / 2, (here[1] + y) / 2);
     }
@@ -185,7 +185,7 @@ start((arrays) => {
     const digits = 8 * String(Math.max(facts.T, facts.S)).length + 16;
     const named = facts.tokens ? Math.min(120, 0.24 * innerWidth) : digits;
     gutter = { x: named, y: Math.min(named, 80) };
-    // Of the mask's own shape, as far as there is room, and never so thin that it is lost.
+    // The canvas has the shape of the mask if there is room, and is 200 pixels wide or more.
     const tallest = within(innerHeight - 235, 320, 740) - gutter.y;
     width = Math.min(canvas.parentElement.clientWidth - gutter.x, Math.max(tallest * facts.S / facts.T, 200));
     height = within(width * facts.T / facts.S, Math.min(200, tallest), tallest);

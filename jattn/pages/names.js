@@ -1,11 +1,11 @@
-// The names of queries and keys along the sides of a mask.
+// Writes the names of queries and keys along the sides of a mask.
 
 function nameOf(kind, at) {
   const words = kind === "key" && facts.key_tokens ? facts.key_tokens : facts.tokens;
   return words ? `${words[at]} ${at}` : String(at);
 }
 
-// As many letters of a name as there is room for.
+// Shortens a name to the room that it has.
 function cut(paint, text, room) {
   if (paint.measureText(text).width <= room) return text;
   let letters = [...text].slice(0, 40);
@@ -13,7 +13,7 @@ function cut(paint, text, room) {
   return `${letters.join("")}…`;
 }
 
-// Every which query or key is named: every one, every second, fifth, tenth, …, as they fit.
+// Gives the step from name to name, 1, 2, 5, 10, …: the smallest one that leaves room.
 function stepOf(scale) {
   const steps = [1, 2, 5].flatMap((n) => [...Array(8).keys()].map((power) => n * 10 ** power));
   return Math.min(...steps.filter((n) => n * scale >= 18));

@@ -12,7 +12,7 @@ class Numbers {
     if (arrays.counts) this.index(arrays.counts);
   }
 
-  // Where the weights of each query of each slot begin.
+  // The places where the weights of each query of each slot begin.
   index(counts) {
     this.starts = new Uint32Array(counts.length + 1);
     for (let i = 0; i < counts.length; i++) this.starts[i + 1] = this.starts[i] + counts[i];
@@ -22,7 +22,7 @@ class Numbers {
 
   weightAt(entry) { return (this.arrays.weights[entry] / 65280) ** 2; }
 
-  // The keys that a query attends to in one slot, the strongest first.
+  // Lists the keys that a query attends to in one slot, the strongest first.
   row(slot, query) {
     const at = slot * facts.T + query, found = [];
     for (let i = this.starts[at]; i < this.starts[at + 1]; i++) {
@@ -31,8 +31,8 @@ class Numbers {
     return found;
   }
 
-  // The queries that attend to a key in one slot. The order of all entries by key is made
-  // when a slot is first asked, by counting.
+  // Lists the queries that attend to a key in one slot. The first call for a slot sorts all
+  // its entries by key, by counting.
   column(slot, key) {
     if (!this.columns.has(slot)) this.columns.set(slot, this.byKey(slot));
     const { starts, queries, entries } = this.columns.get(slot), found = [];
@@ -60,7 +60,7 @@ class Numbers {
     return { starts, queries, entries };
   }
 
-  // The mean over several slots of what `list` says of each; the strongest first.
+  // Computes the mean over slots of what `list` gives for each; the strongest first.
   mean(slots, list) {
     const sums = new Map();
     for (const slot of slots) {
@@ -75,7 +75,7 @@ class Numbers {
 
   attendedBy(slots, key) { return this.mean(slots, (slot) => this.column(slot, key)); }
 
-  // The weight of one pair in one slot; null where the page does not have it.
+  // Gives the weight of one pair in one slot; null if the page does not have it.
   weight(slot, query, key) {
     const at = slot * facts.T + query;
     for (let i = this.starts[at]; i < this.starts[at + 1]; i++) {
@@ -84,7 +84,7 @@ class Numbers {
     return facts.complete ? 0 : null;
   }
 
-  // What a key receives, or how far a query spreads, as a mean over slots; NaN if unknown.
+  // Gives what a key receives, or the entropy of a query, as a mean over slots; or NaN.
   of(name, slots, at) {
     const length = name === "received" ? facts.S : facts.T, { top } = facts[name];
     let sum = 0;
@@ -95,7 +95,7 @@ class Numbers {
     return sum / slots.length;
   }
 
-  // The cells of a small picture as shares of one, a mean over slots.
+  // Gives the cells of a small picture as shares from 0 to 1, as a mean over slots.
   picture(slots) {
     const [rows, columns] = facts.cells, size = rows * columns;
     const cells = new Float32Array(size);
@@ -115,12 +115,12 @@ class Numbers {
   }
 }
 
-// Whether there is a text, or only a number for each head.
+// Says whether there is a text, and not only a number for each head.
 const hasText = facts.kind !== "entropy" || facts.T > 1;
 
 const count = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
 
-// A share for reading: 37 %, 4.2 %, 0.03 %.
+// Writes a share for readers: 37 %, 4.2 %, 0.03 %.
 function percent(share) {
   if (Number.isNaN(share)) return "not a number";
   const value = 100 * share;
@@ -128,12 +128,12 @@ function percent(share) {
   return value >= 0.95 ? `${value.toFixed(1)} %` : value >= 0.005 ? `${value.toFixed(2)} %` : "< 0.01 %";
 }
 
-// A number for reading, in three digits; in two where the page has no more.
+// Writes a number for readers in three digits, or two if it is small or rounded.
 function short(number) {
   if (number === null || Number.isNaN(number)) return "not a number";
   const digits = number < 1 || facts.exact === false ? 2 : 3;
   return number >= 99.5 ? String(Math.round(number)) : number.toPrecision(digits);
 }
 
-// How many keys a query spreads over: as many as alike ones of the same entropy.
+// Says over how many keys a query spreads: so many equal weights have the same entropy.
 const spreadOver = (entropy) => `spreads over ${short(Math.exp(entropy))} keys`;

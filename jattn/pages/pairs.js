@@ -1,4 +1,4 @@
-// A mask: its blocks, and the pairs inside the blocks that are neither empty nor full.
+// A mask: its blocks, and the pairs inside its partial blocks, neither empty nor full.
 
 const EMPTY = 0, PARTIAL = 1, FULL = 2;
 
@@ -8,8 +8,8 @@ class Pairs {
     Object.assign(this, { kinds, patterns, rows, columns });
     this.across = Math.ceil(facts.S / columns);
     this.down = Math.ceil(facts.T / rows);
-    this.bytes = Math.ceil(rows * columns / 8); // of a pattern
-    this.pattern = new Uint32Array(kinds.length); // of each block; 0 where there is none
+    this.bytes = Math.ceil(rows * columns / 8); // in a pattern
+    this.pattern = new Uint32Array(kinds.length); // the pattern of each block, or 0
     let next = 0;
     kinds.forEach((kind, i) => { if (kind === PARTIAL) this.pattern[i] = pattern_of[next++]; });
   }
@@ -20,7 +20,7 @@ class Pairs {
 
   kind(query, key) { return this.kinds[this.block(query, key)]; }
 
-  // Whether a query may attend to a key; null where the page does not know.
+  // Says whether a query may attend to a key; null if the page does not know.
   allows(query, key) {
     const block = this.block(query, key), kind = this.kinds[block];
     if (kind !== PARTIAL) return kind === FULL;
@@ -30,7 +30,7 @@ class Pairs {
     return Boolean(this.patterns[(pattern - 1) * this.bytes + (bit >> 3)] & (128 >> (bit & 7)));
   }
 
-  // A picture with one pixel for each block.
+  // Makes a picture with one pixel for each block.
   blocksPicture(colours) {
     const canvas = make("canvas", { width: this.across, height: this.down });
     const image = new ImageData(this.across, this.down);
@@ -40,7 +40,7 @@ class Pairs {
     return canvas;
   }
 
-  // A picture of the pairs at these queries and keys, one pixel each.
+  // Makes a picture of the pairs of these queries and keys, one pixel each.
   pairsPicture(queries, keys, colours) {
     const [height, width] = [queries.length, keys.length];
     const canvas = make("canvas", { width, height }), image = new ImageData(width, height);

@@ -1,9 +1,9 @@
-// What is known of the chosen token, in numbers; of a head where no token is chosen.
+// Shows the numbers of the chosen token, or of the chosen heads if no token is chosen.
 
-const LISTED = 12; // entries of a list; the text has the others in colour
+const LISTED = 12; // entries of a list; the text shows the others by colour
 
 class Panel {
-  // `words` gives the token of a query or key; `onOther(place, isPressed)` a second token.
+  // `words` has the tokens of queries and keys; `onOther(place, isPressed)` a second one.
   constructor(numbers, words, onOther) {
     Object.assign(this, { numbers, words, onOther, box: byId("panel") });
   }
@@ -14,7 +14,7 @@ class Panel {
     return word;
   }
 
-  // A list of tokens with a bar and a number each. `total` is the number of full length.
+  // Makes a list of tokens with a bar and a number each; a full bar stands for `total`.
   list(kind, found, colour, amount, total) {
     const items = found.slice(0, LISTED).map(([at, weight]) => {
       const bar = make("b", { className: `${colour}-colour` });
@@ -40,7 +40,7 @@ class Panel {
 
   note(text) { return make("p", { className: "note", textContent: text }); }
 
-  // Of the chosen heads: their picture, and which tokens receive most.
+  // Shows the picture of the chosen heads, and the tokens that receive most.
   showHeads(slots) {
     const parts = [];
     this.box.classList.add("idle");
@@ -68,7 +68,7 @@ class Panel {
     return [this.heading(label, "base"), ...this.list(kind, listed, "base", short, listed[0][1])];
   }
 
-  // The weights of the chosen heads in cells: a row for some queries, a column for some keys.
+  // Draws the weights of the chosen heads in cells of some queries by some keys.
   picture(slots) {
     const canvas = make("canvas"), [rows, columns] = facts.cells;
     const colours = [colourOf("base"), colourOf("none")];
@@ -85,13 +85,13 @@ class Panel {
     return [box, this.note(`Queries downwards, keys across.${size}`)];
   }
 
-  // Of a token: what it attends to, what attends to it, and both sums.
+  // Shows what a token attends to, what attends to it, and both sums.
   showToken({ kind, at }, slots, out, into, isPinned) {
     this.box.classList.remove("idle");
     const words = this.words[kind === "key" ? "key" : "query"];
     const name = make("p", { className: "name", textContent: spoken(words[at]) });
     name.append(make("small", { className: "note", textContent: `  token ${at}` }));
-    // It has room for what `showPair` writes, so that nothing below it moves then.
+    // Leaves room for what `showPair` writes, so that nothing below it moves.
     this.pair = make("div", { className: "pair" });
     const lists = make("div", { className: "lists" });
     if (kind !== "key") lists.append(make("div", {}, ...this.outgoing(at, slots, out)));
@@ -125,7 +125,7 @@ class Panel {
     return [...parts, this.note(sum)];
   }
 
-  // Of two tokens: how much one attends to the other in the chosen heads, and in which most.
+  // Shows how much one token attends to another in the chosen heads, and where most.
   showPair(pair, slots) {
     if (!pair) {
       this.pair.replaceChildren(this.note("Point at a second token, or choose one from a list, to compare all heads."));

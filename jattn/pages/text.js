@@ -1,15 +1,15 @@
-// The tokens as a text. Of the same tokens as queries and keys there is one text; else two.
+// Shows the tokens as a text: one if queries and keys have the same tokens, otherwise two.
 
-const MARKS = /^[ \u0120\u2581]+/; // a space, and what tokenizers write for one
+const MARKS = /^[ \u0120\u2581]+/; // a space, and the signs that tokenizers write for it
 const NEWLINE = /^[\n\u010a]+$/;
 
-// Whether the tokens are pieces of a text, which have their spaces in them, or words.
+// Says whether tokens are pieces of a text, which contain its spaces, and not words.
 const arePieces = (tokens) => tokens.some((token) => MARKS.test(token) || /\s$|\u010a/.test(token));
 
-// What to write for a token, and whether a gap comes before it or a line ends after it.
+// Gives the text of a token, and whether a gap comes before it or a line ends after it.
 function written(token, isPieces) {
   if (NEWLINE.test(token)) return { text: "⏎", gap: false, ends: true, sign: true };
-  const gap = isPieces ? MARKS.test(token) : !token.startsWith("##"); // BERT's pieces
+  const gap = isPieces ? MARKS.test(token) : !token.startsWith("##"); // BERT marks a piece inside a word by ##
   let text = isPieces ? token.replace(MARKS, "") : token;
   const escaped = (x) => x === "\n" ? "⏎" : `\\x${x.codePointAt(0).toString(16).padStart(2, "0")}`;
   text = text.replace(/[\u0000-\u001f\u007f-\u009f]/g, escaped);
@@ -17,7 +17,7 @@ function written(token, isPieces) {
   return { text, gap, ends: isPieces && token.endsWith("\n"), sign: false };
 }
 
-// A token in a list or a sentence: quoted where it is no number of its own place.
+// Gives the text of a token in a list or a sentence.
 const spoken = (token) => written(token, true).text;
 
 class Side {
@@ -48,7 +48,7 @@ class Side {
     return element;
   }
 
-  // Tells `onLook(place, isPressed)` where the pointer or the keyboard is; null: nowhere.
+  // Tells `onLook(place, isPressed)` where the pointer or the keyboard is; null if nowhere.
   listen(onLook) {
     const place = (event) => {
       const element = event.target.closest && event.target.closest(".token");
@@ -95,7 +95,7 @@ class Side {
     }
   }
 
-  // The token on the next line, or the one before, that is nearest in it.
+  // Gives the nearest token on the next line, or on the line before.
   above(step) {
     const here = this.elements[this.at], middle = here.offsetLeft + here.offsetWidth / 2;
     let best = this.at, line = null, nearest = Infinity;
@@ -110,7 +110,7 @@ class Side {
     return best;
   }
 
-  // Where the keyboard is.
+  // Gives the place of the keyboard.
   mark(at) {
     if (this.marked) this.marked.classList.remove("current");
     this.marked = at === null ? null : this.elements[at];

@@ -1,4 +1,4 @@
-// Light or dark: as the system has it, until the switch is pressed.
+// Chooses light or dark: as in the system, until the user presses the switch.
 
 const systemDark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -7,7 +7,7 @@ function isDark() {
   return chosen ? chosen === "dark" : systemDark.matches;
 }
 
-// Calls `onChange` after each change, for what is drawn and not styled.
+// Calls `onChange` after each change, to draw again what has no style, such as a canvas.
 function startTheme(onChange) {
   const button = byId("theme");
   const show = () => {
@@ -17,7 +17,7 @@ function startTheme(onChange) {
     button.title = button.getAttribute("aria-label");
     onChange();
   };
-  try { // a frame of a notebook has no storage
+  try { // a notebook's frame has no storage
     const kept = localStorage.getItem("jattn-theme");
     if (kept) document.documentElement.dataset.theme = kept;
   } catch { /* nothing is remembered */ }
@@ -31,7 +31,7 @@ function startTheme(onChange) {
   show();
 }
 
-// A colour of the style as [red, green, blue]: a canvas cannot read the style's names.
+// Gives a colour of the style as [red, green, blue], as a canvas cannot use its names.
 function colourOf(name) {
   if (!colourOf.known.has(name)) colourOf.known.set(name, readColour(name));
   return colourOf.known.get(name);

@@ -1,10 +1,10 @@
 "use strict";
-// What the page is told, and its numbers: planes of bytes, deflated, in base 64.
+// The facts of the page, and its numbers: planes of bytes, deflated, in base 64.
 
 const facts = JSON.parse(document.getElementById("facts").textContent);
 const byId = (name) => document.getElementById(name);
 
-// Makes an element: its kind, its properties, what is inside. Text is set as text.
+// Makes an element of a kind, with properties and children. Text is never read as HTML.
 function make(kind, properties = {}, ...inside) {
   const element = document.createElement(kind);
   for (const [name, value] of Object.entries(properties)) {
@@ -22,7 +22,7 @@ async function inflated(letters) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-// An array from its planes: the lowest bytes of all numbers, then their second bytes, ….
+// Makes an array from its planes: the lowest bytes of all numbers, the second bytes, ….
 function joined(bytes, [start, length, planes]) {
   if (planes === 1) return bytes.subarray(start, start + length);
   const array = planes === 2 ? new Uint16Array(length) : new Uint32Array(length);
@@ -38,12 +38,12 @@ async function unpacked() {
     throw new Error("This browser is too old for this page: it has no DecompressionStream.");
   }
   const bytes = await inflated(byId("numbers").textContent);
-  byId("numbers").remove(); // up to ten megabytes that nobody reads again
+  byId("numbers").remove(); // frees up to ten megabytes, which are not needed again
   const named = Object.entries(facts.arrays).map(([name, at]) => [name, joined(bytes, at)]);
   return Object.fromEntries(named);
 }
 
-// Starts a page, and says on it what went wrong if anything does.
+// Starts a page; if that fails, the page shows the error.
 async function start(run) {
   byId("title").textContent = facts.title;
   try {
@@ -55,7 +55,7 @@ async function start(run) {
   }
 }
 
-// A group of buttons of which one is on: a tab stop, then arrow keys.
+// Makes a group of buttons with one of them on: one tab stop, then arrow keys.
 function choice(group, names, onChoice) {
   const buttons = Object.entries(names).map(([value, label]) =>
     make("button", { type: "button", role: "radio", textContent: label, value }));

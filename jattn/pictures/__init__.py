@@ -2,6 +2,6 @@
 
 `numbers`       masks and weights as small arrays
 `panels`        empty panels for pictures
-`colours`       colours in them, and what they mean
+`colours`       colours in panels, and what they mean
 `words`         a text as a picture
 """

@@ -12,19 +12,19 @@ __all__ = ["add_scale", "colours", "ink", "paint"]
 
 
 def colours() -> Colormap:
-    """From next to white to dark; what is not a number is grey."""
+    """Gives the colours, from almost white to dark; NaN is grey."""
     return matplotlib.colormaps["BuPu"].with_extremes(bad="#9a9a9a")
 
 
 def ink(share: float) -> str:
-    """The colour of letters on a colour that stands for a share of the top."""
+    """Gives the colour of letters that can be read on the colour of a share of the top."""
     return "white" if share > 0.5 else INK
 
 
 def paint(
     figure: Figure, axes: list[Axes], drawn: np.ndarray, top: float, label: str, *, numbers
 ) -> None:
-    """Fills one panel after the other with colours from 0 to `top`, and says so.
+    """Fills each panel with colours from 0 to `top`, and adds a bar that explains them.
 
     `numbers` says whether to write each number into its cell.
     """
@@ -38,16 +38,16 @@ def paint(
 
 
 def add_scale(bar, label: str, size: float) -> None:
-    """Says what the colours of a bar mean."""
+    """Labels the bar that explains the colours."""
     bar.set_label(label, color=INK, fontsize=size)
     bar.ax.tick_params(colors=INK, labelsize=0.85 * size)
     bar.outline.set(edgecolor=INK, linewidth=0.5)
 
 
 def _write_numbers(axis: Axes, panel: np.ndarray, top: float) -> None:
-    """Writes each number that is not next to nothing into its cell."""
+    """Writes each number into its cell, unless it would round to .00."""
     for (row, column), number in np.ndenumerate(panel):
-        if number >= 0.005:
+        if number >= 0.005:  # rounds to .01; from 9.995 on there is no room for decimals
             text = f"{number:.2f}".removeprefix("0") if number < 9.995 else f"{number:.0f}"
             style = {"color": ink(number / top), "fontsize": 7}
             axis.text(column, row, text, ha="center", va="center", **style)

@@ -1,12 +1,12 @@
 """What a picture of a mask or of weights shows, as small arrays and as text.
 
-A mask over T queries and S keys is drawn in blocks of pairs, each of them one of three:
+A mask over T queries and S keys is drawn in blocks of pairs. Each block is one of three:
 
     █ FULL      every pair of the block may attend
     ░ PARTIAL   some may
     · EMPTY     none may
 
-With blocks of one pair nothing is partial, and the picture is the mask itself.
+If a block is a single pair, it is never partial, and the picture is the mask itself.
 """
 
 import math
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _GLYPHS = "·░█"
-_PAIRS_AT_ONCE = 2**24  # what `cells` holds of a mask, so that any length can be drawn
+_PAIRS_AT_ONCE = 2**24  # pairs in memory at a time, so that `cells` draws any length
 
 
 def allowed(mask, length: int, key_length: int | None = None, *, rows=None) -> np.ndarray:
@@ -64,17 +64,17 @@ def allowed(mask, length: int, key_length: int | None = None, *, rows=None) -> n
 def cells(mask, length: int, key_length: int, block: tuple[int, int]) -> np.ndarray:
     """Classifies each block of a mask: EMPTY, PARTIAL or FULL.
 
-    Every pair is asked; of a `jattn.BlockTable` only what it says of its first example and
-    head.
+    Every pair is evaluated. For a `jattn.BlockTable` no pair is; the kinds of its first
+    example and head are used.
 
     Args:
         mask: What `jattn.attention` takes as `mask`.
         length: The number of queries, T, at least 1.
         key_length: The number of keys, S, at least 1.
-        block: How many queries and how many keys a block holds; those at the end less.
+        block: The number of queries and of keys in a block; the last ones may have fewer.
 
     Returns:
-        Small integers, one row for each block of queries, one column for each of keys.
+        Small integers: a row for each block of queries, a column for each block of keys.
 
     Raises:
         ValueError: If the mask does not fit these lengths.
@@ -87,7 +87,8 @@ def cells(mask, length: int, key_length: int, block: tuple[int, int]) -> np.ndar
     strips = []
     for start in range(0, length, step):
         chosen = np.arange(start, start + step)
-        # Repeating the last row changes no block, and equal strips compile once.
+        # The last strip repeats the last row: that changes no block, and strips of equal
+        # size compile once.
         strip = allowed(mask, length, key_length, rows=chosen.clip(max=length - 1))
         some = _over_blocks(np.logical_or, strip, block)
         every = _over_blocks(np.logical_and, strip, block)
@@ -103,18 +104,18 @@ def _table_cells(table: BlockTable, lengths, block) -> np.ndarray:
 
 
 def pool(weights: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """Weights `…TS` in blocks: the mean over its queries of the sum over its keys.
+    """Pools weights `…TS` into blocks: sums over keys, then takes the mean over queries.
 
-    A row still adds up to what the rows of weights do on average.
+    So a row of blocks has the same sum as the rows of weights have on average.
     """
     sums = np.add.reduceat(weights, np.arange(0, weights.shape[-1], block[1]), axis=-1)
     starts = np.arange(0, weights.shape[-2], block[0])
-    counts = np.diff(starts, append=weights.shape[-2])
+    counts = np.diff(starts, append=weights.shape[-2])  # the last block may have fewer
     return np.add.reduceat(sums, starts, axis=-2) / counts[:, None]
 
 
 def by_layer(entropies) -> np.ndarray:
-    """The mean entropy of each head, one row per layer; NaN where a layer has fewer heads.
+    """Computes the mean entropy of each head, a row per layer; missing heads are NaN.
 
     Raises:
         ValueError: If there is no layer, or one has no head or query.
@@ -132,7 +133,7 @@ def by_layer(entropies) -> np.ndarray:
 
 
 def shown_of(where: str, weights, query_tokens, key_tokens, heads):
-    """The weights to draw, panel after panel, their names, and what rows and columns are.
+    """Gives the weights to draw for each panel, the panels' names, and both sides' tokens.
 
     Raises:
         ValueError: If `weights` is not BNTS, NTS or TS, or tokens or heads do not fit it.
@@ -156,7 +157,7 @@ def shown_of(where: str, weights, query_tokens, key_tokens, heads):
 
 
 def heads_of(where: str, received, tokens, heads) -> tuple[np.ndarray, list[str]]:
-    """What the keys of one example receive, a row for each chosen head; and their names.
+    """Gives what the keys of one example receive, a row for each chosen head; and names.
 
     Raises:
         ValueError: If `received` is not SN or S, or tokens or heads do not fit it.
@@ -175,13 +176,13 @@ def heads_of(where: str, received, tokens, heads) -> tuple[np.ndarray, list[str]
 
 
 def printable(token, most: int) -> str:
-    """A token in letters that can be seen, and at most so many of them."""
+    """Writes a token in visible characters, `most` of them at most."""
     token = "".join(x if x.isprintable() else repr(x)[1:-1] for x in str(token))
     return token if len(token) <= most else token[: most - 1] + "…"
 
 
 def bar(share: float, width: int) -> str:
-    """A bar of eighths of a character, `share` of the width long."""
+    """Draws a bar in steps of an eighth of a character; it fills `share` of `width`."""
     eighths = round(8 * width * min(max(share, 0.0), 1.0))
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
@@ -189,12 +190,13 @@ def bar(share: float, width: int) -> str:
 def grid(cells: np.ndarray, block: tuple[int, int], width: int) -> list[str]:
     """Draws classified blocks as lines of text, numbered by their first query and key.
 
-    Blocks are two characters wide, about as wide as high, where that fits into `width`.
+    A block is two characters wide, which is about its height, if that fits into `width`.
     """
     height, columns = cells.shape
     margin = len(str((height - 1) * block[0])) + 1
     repeat = 2 if margin + 2 * columns <= width else 1
     longest = len(str((columns - 1) * block[1]))
+    # From mark to mark there is room for the longest number.
     step = next(step for step in (5, 10, 20) if step * repeat > longest)
     marks = range(0, columns, step)
     ruler = "".join(str(column * block[1]).ljust(step * repeat) for column in marks)

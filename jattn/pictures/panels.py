@@ -1,6 +1,6 @@
 """Empty panels for pictures: labelled sides, and a figure large enough for all letters.
 
-Every colour is set here, so that a picture looks the same whatever the user's defaults.
+Every colour is set here, so that a picture looks the same whatever the user's defaults are.
 """
 
 import math
@@ -18,14 +18,14 @@ __all__ = ["INK", "Side", "kinds", "panels", "side", "wrap"]
 
 INK = "#222222"
 _PALE = "#6b6b6b"
-_LETTER = 0.62 / 72  # inches that a letter is wide, for each point of its size
-_MOST_LETTERS = 16  # of a token
-_MOST_NUMBERS = 12  # of a side without tokens
-_ACROSS = 4
+_LETTER = 0.62 / 72  # width of a letter in inches, for each point of its size
+_MOST_LETTERS = 16  # of a token, so that labels leave room for the panel
+_MOST_NUMBERS = 12  # labels of a side without tokens, so that they do not overlap
+_ACROSS = 4  # panels side by side, unless the caller says otherwise
 
 
 class Side(NamedTuple):
-    """The rows or the columns of a panel: how many cells, and what is written where."""
+    """The rows or the columns of a panel: their number and their labels."""
 
     cells: int
     step: int  # from one labelled cell to the next
@@ -33,12 +33,12 @@ class Side(NamedTuple):
 
     @property
     def places(self) -> range:
-        """The cells that are labelled."""
+        """Gives the cells that have a label."""
         return range(0, self.cells, self.step)
 
 
 def side(tokens: Sequence[str] | None, length: int, block: int) -> Side:
-    """Labels each cell if cells are tokens or few, and otherwise every so many."""
+    """Labels each cell if cells are tokens or few, else one cell in every few."""
     cells = math.ceil(length / block)
     step = 1
     if tokens is None or block > 1:
@@ -68,13 +68,13 @@ def panels(
 
     Args:
         names: What to write above each panel.
-        rows: The queries, or what else goes downwards.
-        columns: The keys, or what else goes to the right.
-        title: What to write above all.
-        note: What to write below all.
+        rows: The queries, or whatever else the rows are.
+        columns: The keys, or whatever else the columns are.
+        title: The text above all panels.
+        note: The text below all panels.
         across: How many panels stand side by side.
-        below: Inches to leave for what else is to stand below.
-        sides: What rows and columns are called.
+        below: Inches to leave free below the panels.
+        sides: The names of rows and columns.
 
     Returns:
         The figure and its panels.
@@ -104,20 +104,20 @@ def panels(
 
 
 def kinds() -> list[str]:
-    """The endings of the files that a figure can be saved to."""
+    """Lists the file endings that matplotlib can save a figure to."""
     return sorted(Figure().canvas.get_supported_filetypes())
 
 
 class _Plan(NamedTuple):
-    """Where everything goes, in inches."""
+    """The layout of a figure; lengths are in inches."""
 
     size: tuple[float, float]  # of the figure
     across: int
     down: int
-    apart: tuple[float, float]  # the labels of rows, and those of columns
-    is_square: bool  # each cell
-    is_turned: bool  # each label of a column
-    zoom: float  # of letters that a slide must not lose
+    apart: tuple[float, float]  # distances between labels of rows, and of columns
+    is_square: bool  # whether each cell is
+    is_turned: bool  # whether the labels of columns are turned by 90°
+    zoom: float  # of titles: they grow with the figure, to be legible when it is shrunk
     title: str
     title_height: float
     note: str
@@ -125,7 +125,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(names, rows: Side, columns: Side, title, note, across, below) -> _Plan:
-    """Gives each label, title and panel its room."""
+    """Computes the room of each label, title and panel."""
     cell = _cell(rows, columns)
     width, height = max(columns.cells * cell, 1.2), max(rows.cells * cell, 0.8)
     cells = height / rows.cells, width / columns.cells
@@ -135,7 +135,7 @@ def _plan(names, rows: Side, columns: Side, title, note, across, below) -> _Plan
     across = min(len(names), across)
     down = math.ceil(len(names) / across)
     total = max(across * (width + 0.15) + left + 1.3, 4.6)  # a legend is so wide
-    zoom = max(1.0, total / 14)
+    zoom = max(1.0, total / 14)  # a figure of up to 14 inches keeps its letters
     title, note = wrap(title, 13 * zoom, total), wrap(note, 9 * zoom, total)
     title_height = zoom * 0.24 * len(title.splitlines()) + 0.06
     note_height = zoom * 0.17 * len(note.splitlines()) + 0.06
@@ -157,24 +157,24 @@ def _plan(names, rows: Side, columns: Side, title, note, across, below) -> _Plan
 
 
 def _cell(rows: Side, columns: Side) -> float:
-    """How large a cell is: room for the letters of its label, if each has one."""
+    """Chooses the size of a cell: large enough for its label, if each cell has one."""
     cells = max(rows.cells, columns.cells)
     least = 0.11 if min(rows.step, columns.step) == 1 else 0.0
     return min(max(3.6 / cells, least), 0.42)
 
 
 def _points(inches: float) -> float:
-    """The size of letters for labels that are so far apart."""
+    """Chooses the size of letters in points, for labels that are so far apart."""
     return min(0.85 * 72 * inches, 10.0)
 
 
 def _depth(side: Side, inches: float) -> float:
-    """How far the longest label reaches."""
+    """Computes the length of the longest label in inches."""
     return max(map(len, side.labels)) * _points(inches) * _LETTER + 0.1
 
 
 def _label(axis: Axes, rows: Side, columns: Side, plan: _Plan) -> None:
-    """Writes the labels, as they are: no token is taken for a formula."""
+    """Writes the labels as plain text: a `$` in a token starts no formula."""
     axis.xaxis.tick_top()
     axis.xaxis.set_label_position("top")
     axis.set_xticks(columns.places, columns.labels, rotation=90 if plan.is_turned else 0)
@@ -187,10 +187,10 @@ def _label(axis: Axes, rows: Side, columns: Side, plan: _Plan) -> None:
 
 
 def _write(figure: Figure, plan: _Plan) -> None:
-    """Writes what stands above and below all panels, and keeps these from it."""
+    """Writes title and note, and keeps the panels out of their place."""
     inch = 1 / plan.size[1]
     below, above = plan.note_height * inch, plan.title_height * inch
-    # Left to itself, a compressed layout moves these texts and the panels into each other.
+    # Without this rectangle, a compressed layout lets texts and panels overlap.
     engine = figure.get_layout_engine()
     assert isinstance(engine, ConstrainedLayoutEngine)
     engine.set(rect=(0, below, 1, 1 - below - above))
@@ -203,5 +203,5 @@ def _write(figure: Figure, plan: _Plan) -> None:
 
 
 def wrap(text: str, size: float, inches: float) -> str:
-    """The text in as many lines as it takes."""
+    """Breaks the text into lines that fit the width."""
     return textwrap.fill(text, max(int(inches / (size * _LETTER)), 10))

@@ -1,4 +1,4 @@
-"""A text as a picture, each word on the colour of what it receives."""
+"""A text as a picture, in which a word's background shows what the word receives."""
 
 import math
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from jattn.pictures.panels import INK, panels, side, wrap
 
 __all__ = ["received"]
 
-_POINTS = 10
-_LETTER = 0.602 * _POINTS / 72  # inches that a letter is wide: all are
-_LINE, _GAP = 0.25, 0.2  # inches from line to line, and more from head to head
-_ACROSS = 96  # letters to a line
-_MOST_LETTERS = 24  # of a token
-_MOST_LINES = 120  # of all heads
-_MOST_CELLS = 64
+_POINTS = 10  # size of the letters
+_LETTER = 0.602 * _POINTS / 72  # width in inches of each letter, as the font is monospace
+_LINE, _GAP = 0.25, 0.2  # inches from line to line, and in addition between heads
+_ACROSS = 96  # letters in a line
+_MOST_LETTERS = 24  # of a token; the rest is cut off
+_MOST_LINES = 120  # of all heads; a longer text is drawn as cells
+_MOST_CELLS = 64  # in a row; more keys are pooled
 
 
 class _Word(NamedTuple):
@@ -42,17 +42,17 @@ def received(
 ) -> Figure:
     """Draws the attention that each token of a text receives.
 
-    The text is written out once for each head, each token on the colour of what it
-    receives. Without tokens, or where they would take more than 120 lines, heads are rows
-    of cells instead; more than 64 keys are then pooled into blocks, which shows their
-    mean and which the picture says.
+    The text is written once for each head, and the background of each token shows what the
+    token receives. Without tokens, or if the text would take more than 120 lines, each head
+    is a row of cells instead. More than 64 keys are then pooled into blocks; a block shows
+    the mean of its keys, and a note below the picture says so.
 
     Args:
         received: As from `jattn.attention_received` for one example, `SN`; or averaged
             over heads, `S`.
-        tokens: What the keys are called, S of them.
+        tokens: The names of the keys, S of them.
         heads: Indices of the heads to draw; all by default.
-        title: What to write above.
+        title: The text above the picture.
 
     Returns:
         The figure.
@@ -113,7 +113,7 @@ def _write(words, lines, drawn, names, top, title) -> Figure:
 
 
 def _add_bar(figure, palette, top, size, above) -> None:
-    """Says what the colours mean, at the right."""
+    """Adds a bar at the right that explains the colours."""
     width, height = size
     tall = min(height - above - 0.25, 3.0)
     place = ((width - 0.85) / width, (height - above - 0.1 - tall) / height)

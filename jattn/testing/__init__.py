@@ -1,4 +1,4 @@
-"""Named cases, and the checks that every implementation passes on each of them.
+"""Named cases, and the checks that every implementation passes on each case.
 
 `makers`        makers of inputs
 `cases`         inputs and options of calls that have a name

@@ -1,4 +1,4 @@
-"""Named cases: inputs and options of a call, each special in its own way."""
+"""Named cases: inputs and options of calls, each with one special feature."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,17 +21,17 @@ SMALL = Sizes(batch=(2,), T=7, S=7, N=4, K=2, H=8, D=8)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """Inputs and options of a call that has a name.
+    """Inputs and options of a call, under a name.
 
     Attributes:
-        name: What is special about it.
-        options: The keyword arguments of `attention`, from the inputs.
+        name: What is special about the case.
+        options: Makes the keyword arguments of `attention` from the inputs.
         extra: Further inputs besides query, key and value: functions of the sizes and of a
             NumPy generator.
-        sizes: Of the inputs, unless others are asked for.
-        adjust: Changes the inputs, where the case is about their values.
-        smooth: Whether finite differences can be taken of it: no infinite inputs, and no
-            logits so large that a step changes everything.
+        sizes: The sizes of the inputs, unless the caller gives others.
+        adjust: Changes the inputs, for cases about special values.
+        smooth: Whether finite differences can check the case. It needs finite inputs, and
+            logits small enough that a small step changes the weights little.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Case:
 
 
 def random_inputs(case: Case, dtype="float32", *, sizes=None, seed: int = 0) -> Inputs:
-    """The case's inputs by name: normal numbers, rounded to `dtype` where floating."""
+    """Makes the inputs of a case by name: normal numbers; floating ones in `dtype`."""
     sizes = case.sizes if sizes is None else sizes
     rng = np.random.default_rng(seed)
     inputs: Inputs = {
@@ -61,7 +61,7 @@ def random_inputs(case: Case, dtype="float32", *, sizes=None, seed: int = 0) -> 
 
 
 def cast(x, dtype):
-    """Makes an array, of another dtype if it is floating."""
+    """Makes an array; a floating one is converted to `dtype`."""
     x = np.asarray(x)
     floating = np.issubdtype(x.dtype, np.floating) or x.dtype.name == "bfloat16"
     return jnp.asarray(x.astype(jnp.dtype(dtype)) if floating else x)
@@ -72,7 +72,7 @@ def _dropout(x):
 
 
 def _captured(x):
-    """A user's lambda over arrays that it closes over, two of them floating."""
+    """Makes a modifier as a user would: a function that captures two floating arrays."""
     heat, decay = x["heat"], x["decay"]
 
     def bend(logit, b, n, t, s):
@@ -90,7 +90,7 @@ def _documents(x):
 
 
 def _case(name, options=lambda inputs: {}, *, extra=None, **different):
-    """A case from functions, and from the sizes and fields in which it differs."""
+    """Makes a case from its functions, and the sizes and fields that are not default."""
     letters = {field.name for field in dataclasses.fields(Sizes)}
     sizes = {letter: different.pop(letter) for letter in letters & set(different)}
     return Case(
@@ -99,6 +99,7 @@ def _case(name, options=lambda inputs: {}, *, extra=None, **different):
 
 
 def _large(inputs: Inputs) -> Inputs:
+    # Logits of some thousands: exp(logit) alone would overflow float32.
     return inputs | {"query": inputs["query"] * 5e3}
 
 

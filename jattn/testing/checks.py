@@ -1,10 +1,11 @@
 """Checks that every implementation passes on each case.
 
-Who writes a kernel runs `assert_matches_definition` and `check_gradients` over
-`CASES` with a function of the signature of `jattn.attention_state`. The judge is
-`jattn.definition` in float64, and no check has a tolerance of its own: an error may be at
-most `budget` times that of the definition computed in the same dtype, or times what moving
-the inputs by a rounding changes, and two units in the last place of the largest number.
+The author of a kernel runs `assert_matches_definition` and `check_gradients` over `CASES`,
+with a function of the signature of `jattn.attention_state`. The reference is
+`jattn.definition` in float64, and no check has a tolerance of its own. The allowed error is
+`budget` times the error of the definition in the same dtype, plus two units in the last
+place of the largest number. The error of the definition counts as at least the change that
+one rounding of the inputs causes.
 """
 
 from collections.abc import Callable
@@ -19,15 +20,16 @@ from jattn.testing.cases import Case, Inputs, cast, random_inputs
 
 
 def derivatives(case: Case, attention_state: Callable, inputs: Inputs, seed: int = 0):
-    """Output, logsumexp, and the derivatives of a case, by name.
+    """Computes output, logsumexp, and the derivatives of a case, by name.
 
-    The gradient is that of Σ output · a + Σ logsumexp · b with random a and b, for each
-    floating input; the tangents are along one random direction in all of them.
+    The gradients are those of Σ output · a + Σ logsumexp · b with random a and b, by each
+    floating input. The tangents are along one random direction in all floating inputs.
     """
     floating = {name: x for name, x in inputs.items() if _is_floating(x)}
 
     def state(floating):
         output, logsumexp = case.call(attention_state, inputs | floating)
+        # An empty row has logsumexp −∞, which would make each sum −∞; it counts as 0.
         return output, jnp.where(logsumexp == -jnp.inf, 0, logsumexp)
 
     rng = np.random.default_rng(seed + 1)
@@ -43,14 +45,15 @@ def derivatives(case: Case, attention_state: Callable, inputs: Inputs, seed: int
 def errors(
     case: Case, attention_state: Callable, dtype="float32", *, sizes=None, seed: int = 0
 ) -> dict:
-    """Largest errors against the definition in float64, by name.
+    """Computes the largest errors against the definition in float64, by name.
 
     Returns:
         For the output, the logsumexp and each derivative: the error of the function, the
-        error of the definition in the same dtype, and the largest magnitude. The latter
-        error may be small by luck, so it is no less than what moving the inputs by a
-        rounding of float32 changes, and the largest, relative to the magnitude, for a
-        few seeds. In float64 it is that in float32, scaled by their precisions.
+        error of the definition in the same dtype, and the largest magnitude. The
+        definition's own error can be tiny by luck. We take its largest over four seeds,
+        relative to the magnitude, and at least the change caused by one float32 rounding
+        of the inputs. In float64 it is the error in float32, scaled by the ratio of the
+        two precisions.
     """
     got, exact = _with_exact(case, attention_state, dtype, sizes, seed)
     near_dtype = "float32" if dtype == "float64" else dtype
@@ -62,7 +65,7 @@ def errors(
         moved = _moved_exact(case, near_dtype, sizes, near_seed)
         for name, x in near_exact.items():
             error = max(_distance(near[name], x), _distance(moved[name], x))
-            relative = shrink * error / max(_largest(x), 1e-30)
+            relative = shrink * error / max(_largest(x), 1e-30)  # 1e-30: never 0 / 0
             baseline[name] = max(baseline[name], relative)
     for name, x in exact.items():
         want = x.dtype if dtype == "float64" else near[name].dtype
@@ -78,7 +81,7 @@ def errors(
 
 
 def _with_exact(case, attention_state, dtype, sizes, seed):
-    """A function's results, and the definition's in float64 of the same inputs."""
+    """Computes the results of a function, and of the definition in float64."""
     inputs = random_inputs(case, dtype, sizes=sizes, seed=seed)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: cast(np.asarray(x), "float64"), inputs)
@@ -87,10 +90,10 @@ def _with_exact(case, attention_state, dtype, sizes, seed):
 
 
 def _moved_exact(case, dtype, sizes, seed):
-    """The definition in float64, of inputs moved by a rounding of float32.
+    """Computes the definition in float64 on inputs moved by one rounding of float32.
 
-    No implementation can be asked for more than to be exact for inputs as near as that:
-    where logits are large or sums cancel, the definition may be better by luck alone.
+    No implementation can do better than the exact result for inputs so near. Where logits
+    are large or sums cancel, the definition in the same dtype may be better by luck.
     """
     rng, eps = np.random.default_rng(seed), float(jnp.finfo("float32").eps)
     inputs = random_inputs(case, dtype, sizes=sizes, seed=seed)
@@ -125,11 +128,11 @@ def assert_matches_definition(
     Args:
         attention_state: A function of the signature of `jattn.attention_state`.
         case: One of `CASES`, or your own.
-        dtype: Of the inputs.
+        dtype: The dtype of the inputs.
         budget: How many times the definition's error in the same dtype is allowed, plus
             two units in the last place of the largest number.
-        sizes: Other sizes than the case's own.
-        seed: Of the inputs.
+        sizes: Sizes in place of the case's own.
+        seed: The seed of the inputs.
 
     Raises:
         AssertionError: Naming the case, what differs, and by how much.
@@ -137,6 +140,7 @@ def assert_matches_definition(
     found = errors(case, attention_state, dtype, sizes=sizes, seed=seed)
     for name, (error, baseline, largest) in found.items():
         wide = name in ("logsumexp", "d_logsumexp") and jnp.finfo(dtype).bits < 32
+        # The logsumexp is in float32 at least, also for narrow inputs.
         allowed = budget * baseline
         allowed += 2 * float(jnp.finfo("float32" if wide else dtype).eps) * largest
         if not error <= allowed:
@@ -150,17 +154,17 @@ def assert_matches_definition(
 def check_gradients(
     attention_state: Callable, case: Case, *, sizes=None, seed: int = 0
 ) -> None:
-    """Asserts, in float64, that derivatives are right: by differences and by definition.
+    """Asserts in float64 that derivatives are right.
 
-    Gradients of the first and second order are compared with finite differences along a
-    random direction; each element of each first derivative with the definition's; and
-    all must be finite, empty rows or not. An error of 0.1 % does not pass.
+    Each element of each first derivative is compared with the definition's. Gradients of
+    first and second order are compared with finite differences along a random direction.
+    All must be finite, even where rows are empty. An error of 0.1 % fails the check.
 
     Args:
         attention_state: A function of the signature of `jattn.attention_state`.
         case: One of `CASES`, or your own.
-        sizes: Other sizes than the case's own; small ones.
-        seed: Of the inputs.
+        sizes: Small sizes in place of the case's own.
+        seed: The seed of the inputs.
 
     Raises:
         AssertionError: Naming the case and what differs.
@@ -180,6 +184,7 @@ def check_gradients(
         def scalar(floating):
             output, logsumexp = case.call(attention_state, inputs | floating)
             seen = jnp.where(logsumexp == -jnp.inf, 0, logsumexp)
+            # Sine and cosine give each number of the results its own cotangent.
             return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(seen))
 
         if case.smooth:

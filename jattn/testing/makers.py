@@ -1,4 +1,4 @@
-"""Makers of inputs: functions of the sizes and of a generator of numbers."""
+"""Makers of inputs: functions of the sizes and of a NumPy generator."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from jattn.shapes import Sizes
 
 
 def _normal(*letters: str):
-    """A maker of normal numbers; a letter is a size, "1" is 1."""
+    """Gives a maker of normal numbers; each letter names a size, and "1" is size 1."""
 
     def make(sizes: Sizes, rng: np.random.Generator):
         size = lambda letter: 1 if letter == "1" else getattr(sizes, letter)
@@ -16,7 +16,7 @@ def _normal(*letters: str):
 
 
 def _ids(letter: str, count: int = 3):
-    """A maker of sorted ids 0 … count − 1, another for each example."""
+    """Gives a maker of sorted ids 0 … count − 1, drawn anew for each example."""
 
     def make(sizes: Sizes, rng: np.random.Generator):
         shape = (*sizes.batch, getattr(sizes, letter))
@@ -26,12 +26,12 @@ def _ids(letter: str, count: int = 3):
 
 
 def _lengths(letter: str):
-    """A maker of a length for each example, 0 among them."""
+    """Gives a maker of a length for each example; the first one is 0."""
 
     def make(sizes: Sizes, rng: np.random.Generator):
         longest = getattr(sizes, letter)
         lengths = rng.integers(0, longest + 1, sizes.B)
-        lengths[:1] = 0
+        lengths[:1] = 0  # an empty example, where implementations easily fail
         return lengths.reshape(sizes.batch).astype(np.int32)
 
     return make

@@ -1,8 +1,9 @@
 """Attention block by block, in plain JAX: memory linear in T and S, on any device.
 
-Queries and keys are cut into blocks; the logits of one block of each, a tile, are all
-that ever exists of T × S. A table says which tiles a mask leaves empty, which are then
-skipped, and which it leaves full, which then need no mask.
+Queries and keys are cut into blocks. A tile is one block of queries with one block of
+keys, and only the logits of one tile exist at a time, never all T × S. A table says which
+tiles the mask leaves empty and which it leaves full. Empty tiles are skipped; full tiles
+are computed without the mask.
 
 `plan`          how much a tile holds
 `layout`        a call, laid out so that blocks can be cut from it

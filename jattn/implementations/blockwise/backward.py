@@ -1,15 +1,20 @@
 """Cotangents, tile by tile, over the rows that see each block of keys.
 
-Logits are columns × rows here, so that no product contracts the first axis of its left
-operand, which is slow on CPUs.
+The logits of a tile are columns × rows here. So no product contracts the first axis of its
+left operand, which would be slow on CPUs.
 
-With eₛ = exp(logitₛ − top), which add up to the total, and d_x for cotangents:
+With eₛ = exp(logitₛ − top), total = Σₛ eₛ, and d_x for the cotangent of x:
 
     d_vₛ     = weightₛ d_output                     weightₛ = eₛ / total
     d_logitₛ = weightₛ (vₛ · d_output − δ + d_logsumexp)
     δ        = Σₛ weightₛ vₛ · d_output = output · d_output
 
-where d_logsumexp is total · d_total, as logsumexp = top + log total.
+where d_logsumexp = total · d_total, because logsumexp = top + log total. Without a
+modifier logitₛ = scale · q·kₛ + biasₛ, and so
+
+    d_q      = scale · Σₛ d_logitₛ kₛ
+    d_kₛ     = scale · d_logitₛ q                   summed over the queries q
+    d_scale  = Σ d_logitₛ q·kₛ                      summed over all pairs
 
 Reference:
     Dao et al., 2022, arXiv:2205.14135, algorithm 4.
@@ -40,9 +45,9 @@ from jattn.implementations.blockwise.tiles import (
 
 
 class Rows(NamedTuple):
-    """What backward needs of each query: blocks × BKR, or a number of axes more."""
+    """What backward needs of each query: blocks × BKR, then any further axes."""
 
-    query: jax.Array  # scaled
+    query: jax.Array  # scaled, unless products are narrow
     d_output: jax.Array
     top: jax.Array
     inverse: jax.Array  # 1 / total
@@ -51,17 +56,17 @@ class Rows(NamedTuple):
     d_logsumexp: jax.Array
 
     def at(self, i) -> "Rows":
-        """The rows of one block."""
+        """Gives the rows of one block."""
         return Rows(*(_at(x, i) for x in self))
 
 
 def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
-    """The cotangents of the wanted operands; None for the others."""
+    """Computes the cotangents of the wanted operands; None for the others."""
     wide = layout.problem.wide
     _, by_key = schedules(layout)
     rows = _rows(layout, outputs, cotangents)
     d_active = _zeros(layout, wanted)
-    # A sum over all pairs, as each of these has, adds up what is wrong with δ.
+    # These cotangents sum over many pairs, so the rounding error of δ would add up.
     felt = wanted.scale or bool(jax.tree.leaves(d_active))
 
     def one_head(head, carry):
@@ -72,11 +77,12 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
         )
         if felt:
             queries = queries._replace(delta=_deltas(layout, head, queries, by_key))
+        # Summed up transposed, blocks × BKHR: see `_add_products`.
         d_rows = jnp.zeros_like(jnp.swapaxes(queries.query, -1, -2), wide)
         body = functools.partial(_backward_block, layout, head, queries, by_key)
         d_rows, *carry = loop(layout.counts["S"], body, (d_rows, *carry))
         d_rows = jnp.swapaxes(d_rows, -1, -2)
-        if not wanted.scale:  # else that of the scale is made of these first
+        if not wanted.scale:  # d_scale needs d_query before it is scaled
             d_rows = d_rows * layout.operands.scale
         return layout.put_row_blocks(d_query, d_rows, **head.at), *carry
 
@@ -89,10 +95,12 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
 
 
 def _rows(layout: Layout, outputs, cotangents) -> tuple[jax.Array, ...]:
-    """The fields of `Rows` but the query, BTN… padded.
+    """Computes the fields of `Rows` without the query, BTN… padded.
 
-    But for narrow products, all that is linear in the cotangents is divided by the total
-    here, once for each row and not for each pair.
+        d_logsumexp = d_total · total        δ = output · d_output
+
+    Unless products are narrow, everything linear in the cotangents is divided by the total
+    here: once for each row, rather than once for each pair.
     """
     output, top, total = outputs
     d_output, _, d_total = cotangents
@@ -106,7 +114,7 @@ def _rows(layout: Layout, outputs, cotangents) -> tuple[jax.Array, ...]:
 
 
 def _zeros(layout: Layout, wanted: Operands) -> Active:
-    """Zeros for the wanted cotangents of what logits depend on; None for the others."""
+    """Makes zeros for the wanted cotangents of what logits depend on; None for others."""
     pick = lambda want, x: jnp.zeros(x.shape, layout.problem.wide) if want else None
     wants = Active(wanted.bias, wanted.modifier.captured, wanted.modifier.aligned)
     pairs = zip(wants, _actives(layout), strict=True)
@@ -114,10 +122,13 @@ def _zeros(layout: Layout, wanted: Operands) -> Active:
 
 
 def _deltas(layout: Layout, head, queries: Rows, by_key):
-    """δ of each row, from the very products that it will be subtracted from.
+    """Computes δ of each row from the products that δ will be subtracted from.
 
-    δ as output · d_output is rounded apart from these: by no more than they are, but then
-    the cotangents of a row do not add up to that of its logsumexp.
+        δ = Σₛ weightₛ vₛ · d_output
+
+    The shorter formula output · d_output has an equally small rounding error. But this
+    error differs from that of the products, and the cotangents of the logits of a row
+    would then not add up to the cotangent of its logsumexp.
     """
 
     def one_block(j, deltas):
@@ -139,12 +150,13 @@ def _deltas(layout: Layout, head, queries: Rows, by_key):
 
 
 def _actives(layout: Layout) -> Active:
+    """Gives what the logits depend on beside the products, for the whole call."""
     operands, aligned = layout.operands, layout.aligned
     return Active(aligned.bias, operands.modifier.captured, aligned.modifier)
 
 
 def _backward_block(layout, head, queries: Rows, by_key, j, carry):
-    """All that one block of keys adds: a loop over the rows that see it."""
+    """Adds everything that one block of keys contributes: loops over rows that see it."""
     d_rows, d_key, d_value, *others = carry
     key, value = _keys(layout, head, j)
     wide = layout.problem.wide
@@ -152,19 +164,20 @@ def _backward_block(layout, head, queries: Rows, by_key, j, carry):
     start = (d_rows, jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide), *others)
     carry = over_tiles(by_key, head, j, layout.counts["T"], body, start)
     d_rows, key_part, value_part, *others = carry
+    # If uneven, the last block shares columns with another one, so it must not overwrite.
     write = layout.add if layout.is_uneven else layout.put
     put = lambda whole, part: write(whole, jnp.moveaxis(part, 1, 2), "BSK.", S=j, **head.at)
     return d_rows, put(d_key, key_part), put(d_value, value_part), *others
 
 
 def _keys(layout: Layout, head, j):
-    """The keys and values of one block, in the dtype of products."""
+    """Cuts the keys and values of one block, in the dtype of products."""
     cut = lambda x: layout.narrowed(layout.cut(x, "BKS.", S=j))
     return cut(head.key), cut(head.value)
 
 
 def _pairs(layout: Layout, head, at, rows: Rows, key, masked):
-    """A tile, which of its pairs count, and their products, scaled, BKSR."""
+    """Makes a tile: the tile itself, which pairs count, and their scaled products BKSR."""
     view = Tile(layout, head.aligned, *at, columns_first=True)
     allowed = view.allowed() if masked else None
     products = columns_of(rows.query, key, layout.problem.wide)
@@ -175,7 +188,11 @@ def _pairs(layout: Layout, head, at, rows: Rows, key, masked):
 
 
 def _weights(layout: Layout, logits, rows: Rows, allowed):
-    """The weights, without their division but for narrow products; and exponentials."""
+    """Computes the weights of a tile, and the exponentials exp(logit − top).
+
+    A weight is exponential / total. Only narrow products need this division here;
+    otherwise `_rows` has divided by the total already, and the weights are exponentials.
+    """
     row = lambda x: x[..., None, :]
     powers = exponentials(logits, row(rows.top))
     weights = powers * row(rows.inverse) if layout.narrow else powers
@@ -183,13 +200,20 @@ def _weights(layout: Layout, logits, rows: Rows, allowed):
 
 
 def _d_weights(view: Tile, rows: Rows, value):
-    """vₛ · d_output, of the values that dropout keeps."""
+    """Computes the cotangents of the weights, vₛ · d_output, after dropout's choice."""
     wide = view.problem.wide
     return view.drop(dot("BKSD,BKRD->BKSR", value, rows.d_output, wide))
 
 
 def _backward_tile(layout, head, queries: Rows, keys, j, masked):
-    """The body of the loop over the tiles of one block of keys."""
+    """Makes the body of the loop over the tiles of one block of keys.
+
+    The body computes, with δ and d_logsumexp of the row,
+
+        d_logitₛ = weightₛ (vₛ · d_output − (δ − d_logsumexp))
+
+    and pulls it back through bias and modifier to the products.
+    """
     isolated = masked and layout.problem.mask is not None
     row = lambda x: x[..., None, :]
 
@@ -198,24 +222,28 @@ def _backward_tile(layout, head, queries: Rows, keys, j, masked):
         (key, value), rows = keys, queries.at(i)
         view, allowed, products = _pairs(layout, head, (i, j), rows, key, masked)
         keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
+        # Only arrays whose cotangents are wanted are differentiated.
         chosen = view.active.where(d_active)
         logits, pull = jax.vjp(
             lambda x, chosen: view.logits(x, chosen.fill(view.active)), products, chosen
         )
         clean = rows.d_output
-        if isolated:  # what follows mixes rows, and columns, by products with zeros
+        if isolated:  # the products below mix rows, and columns, and 0 · NaN is NaN
             key = shared.isolate(key)[0]
             clean, poison = shared.isolate(rows.d_output)
+            # Through top, a NaN of d_output reaches the pairs of its row that count.
             top = rows.top + poison.astype(layout.problem.wide)
             rows = rows._replace(query=shared.isolate(rows.query)[0], top=top)
         weights, powers = _weights(layout, logits, rows, allowed)
         d_weights = _d_weights(view, rows, value)
+        # Where a weight is 1, vₛ · d_output = δ exactly; see `shared.row_factors`.
         d_weights = jnp.where(powers > row(rows.settled), row(rows.delta), d_weights)
         offset = rows.delta - rows.d_logsumexp
         d_products, d_chosen = pull(keep_allowed(weights * (d_weights - row(offset))))
+        # The derivative of a modifier may be infinite or NaN at a masked pair.
         if layout.problem.modifier is not None:
             d_products = keep_allowed(d_products)
-        if d_scale is not None:  # times the scale
+        if d_scale is not None:  # products are scaled, so this sums up scale · d_scale
             d_scale = d_scale + shared.sum_all(keep_allowed(d_products * products))
         given = rows.query, key, clean
         sums = _add_products(layout, sums, given, i, d_products, view.drop(weights))
@@ -226,7 +254,12 @@ def _backward_tile(layout, head, queries: Rows, keys, j, masked):
 
 
 def _add_products(layout, sums, given, i, d_products, weights):
-    """Adds what a tile gives to d_query (as columns of rows `i`), d_key and d_value."""
+    """Adds the contribution of a tile to d_query, d_key and d_value.
+
+        d_q += Σₛ d_logitₛ kₛ        d_kₛ += Σ d_logitₛ q        d_vₛ += Σ weightₛ d_output
+
+    d_query is transposed, BKHR: its columns are the rows of block `i`.
+    """
     d_rows, d_key, d_value = sums
     query, key, d_output = given
     wide = layout.problem.wide
@@ -253,18 +286,20 @@ def _at(blocks, i):
 
 
 def _cotangents(layout, wanted, d_query, d_key, d_value, d_active, d_scale) -> Operands:
-    """Sums over tiles as cotangents of the operands."""
+    """Turns the sums over tiles into cotangents of the operands."""
     operands, S = layout.operands, layout.problem.sizes.S
     d_query = layout.unqueries(d_query)
     if d_scale is not None:
         finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
         at_zero = shared.sum_all(
             d_query * finite.astype(d_query.dtype)
-        )  # where sums cancel more
+        )  # less precise, as its sums cancel more; only where the scale is 0
+        # The tiles have summed up scale · d_scale.
         is_zero = operands.scale == 0
         d_scale = d_scale / jnp.where(is_zero, 1, operands.scale)
         d_scale = jnp.where(is_zero, at_zero, d_scale)
         d_query = d_query * operands.scale
+    # Narrow queries are not scaled before the products, so their d_key is scaled here.
     d_key = d_key[:, :S] * (operands.scale if layout.narrow else 1)
     unalign: Any = lambda d, x: None if d is None else layout.unalign(d, x)
     nothing = jax.tree.map(lambda _: None, wanted)

@@ -1,11 +1,12 @@
-"""Output, maximum and sum, tile by tile: the running ones of each row.
+"""Output, maximum and sum, tile by tile, as running values of each row.
 
-The maximum of a row's logits and the sum of their exponentials stay apart:
+    top = maxₛ logitₛ        total = Σₛ exp(logitₛ − top)        output = Σₛ eₛ vₛ / total
 
-    top = maxₛ logitₛ        total = Σₛ exp(logitₛ − top)
+where eₛ = exp(logitₛ − top). When a tile raises the maximum from top to top′, the sums so
+far are multiplied by exp(top − top′).
 
-for top + log total, rounded as a number of the size of top, would move every weight that
-is computed from it by that rounding.
+The maximum and the total stay separate. Their combination top + log total has a rounding
+error as large as that of top, and this error would change every weight computed from it.
 
 Reference:
     Dao et al., 2022, arXiv:2205.14135, algorithm 1; Milakov and Gimelshein, 2018,
@@ -33,10 +34,11 @@ from jattn.shapes import is_one, wide_dtype
 
 
 def forward(layout: Layout):
-    """The output BTND in the wide precision; the maximum and the sum BTN."""
+    """Computes the output BTND in the wide precision; the maximum and the sum BTN."""
     if not layout.plan.folded:
         return _forward(layout)
-    # Folded heads mix in products with zeros, which keep them apart while all is finite.
+    # A folded product computes all heads together and separates them by zeros. That works
+    # while everything is finite; if a NaN appears, heads are computed separately.
     folded = _forward(layout)
     spoiled = functools.reduce(jnp.logical_or, (jnp.any(jnp.isnan(x)) for x in folded))
     plan = layout.plan._replace(folded=False)
@@ -54,7 +56,8 @@ def _forward(layout: Layout):
     def one_head(head, carry):
         def one_block(i, carry):
             query = layout.rows(layout.query, T=i, **head.at)
-            # In float32, so that scaling before the product costs nothing and is exact.
+            # Queries are widened to float32, so that scaling them before the product
+            # costs nothing and rounds nothing to bfloat16.
             query = layout.scaled(query) if folded else query.astype(wide) * scale
             body = functools.partial(_forward_tile, layout, head, query, i)
             start = None
@@ -79,7 +82,11 @@ def _forward(layout: Layout):
 
 
 def _forward_tile(layout, head, query, i, masked):
-    """The body of the loop over the tiles of one query block; carries None at first."""
+    """Makes the body of the loop over the tiles of one query block.
+
+    The carry is the running maximum, sum and output; it is None where there is only one
+    tile.
+    """
     folded = layout.plan.folded
     if masked:
         layout = layout.ragged()
@@ -94,8 +101,9 @@ def _forward_tile(layout, head, query, i, masked):
         allowed = view.allowed() if masked else None
         if allowed is not None:
             logits = jnp.where(allowed, logits, -jnp.inf)
-        # At least the least number, so that −∞ − top is −∞. A `where` would do as well,
-        # but would keep XLA from making one loop of products, maximum and exponential.
+        # The maximum of a masked row is the lowest finite number, so that −∞ − top is −∞
+        # and not NaN. A `where` would do the same, but would stop XLA from fusing
+        # products, maximum and exponential into one loop.
         row_max = jnp.max(logits, axis=-1, initial=jnp.finfo(logits.dtype).min)
         if carry is not None:
             row_max = jnp.maximum(row_max, carry[0])
@@ -114,10 +122,10 @@ def _forward_tile(layout, head, query, i, masked):
 
 
 def _folded_products(layout, query, key):
-    """Queries BKRH by keys BSKH as one product, which reads the keys where they lie.
+    """Multiplies queries BKRH by keys BSKH as one product, without moving the keys.
 
-    Each query has zeros for the heads that are not its own: K times the arithmetic, which
-    is little beside moving the keys of each head together.
+    Each query gets zeros for the heads that are not its own. This takes K times the
+    arithmetic, which costs less than to copy the keys of each head together.
     """
     B, K, R, H = query.shape
     own = jnp.eye(K, dtype=bool)[None, :, None, :, None]
@@ -129,7 +137,11 @@ def _folded_products(layout, query, key):
 
 
 def _folded_sums(weights, value):
-    """Values BSKD in proportion to weights BKRS, all heads as one product."""
+    """Sums up values BSKD, times weights BKRS, for all heads as one product.
+
+    The product pairs each head with each head; the einsum at the end keeps the pairs of
+    equal heads.
+    """
     B, K, R, S = weights.shape
     wide = wide_dtype(weights.dtype)
     value = value.reshape(B, S, -1)
@@ -139,7 +151,7 @@ def _folded_sums(weights, value):
 
 
 def finish(row_max, row_sum, output):
-    """Output, maximum and sum of rows that saw all their tiles; 0 where they saw none."""
+    """Computes output, maximum and sum of rows after all tiles; 0 where a row saw none."""
     # The largest weight of a row that sees something is 1, so its sum is at least that.
     divisor = jnp.maximum(row_sum, 1)
     return output / divisor[..., None], jnp.where(row_sum == 0, 0, row_max), row_sum

@@ -1,8 +1,8 @@
-"""How an axis of `vmap` joins the batch of a call, so that it costs what that does.
+"""How an axis of `vmap` joins the batch of a call, so that it costs no more than a batch.
 
-The examples of all slices become one batch, in which b starts again with every slice.
-What belongs to no example, the scale and the arrays that a function captured, must be
-the same for all slices; else they stay apart.
+The examples of all slices become one batch. The index b starts again at 0 in each slice.
+The scale and the arrays that a function captured do not depend on the example, so they
+must be the same for all slices; otherwise the slices are not joined.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from jattn.operations.join import Kept, Leading
 
 @dataclasses.dataclass(frozen=True)
 class _Position:
-    """Positions of `count` rows or columns; one number stands for those from it on."""
+    """Positions of `count` rows or columns; a single number is the first position."""
 
     leading: Leading
     count: Any
 
     def join(self, array, is_mapped: bool):
-        """The positions of each example, or those of all."""
+        """Gives the positions of each example, or the positions that all share."""
         if array.ndim == is_mapped:  # a number, or one for each slice
             if not is_mapped:
                 return array
@@ -33,19 +33,20 @@ class _Position:
 
 
 def join(problem: Problem, tree, size, mapped, apart) -> tuple[Problem, tuple] | None:
-    """The problem of all slices, and how each leaf of `Operands` joins in it.
+    """Makes the problem of all slices, and says how each leaf of `Operands` joins it.
 
-    Not where all slices share keys or values, for these would have to be copied.
+    Slices that share keys or values are not joined, since these would have to be copied.
 
     Args:
         problem: The call for one slice.
         tree: The structure of its operands.
         size: How many slices there are.
         mapped: Which leaves have a slice each.
-        apart: Which others must be given to each slice apart.
+        apart: Which other leaves must be given to each slice separately.
 
     Returns:
-        The problem, and what has a `join` for each leaf; None where slices stay apart.
+        The problem, and an object with a method `join` for each leaf; None if the slices
+        are not joined.
     """
     flags: Operands = tree.unflatten(mapped)
     every = tree.unflatten([x or y for x, y in zip(mapped, apart, strict=True)])

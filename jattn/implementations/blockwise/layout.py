@@ -1,9 +1,9 @@
 """A call, laid out so that blocks can be cut from it.
 
-Tiles are cut in two steps: a head, some examples and key/value heads over the whole
-length, and from it a tile. A tile has four axes: examples, key/value heads, and then rows
-and columns in either order. Rows are the queries of all G heads that share a key/value
-head; columns are keys.
+A tile is cut in two steps. First a *head* is cut: some examples and some key/value heads,
+over the whole length. Then a tile is cut from the head. A tile has four axes: examples,
+key/value heads, and then rows and columns, in either order. Rows are the queries of all G
+heads that share a key/value head; columns are keys.
 """
 
 import copy
@@ -19,7 +19,7 @@ from jattn.implementations.blockwise.plan import Plan
 
 
 class Aligned(NamedTuple):
-    """What is read by row and column: BKGTS with any axis 1, or a part of it."""
+    """Arrays that are read by row and column, or parts: BKGTS, any axis may be 1."""
 
     bias: jax.Array | None
     mask: Any
@@ -31,35 +31,40 @@ class Aligned(NamedTuple):
 class Layout:
     """The arrays of a call, queries padded to whole blocks.
 
-    Queries are BTN…, keys and values BSK…, and all that is aligned BKGTS.
+    Queries are BTN…, keys and values BSK…, and aligned arrays BKGTS.
 
-    Keys are not padded, for a cache of them may be most of what there is. Where the last
-    block would reach beyond them it starts earlier instead, and some of its columns are
-    another block's too: `is_own` says which are not. Only of a symbolic number of keys,
-    which may be less than a block, is there a padded copy.
+    Keys are not padded, because padding copies them, and a cache of keys may fill most of
+    the memory. If the last block would reach beyond the keys, it starts earlier. Some of
+    its columns then belong to the block before it, and `is_own` tells them apart. Keys are
+    padded only if their number is symbolic, as it may then be smaller than a block.
     """
 
     def __init__(self, problem: Problem, operands: Operands, plan: Plan, wide=True):
         sizes = problem.sizes
         self.problem, self.operands, self.plan = problem, operands, plan
+        # `is` also finds a symbolic length that one block has as a whole.
         count = lambda length, size: 1 if size is length else -(-length // size)
         self.counts = {x: count(getattr(sizes, x), getattr(plan, x)) for x in "BKTS"}
         self.padded = {x: self.counts[x] * getattr(plan, x) for x in "TS"}
         if isinstance(sizes.S, int):
             self.padded["S"] = sizes.S
-        self.extent = {x: getattr(plan, x) for x in "BKNTS"}  # of what is cut
+        self.extent = {x: getattr(plan, x) for x in "BKNTS"}  # the size of a cut part
         self.is_uneven = not (
             plan.S is sizes.S or (isinstance(sizes.S, int) and sizes.S % plan.S == 0)
         )
-        # Products of bfloat16 are exact in float32; those of float16 are not to be had
-        # everywhere, so these are widened, tile by tile.
+        # A product of two bfloat16 numbers is exact in float32, so bfloat16 may stay
+        # narrow. Not every platform multiplies float16, so it is widened, tile by tile.
         self.narrow = problem.dtype == jnp.bfloat16 and not wide
         self.query = self._pad(operands.query, {1: "T"})
         self.key, self.value = self.keys(operands.key), self.keys(operands.value)
         self.aligned = self._align()
 
     def ragged(self) -> "Layout":
-        """The layout of the last block of keys, if it alone is partial, with its own."""
+        """Gives a layout whose block of keys has only the keys that the last block owns.
+
+        Gives this layout itself if a mask may make other blocks partial too, or if sizes
+        are symbolic.
+        """
         if self.problem.mask is not None or not self.problem.sizes.are_known:
             return self
         last = copy.copy(self)
@@ -68,60 +73,63 @@ class Layout:
         return last
 
     def first_key(self, j):
-        """The column at which block `j` of the keys starts."""
+        """Gives the column at which block `j` of the keys starts."""
         start = jnp.asarray(j, jnp.int32) * self.plan.S
         known = isinstance(self.problem.sizes.S, int)
         return jnp.minimum(start, self.problem.sizes.S - self.plan.S) if known else start
 
     def is_own(self, j):
-        """Which columns of block `j` are its own, 1111S: no padding, no other block's."""
+        """Says which columns of block `j` are its own, 1111S: not padding, not shared."""
         column = self.first_key(j) + jnp.arange(self.plan.S, dtype=jnp.int32)
         start = jnp.asarray(j, jnp.int32) * self.plan.S
         own = (column >= start) & (column < self.problem.sizes.S)
         return own.reshape(1, 1, 1, 1, self.plan.S)
 
     def narrowed(self, array):
-        """The array in the dtype that products are taken of."""
+        """Converts an array to the dtype of the factors of products."""
         return array.astype(self.problem.dtype if self.narrow else self.problem.wide)
 
     def scaled(self, query):
-        """Scaled queries; narrow ones stay, and their products are scaled."""
+        """Scales queries; narrow ones stay as they are, and their products are scaled."""
         query = self.narrowed(query)
         return query if self.narrow else query * self.operands.scale
 
     def queries(self, array, fill=0):
-        """BTN… padded."""
+        """Pads BTN… to whole blocks of queries."""
         return self._pad(array, {1: "T"}, fill, repeats=False)
 
     def unqueries(self, array):
-        """BTN… without the padding."""
+        """Removes the padding of BTN…."""
         return array[:, : self.problem.sizes.T]
 
     def keys(self, array):
-        """BSK…, padded where its length is symbolic."""
+        """Pads BSK… if its length is symbolic."""
         return self._pad(array, {1: "S"})
 
     def align(self, array):
-        """BNTS to BKGTS, its queries padded."""
+        """Reshapes BNTS to BKGTS and pads its queries."""
         sizes = self.problem.sizes
         B, N, T, S = array.shape
+        # An array that all heads share has size 1 for both K and G.
         heads = (1, 1) if N == 1 and sizes.N != 1 else (sizes.K, sizes.G)
         return self._pad(array.reshape(B, *heads, T, S), {3: "T", 4: "S"})
 
     def unalign(self, array, like):
-        """BKGTS to the shape BNTS of `like`."""
+        """Reshapes BKGTS to BNTS, the shape of `like`, without padding."""
         return array[:, :, :, : like.shape[2], : like.shape[3]].reshape(like.shape)
 
     def cut(self, array, axes: str, **at):
-        """The part of an array at the blocks `at`; axes of 1 and others stay whole.
+        """Cuts the part of an array at the blocks `at`.
 
-        Where the last block would reach beyond the array, it starts earlier instead.
+        Axes of size 1, and axes that `at` does not name, stay whole. If the last block
+        would reach beyond the array, it starts earlier: `dynamic_slice` moves it.
         """
         at = self._with_heads(at)
         starts, sizes = [], []
         for letter, length in zip(axes, array.shape, strict=True):
             size = self.extent[letter] if letter in at else length
             whole = isinstance(length, int) and (length == 1 or length == size)
+            # A stride of 0 starts at 0 for every block.
             stride = 0 if letter not in at or whole else getattr(self.plan, letter)
             starts.append(stride and at[letter] * stride)
             sizes.append(length if whole else size)
@@ -130,7 +138,7 @@ class Layout:
         return lax.dynamic_slice(array, _indices(starts), sizes)
 
     def put(self, array, part, axes: str, **at):
-        """Writes what `cut` reads."""
+        """Writes a part to the place that `cut` reads."""
         if part.shape == array.shape:
             return part.astype(array.dtype)
         at = self._with_heads(at)
@@ -141,37 +149,37 @@ class Layout:
         return lax.dynamic_update_slice(array, part.astype(array.dtype), _indices(starts))
 
     def add(self, array, part, axes: str, **at):
-        """Adds to what `cut` reads."""
+        """Adds a part to the place that `cut` reads."""
         total = self.cut(array, axes, **at) + part.astype(array.dtype)
         return self.put(array, total, axes, **at)
 
     def rows(self, array, **at):
-        """The rows of a tile, BTN… to BK(GT)…."""
+        """Cuts the rows of a tile, BTN… to BK(GT)…."""
         array = self.cut(array, "BTN" + "." * (array.ndim - 3), **at)
         B, T, N, *rest = array.shape
         G = self.plan.G
-        array = jnp.moveaxis(array.reshape(B, T, N // G, G, *rest), 1, 3)
+        array = jnp.moveaxis(array.reshape(B, T, N // G, G, *rest), 1, 3)  # BKGT…
         return array.reshape(B, N // G, G * T, *rest)
 
     def put_rows(self, array, part, **at):
-        """Writes what `rows` reads."""
+        """Writes rows to the place that `rows` reads."""
         B, K, GT, *rest = part.shape
         G, T = self.plan.G, GT // self.plan.G
-        part = jnp.moveaxis(part.reshape(B, K, G, T, *rest), 3, 1)
+        part = jnp.moveaxis(part.reshape(B, K, G, T, *rest), 3, 1)  # BTKG…
         part = part.reshape(B, T, K * G, *rest)
         return self.put(array, part, "BTN" + "." * len(rest), **at)
 
     def row_blocks(self, array, **at):
-        """All rows of a head, BTN… to blocks × BK(GT)…."""
+        """Cuts all rows of a head, BTN… to blocks × BK(GT)…."""
         array = self.cut(array, "BTN" + "." * (array.ndim - 3), **at)
         B, _, N, *rest = array.shape
         G, blocks = self.plan.G, (self.counts["T"], self.plan.T)
         array = array.reshape(B, *blocks, N // G, G, *rest)
-        array = jnp.moveaxis(array, (1, 2), (0, 4))
+        array = jnp.moveaxis(array, (1, 2), (0, 4))  # blocks × BKGT…
         return array.reshape(blocks[0], B, N // G, G * blocks[1], *rest)
 
     def put_row_blocks(self, array, part, **at):
-        """Writes what `row_blocks` reads."""
+        """Writes rows to the place that `row_blocks` reads."""
         count, B, K, _, *rest = part.shape
         G, T = self.plan.G, self.plan.T
         part = jnp.moveaxis(part.reshape(count, B, K, G, T, *rest), (0, 4), (1, 2))
@@ -179,14 +187,14 @@ class Layout:
         return self.put(array, part, "BTN" + "." * len(rest), **at)
 
     def by_head(self, array):
-        """The rows of a tile by query head, BK(GT)… to BKGT…."""
+        """Separates the rows of a tile by query head, BK(GT)… to BKGT…."""
         B, K, _, *rest = array.shape
         return array.reshape(B, K, self.plan.G, self.plan.T, *rest)
 
     def lay(self, array, columns_first: bool = False):
-        """An aligned part, BKGTS, as four axes: its G and T become rows."""
+        """Reshapes an aligned part, BKGTS, to four axes: G and T become rows."""
         B, K, G, T, S = array.shape
-        if G == 1 and T == 1:
+        if G == 1 and T == 1:  # one row, which broadcasts to all rows
             array = array.reshape(B, K, 1, S)
         else:
             G, T = self.plan.G, self.plan.T
@@ -194,7 +202,7 @@ class Layout:
         return jnp.swapaxes(array, 2, 3) if columns_first else array
 
     def _with_heads(self, at):
-        """Blocks of N go with those of K."""
+        """Adds the block of N: query heads are cut together with their key/value heads."""
         return at | {"N": at["K"]} if "K" in at else at
 
     def _align(self) -> Aligned:
@@ -209,10 +217,11 @@ class Layout:
         return jax.tree.map(self.align, aligned)
 
     def _pad(self, array, axes, fill=0, repeats=True):
-        """The array with its axes T and S padded; those of size 1 stay.
+        """Pads the axes T and S of an array; axes of size 1 stay.
 
-        Padding repeats the last query where it `repeats`, as far as its number is known:
-        what a modifier does there has no infinite derivative that the query has not.
+        If `repeats`, and the number of queries is known, padding repeats the last query.
+        The derivative of a modifier is then infinite in the padding only if it is infinite
+        at a real query; zeros could make it infinite.
         """
         shape = list(array.shape)
         for axis, letter in axes.items():
@@ -220,6 +229,7 @@ class Layout:
                 shape[axis] = self.padded[letter]
         if tuple(shape) == array.shape:
             return array
+        # `whole` has the padding everywhere; the array is written over it at the end.
         whole = jnp.full(shape, fill, array.dtype)
         for axis, letter in axes.items() if repeats else ():
             count = array.shape[axis]

@@ -1,4 +1,4 @@
-"""How much a tile holds: by the sizes of a call, and by what its mask leaves out."""
+"""How much a tile holds, from the sizes of a call and from what its mask leaves out."""
 
 import dataclasses
 from typing import NamedTuple
@@ -11,33 +11,38 @@ from jattn.call.problem import Operands, Problem
 
 
 class Plan(NamedTuple):
-    """How much a tile holds."""
+    """Sizes of a tile."""
 
     B: int  # examples
     K: int  # key/value heads
-    G: int  # query heads for each of these: all
+    G: int  # query heads for each key/value head: always all of them
     T: int  # queries
     S: int  # keys
-    folded: bool = False  # whether the forward pass takes heads as one
+    folded: bool = False  # whether the forward pass multiplies all heads in one product
 
     @property
     def N(self) -> int:
-        """Query heads."""
+        """Counts the query heads of a tile."""
         return self.K * self.G
 
 
-# With as few rows to a key/value head, reading the keys is what takes time.
+# With at most so many rows for each key/value head, most time goes into reading the keys.
 FEW_ROWS = 8
 
 
-# How many queries and keys a tile has, at most, measured on XLA's CPU: large tiles are
-# faster, by this much a pair, and small ones leave out more of what a mask hides.
+# The largest number of queries and of keys in a tile, measured on XLA:CPU. A pair costs
+# FINE_COST times as much in small tiles as in large ones, but small tiles skip more of
+# what a mask hides.
 COARSE, FINE = 1024, 512
 FINE_COST = 1.25
 
 
 def granularity(problem: Problem, operands: Operands | None) -> int:
-    """COARSE or FINE, by what is left to visit under a mask that reads no arrays."""
+    """Chooses COARSE tiles, unless FINE ones skip enough to pay for their overhead.
+
+    The overhead is FINE_COST. What a mask skips is known only if it reads no arrays; with
+    another mask the choice is FINE.
+    """
     if problem.size is not None:
         return problem.size
     if problem.mask is None:
@@ -46,6 +51,7 @@ def granularity(problem: Problem, operands: Operands | None) -> int:
         return FINE
     if not _has_known_numbers(operands):
         return FINE
+    # Only the mask decides here: a modifier or a bias may read traced arrays.
     alone = dataclasses.replace(problem, modifier=None), operands._replace(bias=None)
     coarse, fine = (
         np.mean(of_call.block_table(*alone, *tile) != of_call.EMPTY)
@@ -55,9 +61,9 @@ def granularity(problem: Problem, operands: Operands | None) -> int:
 
 
 def decided(problem: Problem, operands: Operands) -> Problem:
-    """The problem with the size of its tiles, where the mask's numbers are known.
+    """Adds the size of tiles to a problem, if the numbers of its mask are known.
 
-    Inside `jit` they are not, for they are operands.
+    Inside `jit` they are not known, since there they are operands.
     """
     if problem.mask is None or not problem.sizes.are_known:
         return problem
@@ -67,7 +73,7 @@ def decided(problem: Problem, operands: Operands) -> Problem:
 
 
 def _has_known_numbers(operands: Operands) -> bool:
-    """Whether all that decides what is skipped are numbers of Python or NumPy."""
+    """Says whether mask and positions, which decide what is skipped, are known numbers."""
     where = operands.query_position, operands.key_position
     arrays = jax.tree.leaves((operands.mask, where))
     return operands.kinds is None and all(
@@ -76,7 +82,7 @@ def _has_known_numbers(operands: Operands) -> bool:
 
 
 def tile_sizes(problem: Problem, size: int) -> tuple[int, int]:
-    """How many queries and keys are skipped at once."""
+    """Gives the number of queries and of keys in a tile, the unit of skipping."""
     rule = plan(problem, spread=False, size=size)
     return rule.T, rule.S
 
@@ -84,22 +90,27 @@ def tile_sizes(problem: Problem, size: int) -> tuple[int, int]:
 def plan(
     problem: Problem, spread: bool, size: int, tile: tuple[int, int] | None = None
 ) -> Plan:
-    """The sizes of tiles, by those of the problem; `tile` overrides queries and keys."""
+    """Chooses the sizes of tiles from those of the problem.
+
+    `tile`, if given, overrides the number of queries and of keys.
+    """
     sizes = problem.sizes
     if tile is not None:
         return Plan(1, 1, sizes.G, min(tile[0], sizes.T), min(tile[1], sizes.S))
-    if not sizes.are_known:
+    if not sizes.are_known:  # fixed tiles: nothing can be fitted to a symbolic length
         return Plan(1, 1, sizes.G, 256, 512)
     T = _even(sizes.T, max(size // sizes.G, 1))
     S = _even(sizes.S, size, 64)
-    if spread:  # all examples and heads, for a loop over them would cut a divided axis
+    if spread:  # all examples and heads: a loop would cut axes that devices divide
         return Plan(sizes.B, sizes.K, sizes.G, T, S)
     if sizes.G * sizes.T <= FEW_ROWS and sizes.K > 1:
         K = _divisor(sizes.K, 64 // (sizes.G * sizes.T))
-        # To cut keys is to copy them, which takes longer than to read them.
+        # Cutting keys copies them, which takes longer than reading them. So keys stay
+        # whole; with a mask, large blocks of 8192 still let empty blocks be skipped.
         S = sizes.S if problem.mask is None else _even(sizes.S, 8192)
         B = sizes.B if K == sizes.K else 1
         return Plan(B, K, sizes.G, T, S, folded=True)
+    # If tiles are small, several heads and examples share one, up to 2¹⁹ logits.
     fit = max(1, 2**19 // (T * S * sizes.G))
     K = _divisor(sizes.K, fit)
     B = _divisor(sizes.B, fit // K) if K == sizes.K else 1
@@ -107,7 +118,7 @@ def plan(
 
 
 def rows_plan(problem: Problem) -> Plan:
-    """Tiles of whole rows: few enough that they stay small."""
+    """Chooses tiles of whole rows: so many rows that a tile has about 2²⁰ logits."""
     sizes = problem.sizes
     if not sizes.are_known:
         return Plan(sizes.B, sizes.K, sizes.G, 16, sizes.S)
@@ -116,7 +127,10 @@ def rows_plan(problem: Problem) -> Plan:
 
 
 def _even(length: int, block: int, multiple: int = 16) -> int:
-    """The size of blocks, at most `block` or so, that leaves the last nearly full."""
+    """Chooses the size of blocks, about `block` at most, so that all are nearly full.
+
+    If there are several blocks, their size is a multiple of `multiple`.
+    """
     count = -(-length // block)
     size = -(-length // count)
     return size if count == 1 else -(-size // multiple) * multiple

@@ -1,4 +1,4 @@
-"""A call as the operation takes it: dropout's words drawn, one-sided work done once."""
+"""Prepares a call for the operation: draws dropout's words, does one-sided work once."""
 
 import dataclasses
 
@@ -14,12 +14,13 @@ from jattn.pytree import pytree
 
 
 def prepare(problem: Problem, operands: Operands, tile: tuple[int, int] | None = None):
-    """The call as an operation takes it, and the granularity of its tiles.
+    """Prepares a call for the operation; also gives the granularity of its tiles.
 
-    Dropout's words are drawn: one per query and key serves every tile. What reads one
-    side of a pair is evaluated once, not in every pair.
+    Dropout's random words are drawn here, one for each query and one for each key, which
+    serve every tile. The part of a mask or modifier that depends on one side of a pair is
+    evaluated once here, rather than for every pair.
     """
-    operands, _ = apart(operands)  # what spoils the results comes after the operation
+    operands, _ = apart(operands)  # a NaN for positions out of range is added afterwards
     if operands.rng is not None:
         words = drawn(problem, operands, index(problem, operands))
         operands = operands._replace(rng=words)
@@ -29,9 +30,10 @@ def prepare(problem: Problem, operands: Operands, tile: tuple[int, int] | None =
 
 
 def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
-    """The call with what reads one side of a pair evaluated once, not in every pair.
+    """Evaluates once what depends on one side of a pair, rather than for every pair.
 
-    Which tiles are empty is found before, for positions say more than arrays of them.
+    Which tiles are empty is decided before this, from the original mask: intervals of
+    positions tell more than arrays that were computed from positions.
     """
     at, parts = index(problem, operands), {}
     for name in ("mask", "modifier"):
@@ -51,7 +53,7 @@ def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
 
 @pytree("arrays", static=("program",))
 class _Joint:
-    """What `split` gives, as a tree of arrays."""
+    """The result of `split`, as a tree of arrays."""
 
     program: Program
     arrays: Arrays

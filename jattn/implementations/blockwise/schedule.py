@@ -12,9 +12,10 @@ from jattn.implementations.blockwise.layout import Layout
 
 
 class Schedule(NamedTuple):
-    """Which tiles to visit, for each step in B and K and each block of one side.
+    """Tiles to visit, for each step in B and K and each block of one side.
 
-    The first `full` of `order` are full, those from there to `live` partial.
+    `order` lists the tiles. The first `full` of them are full, the next ones up to `live`
+    are partial, and the rest are empty.
     """
 
     order: jax.Array
@@ -23,13 +24,13 @@ class Schedule(NamedTuple):
     masked: bool  # whether a partial tile has a mask to apply; else a modifier hides it
 
     def at(self, b, k, i):
-        """Of one block: its order, and where the full and the partial ones end."""
+        """Gives the order of one block, and where its full and its partial tiles end."""
         b = 0 if self.full.shape[0] == 1 else b
         k = 0 if self.full.shape[1] == 1 else k
         return self.order[b, k, i], self.full[b, k, i], self.live[b, k, i]
 
     def in_order(self) -> "Schedule":
-        """The same tiles in the order in which they lie, each as if it were partial."""
+        """Sorts the tiles by their place, and treats each of them as partial."""
         places = lax.broadcasted_iota(jnp.int32, self.order.shape, self.order.ndim - 1)
         last = self.order.shape[-1]
         order = jnp.sort(jnp.where(places < self.live[..., None], self.order, last))
@@ -37,7 +38,10 @@ class Schedule(NamedTuple):
 
 
 def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
-    """By query block over key blocks, and by key block over query blocks."""
+    """Makes two schedules: by query block over key blocks, and the other way round.
+
+    Both are None if no tile can be skipped and none is partial.
+    """
     problem, plan = layout.problem, layout.plan
     if not (of_call.skips(problem, layout.operands) or layout.is_uneven):
         return None, None
@@ -47,9 +51,9 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
         table, (*table.shape[:2], layout.counts["T"], layout.counts["S"])
     )
     table = _common(xp, _common(xp, table, 0, plan.B), 1, plan.K * plan.G)
-    if problem.mask is None:  # what a modifier empties for some heads needs no mask
+    if problem.mask is None:  # a modifier hides pairs by −∞ logits, so no mask is applied
         table = xp.where(table == of_call.EMPTY, table, xp.full_like(table, of_call.FULL))
-    if layout.is_uneven:
+    if layout.is_uneven:  # the last block shares columns, which its mask must hide
         last = xp.arange(table.shape[-1]) == table.shape[-1] - 1
         table = xp.where(last, xp.minimum(table, of_call.PARTIAL), table)
     masked = problem.mask is not None or layout.is_uneven
@@ -57,7 +61,7 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
 
 
 def _common(xp, table, axis, size):
-    """One kind for each group of `size`: partial where they differ."""
+    """Merges each group of `size` kinds into one: partial where they differ."""
     if (isinstance(size, int) and size == 1) or table.shape[axis] == 1:
         return table
     shape = list(table.shape)
@@ -68,6 +72,7 @@ def _common(xp, table, axis, size):
 
 
 def _schedule(xp, table, masked: bool) -> Schedule:
+    # A stable sort by FULL − kind: full tiles first, then partial ones, then empty ones.
     order = xp.argsort(of_call.FULL - table, axis=-1, stable=True).astype(xp.int32)
     full = xp.sum(table == of_call.FULL, axis=-1, dtype=xp.int32)
     live = xp.sum(table != of_call.EMPTY, axis=-1, dtype=xp.int32)

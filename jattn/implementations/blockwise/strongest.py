@@ -1,7 +1,8 @@
-"""The strongest weights of each query, tile by tile: a running list of the best.
+"""The strongest weights of each query, tile by tile, as a running list.
 
-A tile's weights and those found before it are ranked together, and the best stay. Tiles
-come in the order of their keys, so that of equal weights the first key wins.
+The weights of a tile are ranked together with the strongest ones found before it, and the
+strongest of both stay. Tiles come in the order of their keys, so that among equal weights
+the first key wins.
 """
 
 import jax.numpy as jnp
@@ -16,10 +17,10 @@ from jattn.implementations.blockwise.summaries import is_nothing, sweep
 def strongest(
     problem: Problem, operands: Operands, normalizer, k: int, average: bool, tile=None
 ):
-    """The k largest weights of each query, descending, and the indices of their keys.
+    """Finds the k largest weights of each query, descending, and the indices of their keys.
 
-    Of equal ones the first key comes first. Where fewer keys have any weight, the index
-    is −1 and the weight 0.
+    Equal weights are in the order of their keys. If fewer than k keys have any weight, the
+    remaining indices are −1 and the remaining weights 0.
 
     Returns:
         Indices, int32, and weights: BTNk, or BTk of the weights averaged over heads.
@@ -29,7 +30,7 @@ def strongest(
         shape = (B, T, k) if average else (B, T, N, k)
         return jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, problem.wide)
     usual = plan(problem, False, granularity(problem, operands), tile)
-    usual = usual._replace(folded=False)
+    usual = usual._replace(folded=False)  # `sweep` does not fold heads
     layout = Layout(problem, operands, _plan(problem, average, usual, tile))
     B, K, G, T, *_ = layout.plan
     rows, whole = (B, K, G * T), layout.query.shape[:3]
@@ -60,17 +61,17 @@ def strongest(
 
 
 def _merge(best, weights, first):
-    """The k largest weights, of those found so far and of a tile that lies after them."""
+    """Ranks the weights found so far and those of a later tile, and keeps the largest k."""
     columns = first + lax.broadcasted_iota(jnp.int32, weights.shape, weights.ndim - 1)
-    weights = jnp.where(weights > 0, weights, 0)  # NaN is nothing
+    weights = jnp.where(weights > 0, weights, 0)  # a NaN counts as no weight
     candidates = zip(best, (weights, columns), strict=True)
     weights, columns = (jnp.concatenate(x, axis=-1) for x in candidates)
-    weights, places = lax.top_k(weights, best[0].shape[-1])  # of equal ones, the first
+    weights, places = lax.top_k(weights, best[0].shape[-1])  # equal ones stay in order
     return weights, jnp.take_along_axis(columns, places, axis=-1)
 
 
 def _plan(problem: Problem, average: bool, usual: Plan, tile) -> Plan:
-    """How much a tile holds: all heads where their weights are averaged."""
+    """Chooses the sizes of a tile: it has all heads if their weights are averaged."""
     K = problem.sizes.K
     if not average or usual.K == K:
         return usual

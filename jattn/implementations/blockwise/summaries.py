@@ -1,9 +1,9 @@
-"""A look at the weights, tile by tile: their entropy, and what each key receives.
+"""Summaries of the weights, tile by tile: their entropy, and what each key receives.
 
 The weights of a tile are exp(logits − normalizer). The normalizer of a query is its
-logsumexp, sink included, and +∞ where it sees nothing, which makes its weights 0.
+logsumexp, sink included. A query that sees nothing has normalizer +∞, so its weights are 0.
 
-Both are operations, and have derivatives of every order.
+Both summaries are operations, with derivatives of every order.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from jattn.operations.operation import Operation, retype
 
 
 def entropy(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.Array:
-    """−Σₛ weightₛ log weightₛ, BTN; the sink's share is left to the caller."""
+    """Computes −Σₛ weightₛ log weightₛ over the keys, BTN; the caller adds the sink."""
     B, N, T, _ = problem.sizes.BNTS
     if is_nothing(problem):
         return jnp.zeros((B, T, N), problem.wide)
@@ -43,7 +43,7 @@ def entropy(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.
 
 
 def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.Array:
-    """The weights of each key, summed over queries, BSN."""
+    """Sums up the weights of each key over all queries, BSN."""
     B, N, _, S = problem.sizes.BNTS
     if is_nothing(problem):
         return jnp.zeros((B, S, N), problem.wide)
@@ -54,31 +54,32 @@ def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax
 
 
 def closed(normalizer):
-    """+∞ where a query sees nothing, which makes its weights 0."""
+    """Sets the normalizer to +∞ where a query sees nothing, so that its weights are 0."""
     return jnp.where(normalizer == -jnp.inf, jnp.inf, normalizer)
 
 
 def is_nothing(problem: Problem) -> bool:
-    """Whether there is no query or no key, as far as sizes are known."""
+    """Says whether a call is known to have no example, no query or no key."""
     sizes = problem.sizes
     return any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S))
 
 
 def log_weights(logits, allowed, normalizer):
-    """The logarithms of the weights of a tile; −∞ where a pair does not count."""
+    """Computes log weight = logit − normalizer for a tile; −∞ for masked pairs."""
     logits = logits - normalizer[..., None]
     return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
 
 
 def surprise(log_weights):
-    """−weight · log weight, and 0 where the weight is 0."""
+    """Computes −weight · log weight, and 0 where the weight is 0."""
     weights = jnp.exp(log_weights)
+    # The inner `where` keeps 0 · ∞ out of the derivative, which a `where` outside does not.
     none = weights == 0
     return jnp.where(none, 0, -weights * jnp.where(none, 0, log_weights))
 
 
 class At(NamedTuple):
-    """Which tile of which heads."""
+    """The place of a tile: its heads, its block of queries and its block of keys."""
 
     head: dict
     i: Any
@@ -86,7 +87,7 @@ class At(NamedTuple):
 
 
 def sweep(layout: Layout, normalizer, carry, start, step, finish, ordered=False):
-    """Takes the log weights of every tile that is not empty, a query block at a time.
+    """Visits the log weights of every tile that is not empty, a query block at a time.
 
         part = start(carry)
         part = step(part, log_weights, at)      for each tile of the query block
@@ -125,7 +126,7 @@ def sweep(layout: Layout, normalizer, carry, start, step, finish, ordered=False)
 
 @dataclasses.dataclass(frozen=True)
 class _View(Operation):
-    """Takes the leaves of `Operands`, and the normalizer BTN."""
+    """An operation on the leaves of `Operands` and the normalizer BTN."""
 
     problem: Problem
     tree: Any
@@ -134,12 +135,12 @@ class _View(Operation):
 
     @property
     def elements(self) -> int:
-        """Two tiles."""
+        """Gives the number of pairs in two tiles."""
         B, K, G, T, S, *_ = plan(self.problem, False, self.size, self.tile)
         return 2 * B * K * G * T * S
 
     def joined(self, size, mapped, apart):
-        """A call with more examples, unless slices share their keys."""
+        """Joins the slices into a call with more examples; None if they share keys."""
         found = join(self.problem, self.tree, size, mapped[:-1], apart[:-1])
         if found is None:
             return None
@@ -149,14 +150,16 @@ class _View(Operation):
         return Joined(operation, (*slots, whole), (whole,))
 
     def lay(self, leaves, plan: Plan):
-        """The layout of a call, and the normalizer."""
+        """Lays out the call, and separates the normalizer from its leaves."""
         *leaves, normalizer = leaves
         return Layout(self.problem, self.tree.unflatten(leaves), plan), normalizer
 
     def by_rows(self, leaves, function):
-        """The layout in whole rows, and `function` of the log weights of a block of them.
+        """Lays out the call in whole rows.
 
-        These are computed again backward, so that nothing of T × S is kept.
+        Also gives a function of a block number: it applies `function` to the log weights
+        of that block of rows. Backward computes the log weights again, so that no T × S of
+        them is kept.
         """
         layout, normalizer = self.lay(leaves, rows_plan(self.problem))
         key = jnp.moveaxis(layout.key.astype(self.problem.wide), 2, 1)
@@ -175,12 +178,12 @@ class Entropy(_View):
     """The entropy of each query's weights."""
 
     def types(self, *types):
-        """BTN."""
+        """Gives the type of the output, BTN."""
         query, (B, N, T, _) = types[0], self.problem.sizes.BNTS
         return [retype(query, (B, T, N), self.problem.wide, query.sharding.spec[:3])]
 
     def fast(self, *leaves, spread):
-        """Tile by tile."""
+        """Computes it tile by tile."""
         layout, normalizer = self.lay(
             leaves, plan(self.problem, spread, self.size, self.tile)
         )
@@ -196,7 +199,7 @@ class Entropy(_View):
         return [layout.unqueries(total)]
 
     def reference(self, *leaves):
-        """A few whole rows at a time."""
+        """Computes it a few whole rows at a time."""
         layout, of_block = self.by_rows(leaves, lambda x: jnp.sum(surprise(x), axis=-1))
         parts = jax.lax.map(of_block, jnp.arange(layout.counts["T"]))
         whole = jnp.zeros(layout.query.shape[:3], self.problem.wide)
@@ -204,18 +207,19 @@ class Entropy(_View):
 
 
 class Received(_View):
-    """The weights of each key, summed over queries."""
+    """The sums of the weights of each key over all queries."""
 
     def types(self, *types):
-        """BSN."""
+        """Gives the type of the output, BSN."""
         key, (B, N, _, S) = types[1], self.problem.sizes.BNTS
         return [retype(key, (B, S, N), self.problem.wide, key.sharding.spec[:3])]
 
     def fast(self, *leaves, spread):
-        """Tile by tile."""
+        """Computes it tile by tile."""
         layout, normalizer = self.lay(
             leaves, plan(self.problem, spread, self.size, self.tile)
         )
+        # The sums are over queries, so one total passes through all query blocks.
         total = self.nothing(layout)
         add = lambda total, logs, at: layout.add(
             total, self.columns(layout, logs), "BKGS", S=at.j, **at.head
@@ -225,22 +229,22 @@ class Received(_View):
         return [self.as_keys(total)]
 
     def reference(self, *leaves):
-        """A few whole rows at a time."""
+        """Computes it a few whole rows at a time."""
         layout, of_block = self.by_rows(leaves, lambda x: self.columns(layout, x))
         step = lambda total, i: (total + of_block(i), None)
         total, _ = lax.scan(step, self.nothing(layout), jnp.arange(layout.counts["T"]))
         return [self.as_keys(total)]
 
     def nothing(self, layout: Layout):
-        """Zeros BKGS, padded as the keys are."""
+        """Makes zeros BKGS, padded like the keys."""
         B, K, G = self.problem.sizes.B, self.problem.sizes.K, self.problem.sizes.G
         return jnp.zeros((B, K, G, layout.padded["S"]), self.problem.wide)
 
     def columns(self, layout: Layout, log_weights):
-        """The weights of a tile BK(GT)S, summed over its queries, BKGS."""
+        """Sums up the weights of a tile BK(GT)S over its queries, BKGS."""
         return jnp.sum(layout.by_head(jnp.exp(log_weights)), axis=3)
 
     def as_keys(self, total):
-        """BKGS, without padding, to BSN."""
+        """Removes the padding of BKGS and reshapes it to BSN."""
         B, N, _, S = self.problem.sizes.BNTS
         return jnp.swapaxes(total[..., :S].reshape(B, N, S), 1, 2)

@@ -1,14 +1,14 @@
-"""Tangents, tile by tile, with the output, maximum and sum of each row at hand.
+"""Tangents, tile by tile, from the known output, maximum and sum of each row.
 
-With eₛ = exp(logitₛ − top), which add up to the total, and ′ for tangents:
+With eₛ = exp(logitₛ − top), total = Σₛ eₛ, and ′ for tangents:
 
     mean    = Σₛ eₛ logitₛ′ / total
     total′  = total · mean
     output′ = (Σₛ eₛ (logitₛ′ − mean) vₛ + Σₛ eₛ vₛ′) / total
 
-The mean is subtracted from each logit′ before the sum, as the difference of two sums would
-lose what cancels in it. It is a running mean: where a tile moves it by a step, the sum so
-far becomes
+The mean is subtracted from each logit′ before the sum, because a difference of two sums
+would lose digits by cancellation. The mean is a running mean. When a tile moves it by a
+step, the sum so far becomes
 
     Σₛ eₛ (logitₛ′ − mean − step) vₛ = Σₛ eₛ (logitₛ′ − mean) vₛ − step · Σₛ eₛ vₛ
 """
@@ -37,7 +37,13 @@ from jattn.implementations.blockwise.tiles import (
 
 
 def tangent(layout: Layout, outputs, tangents: Operands):
-    """The tangents of output, maximum and sum, from those of operands; None is zero."""
+    """Computes the tangents of output, maximum and sum from those of the operands.
+
+        query′ = scale · q′ + scale′ · q        maximum′ = 0
+        total′ = total · mean                   output′ = (by_logits + by_values) / total
+
+    A tangent of None is zero. The maximum is a constant in derivatives.
+    """
     wide, scale = layout.problem.wide, layout.operands.scale
     by_query, _ = schedules(layout)
     _, top, total = outputs
@@ -94,17 +100,21 @@ def tangent(layout: Layout, outputs, tangents: Operands):
 
 
 class Sums(NamedTuple):
-    """What the tiles of a query block have added up to."""
+    """Running sums over the tiles of a query block."""
 
     total: jax.Array  # Σₛ eₛ, BKR
-    mean: jax.Array  # of the logits' tangents, BKR
+    mean: jax.Array  # Σₛ eₛ logitₛ′ / Σₛ eₛ, BKR
     by_logits: jax.Array  # Σₛ eₛ (logitₛ′ − mean) vₛ, BKRD
     by_values: jax.Array  # Σₛ eₛ vₛ′, BKRD
     output: jax.Array  # Σₛ eₛ vₛ, BKRD
 
 
 def _tangent_tile(layout, head, d_head, given, i, masked):
-    """The body of the loop over the tiles of one query block."""
+    """Makes the body of the loop over the tiles of one query block.
+
+    The tangents of the products are query′ · kₛ + scale · q · kₛ′. Modifier and bias turn
+    them into the tangents of the logits.
+    """
     wide = layout.problem.wide
     d_keys, d_values, d_actives = d_head
 
@@ -132,12 +142,15 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
             (products, chosen),
             (d_products, d_active),
         )
+        # weightsₛ = eₛ, not yet divided by the total; d_logitsₛ = logitₛ′ − mean so far.
         weights, d_logits = exponentials(logits, top[..., None]), d_logits - mean[..., None]
         if allowed is not None:
             weights = jnp.where(allowed, weights, 0)
             d_logits = jnp.where(allowed, d_logits, 0)
         total = total + jnp.sum(weights, axis=-1)
+        # step = Σₛ eₛ (logitₛ′ − mean) / total: how far this tile moves the running mean.
         step = jnp.sum(weights * d_logits, axis=-1) / jnp.where(total == 0, 1, total)
+        # With the new mean: by_logits = Σₛ eₛ (logitₛ′ − mean − step) vₛ.
         d_weights = weights * (d_logits - step[..., None])
         by_logits = by_logits - step[..., None] * output
         by_logits = by_logits + sums_of(view.drop(d_weights), value, allowed)
@@ -151,7 +164,7 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
 
 
 def _cut_active(layout: Layout, active: Active, **at) -> Active:
-    """The part of aligned arrays at the blocks `at`."""
+    """Cuts the part of aligned arrays at the blocks `at`."""
     cut = lambda x: layout.cut(x, "BKGTS", **at)
     return active._replace(
         bias=jax.tree.map(cut, active.bias), modifier=jax.tree.map(cut, active.modifier)

@@ -16,19 +16,19 @@ from jattn.shapes import is_one, wide_dtype
 
 
 class Active(NamedTuple):
-    """What the logits of a tile depend on beside the products; None where constant."""
+    """Arrays that the logits of a tile depend on beside products; None where constant."""
 
     bias: Any
     captured: Any
     modifier: Any
 
     def where(self, other: "Active") -> "Active":
-        """This one's arrays where the other has some, and None elsewhere."""
+        """Picks the arrays of this one where the other has an array; None elsewhere."""
         pick = lambda other, mine: None if other is None else mine
         return jax.tree.map(pick, other, self, is_leaf=lambda x: x is None)
 
     def fill(self, other: "Active") -> "Active":
-        """The other's arrays where this one has None."""
+        """Fills the places that are None with the arrays of the other."""
         pick = lambda mine, other: other if mine is None else mine
         return jax.tree.map(pick, self, other, is_leaf=lambda x: x is None)
 
@@ -45,12 +45,12 @@ class Tile:
 
     @property
     def active(self) -> Active:
-        """All of it."""
+        """Gives every array that the logits depend on beside the products."""
         captured = self.layout.operands.modifier.captured
         return Active(self.part.bias, captured, self.part.modifier)
 
     def logits(self, products, active: Active):
-        """Modifier, then bias, on products that were scaled."""
+        """Computes the logits from scaled products: applies the modifier, then the bias."""
         logits = products
         if self.problem.modifier is not None:
             arrays = Arrays(active.captured, tuple(map(self.lay, active.modifier)))
@@ -60,7 +60,7 @@ class Tile:
         return logits if active.bias is None else logits + self.lay(active.bias)
 
     def allowed(self):
-        """Which pairs count: the mask's, and no key of another block."""
+        """Says which pairs count: the mask allows them, and the block owns the key."""
         allowed = None
         if self.problem.mask is not None:
             captured = self.layout.operands.mask.captured
@@ -72,7 +72,7 @@ class Tile:
         return allowed
 
     def drop(self, weights):
-        """The weights that dropout keeps, scaled up."""
+        """Applies dropout: kept weights times 1 / (1 − rate), 0 for the others."""
         if self.part.words is None:
             return weights
         queries, keys = map(self.lay, self.part.words)
@@ -81,7 +81,7 @@ class Tile:
 
 
 class Head(NamedTuple):
-    """Some examples and key/value heads of a call."""
+    """Arrays of some examples and some key/value heads of a call."""
 
     at: dict
     key: jax.Array  # BKSH
@@ -106,7 +106,7 @@ def over_heads(layout: Layout, body, carry, folded=False):
 
 
 def loop(count, body, carry):
-    """A loop; none for a single turn."""
+    """Runs a loop; a single turn needs no loop."""
     if is_one(count):
         return body(0, carry)
     return lax.fori_loop(0, count, body, carry)
@@ -116,7 +116,7 @@ def over_tiles(schedule, head: Head, i, count, body, carry):
     """Runs `body(masked)(j, carry)` over the tiles of block `i` that are not empty."""
     if schedule is None:
         return loop(count, body(False), carry)
-    if is_one(count):  # applies the mask, rather than to ask whether it must
+    if is_one(count):  # one tile: apply the mask without asking whether it is needed
         return body(schedule.masked)(0, carry)
     order, full, live = schedule.at(head.at["B"], head.at["K"], i)
     at = lambda masked: lambda turn, carry: body(masked)(order[turn], carry)
@@ -127,7 +127,7 @@ def over_tiles(schedule, head: Head, i, count, body, carry):
 
 
 def dot(spec: str, x, y, wide):
-    """A product that is summed in the wide precision."""
+    """Computes a product whose sums are in the wide precision."""
     return jnp.einsum(spec, x, y, preferred_element_type=wide)
 
 
@@ -136,42 +136,44 @@ def _at_most_zero(x):
     return jnp.minimum(x, 0)
 
 
-# The derivative is that of x, also where `minimum` would have half of it or none.
+# The derivative is always 1: `minimum` would have 1/2 at 0 and 0 above.
 _at_most_zero.defjvp(lambda x, d: (_at_most_zero(*x), *d))
 
 
 def exponentials(logits, top):
-    """exp(logits − top), and never above 1.
+    """Computes exp(logits − top), at most 1.
 
-    `top` is the maximum of these logits or, where products were summed in another order
-    than forward, nearly so: of 1e8 the last place is 8, and exp(8) is 3000.
+    `top` is the maximum of these logits. If products were summed in another order than in
+    the forward pass, it is so only up to rounding. For logits of 1e8 the last place is 8,
+    and exp(8) ≈ 3000, so the difference is cut off at 0.
     """
     return jnp.exp(_at_most_zero(logits - top))
 
 
-# XLA's CPU sums up the products of one pair in their order where the last axis of the
-# result is a multiple of this, the numbers in a vector, and in another order elsewhere.
+# The numbers in a vector. If the last axis of the result is a multiple of this, XLA:CPU
+# sums up the products of a pair in the order of the features; otherwise in another order.
 LANES = 16
 
 
 def products_of(layout, query, key):
-    """Each query by each key, BKRH and BKSH to BKRS."""
+    """Multiplies each query by each key, BKRH and BKSH to BKRS."""
     wide, count = layout.problem.wide, key.shape[2]
     key = key.astype(wide)
-    if _are_few(query):  # to pad keys is to copy them
+    if _are_few(query):  # padding would copy all keys for the sake of a few queries
         return dot("BKRH,BKSH->BKRS", query, key, wide)
     products = dot("BKRH,BKSH->BKRS", query, _whole_lanes(key), wide)
     return lax.slice_in_dim(products, 0, count, axis=3)
 
 
 def columns_of(query, key, wide):
-    """What `products_of` gives, to the last bit, but BKSR.
+    """Computes the result of `products_of`, equal in every bit, with axes BKSR.
 
-    So backward finds the very logits that forward has seen. Large ones would else differ
-    by more than a little: of 1e8 the last place is 8.
+    So backward computes exactly the logits of the forward pass. Otherwise large logits
+    would differ too much: the last place of 1e8 is 8.
     """
     if _are_few(query):
-        # XLA would make one product of both, which sums in another order.
+        # Without the barrier XLA merges the product and the swap into another product,
+        # which sums in another order.
         rows = lax.optimization_barrier(dot("BKRH,BKSH->BKRS", query, key, wide))
         return jnp.swapaxes(rows, 2, 3)
     products = dot("BKSH,BKRH->BKSR", key, _whole_lanes(query), wide)
@@ -183,7 +185,7 @@ def _are_few(rows) -> bool:
 
 
 def _whole_lanes(rows):
-    """Rows BKRH, and zeros up to a multiple of LANES; as they are in an unknown number."""
+    """Pads rows BKRH by zeros to a multiple of LANES, if their number is known."""
     count = rows.shape[2]
     if not isinstance(count, int) or count % LANES == 0:
         return rows
@@ -191,10 +193,10 @@ def _whole_lanes(rows):
 
 
 def sums_of(weights, value, allowed):
-    """The values BKSD in proportion to weights BKRS.
+    """Sums up the values BKSD, times weights BKRS.
 
-    What is not finite in a value counts as 0 where there is a mask, for 0 · NaN is NaN;
-    a row that sees some gets NaN after the sum.
+    With a mask, a non-finite number in a value counts as 0 in the sum, because 0 · NaN is
+    NaN. After the sum, each row that sees such a value gets NaN.
     """
     wide = wide_dtype(weights.dtype)
     if allowed is None:

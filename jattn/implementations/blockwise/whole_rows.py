@@ -1,4 +1,4 @@
-"""A few whole rows at a time: plain, for JAX to differentiate."""
+"""Attention a few whole rows at a time, in plain operations that JAX differentiates."""
 
 import functools
 
@@ -14,7 +14,13 @@ from jattn.implementations.blockwise.tiles import Tile, products_of, sums_of
 
 
 def by_rows(problem: Problem, operands: Operands):
-    """Output, maximum and sum, whole rows at a time: plain, for JAX to differentiate."""
+    """Computes output, maximum and sum, whole rows at a time.
+
+        topₜ = maxₛ logitₜₛ        totalₜ = Σₛ exp(logitₜₛ − topₜ)
+        outputₜ = Σₛ exp(logitₜₛ − topₜ) vₛ / totalₜ
+
+    The operations are plain, and JAX differentiates them to any order.
+    """
     sizes, wide = problem.sizes, problem.wide
     layout = Layout(problem, operands, rows_plan(problem))
     key, value = (jnp.moveaxis(x.astype(wide), 2, 1) for x in (layout.key, layout.value))
@@ -28,7 +34,8 @@ def by_rows(problem: Problem, operands: Operands):
         weights = jnp.exp(logits - top[..., None])
         total = jnp.sum(weights, axis=-1)
         output = sums_of(view.drop(weights), value, allowed)
-        # Not `forward.finish`: its maximum has half a derivative where a row sees one key.
+        # Not `forward.finish`: its maximum(total, 1) halves the derivative where a row
+        # sees one key, as total is 1 there.
         return output / jnp.where(total == 0, 1, total)[..., None], top, total
 
     results = lax.map(rows, jnp.arange(layout.counts["T"]))
@@ -41,11 +48,11 @@ def by_rows(problem: Problem, operands: Operands):
 
 
 def row_logits(layout: Layout, view: Tile, key, i):
-    """The logits of whole rows by all keys BKSH, and which of these count."""
+    """Computes the logits of whole rows by all keys BKSH, and says which pairs count."""
     query, allowed = layout.scaled(layout.rows(layout.query, T=i)), view.allowed()
     if allowed is None:
         return view.logits(products_of(layout, query, key), view.active), None
-    query, query_poison = shared.isolate(query)  # the transpose of products mixes rows
+    query, query_poison = shared.isolate(query)  # the transposed product mixes rows
     key, key_poison = shared.isolate(key)
     poison = query_poison[..., None] + key_poison[..., None, :]
     products = products_of(layout, query, key)

@@ -1,4 +1,4 @@
-"""Attention on TPU, by Pallas kernels; nothing here needs a TPU to be read or tested.
+"""Attention on TPU, by Pallas kernels, which tests emulate on any machine.
 
 `schedule`      which blocks meet, in which order, as one integer a step
 `pairs`         masks and modifiers evaluated on a tile inside a kernel
@@ -7,6 +7,6 @@
 `tiles`         a part of a block inside a kernel
 `forward`       output and logsumexp
 `backward`      cotangents
-`segments`      cotangents in several kernels, where one cannot hold those of all queries
+`segments`      cotangents in several kernels, for more queries than one kernel can hold
 `kernel`        all of them as an implementation, and what it refuses
 """

@@ -1,8 +1,14 @@
-"""Cotangents, block by block, on TPU: one kernel with five products a block.
+"""Cotangents, block by block, on TPU: one kernel with five products for each block.
 
-The outer blocks are of keys. Their cotangents stay in scratch while the queries that see
-them pass by; those of all queries of a head, and of what rows read, stay in VMEM for the
-whole head. So each product is taken once, and nothing is as large as queries × blocks.
+The outer blocks are blocks of keys. The cotangents of a key block stay in scratch memory
+while the kernel visits the queries that see it. The cotangents of all queries of a head,
+and of the arrays that rows read, stay in VMEM for the whole head. So each product is
+computed once, and no array is as large as queries × blocks.
+
+    d_logitₛ = weightₛ (vₛ · d_output − (δ − d_logsumexp))        δ = output · d_output
+    d_vₛ += Σ weightₛ d_output        d_kₛ += Σ d_logitₛ q        d_q += Σₛ d_logitₛ kₛ
+
+The five products are q·kₛ, vₛ · d_output, and one for each of d_v, d_k and d_q.
 
 Reference:
     Dao et al., 2022, arXiv:2205.14135, algorithm 4.
@@ -20,15 +26,16 @@ from jattn.implementations.tpu.call import Arguments, Call
 from jattn.implementations.tpu.layout import LANES, LOG2_E, kind
 from jattn.implementations.tpu.tiles import Tile, parts
 
-_VMEM = 60 * 2**20
+_VMEM = 60 * 2**20  # bytes: twice `kernel.RESIDENT` for d_query, and room for the blocks
 
 
 def backward(call: Call, wanted, arguments: Arguments):
-    """Cotangents of queries, keys and values in float32, and of the wanted extras.
+    """Computes cotangents of queries, keys, values and wanted extras, in float32.
 
-    The inputs are queries, keys, values, the output's cotangent, and five rows of
-    numbers, see `row_numbers`; all but keys and values transposed. Cotangents of rows and
-    columns are for each example and head, of tiles for each that they have.
+    The inputs are queries, keys, values, the cotangent of the output, and five rows of
+    numbers, see `row_numbers`. All of them but keys and values are transposed. Cotangents
+    of rows and columns have every example and head; the caller sums over axes that the
+    arrays share.
     """
     call = call.of(arguments)
     sizes, plan = call.problem.sizes, call.plan
@@ -42,6 +49,7 @@ def backward(call: Call, wanted, arguments: Arguments):
         if want
     ]
     kinds = [kind(like) for like in shapes]
+    # One block for the whole head: it stays in VMEM while blocks of queries pass.
     whole = lambda b, k, i, j: (b, k, 0, 0)
     extra_out, extra_specs, scratch = [], [], []
     for like in shapes:
@@ -59,6 +67,7 @@ def backward(call: Call, wanted, arguments: Arguments):
             raise TypeError(f"backward: has no place for the cotangent of a {what}.")
 
     def kernel(words, numbers, *refs):
+        # Arguments come in this order: inputs, extras, results, scratch memory.
         given, refs = refs[:5], refs[5:]
         read, refs = refs[: tree.num_leaves], refs[tree.num_leaves :]
         read = jax.tree.unflatten(tree, read)
@@ -81,6 +90,7 @@ def backward(call: Call, wanted, arguments: Arguments):
 
         @pl.when(word & steps.FIRST != 0)
         def _start():
+            # Transposed once for each key block, as the product for d_query needs it.
             key_transposed[...] = given[1][0, 0].T
             for ref in (key_sum, value_sum, *sums):
                 ref[...] = jnp.zeros_like(ref)
@@ -139,7 +149,7 @@ def backward(call: Call, wanted, arguments: Arguments):
 
 
 def _backward_block(call: Call, inputs, state, at, options):
-    """Adds what one block of queries and one of keys have to do with each other."""
+    """Adds the cotangents that come from the pairs of a query block and a key block."""
     (query, key, value, d_output, rows), read, numbers = inputs
     d_query, key_sum, value_sum, key_transposed, into = state
     (i, j), (masked, wanted) = at, options
@@ -163,10 +173,12 @@ def _backward_block(call: Call, inputs, state, at, options):
         )
 
     todo = parts(call.plan, *call.tuning)
+    # The products of the next part start before the work on this one, so that the matrix
+    # unit is busy meanwhile.
     coming = products(todo[0])
     for part, following in zip(todo, [*todo[1:], None], strict=True):
         logits, d_weights = coming
-        if call.problem.dtype != jnp.float32:  # else queries are scaled
+        if call.problem.dtype != jnp.float32:  # in float32 the queries are scaled already
             logits = logits * size
         if following is not None:
             coming = products(following)
@@ -188,13 +200,14 @@ def _backward_block(call: Call, inputs, state, at, options):
         top, inverse, settled, delta, offset = (
             rows[0, 0, which : which + 1, part.columns] for which in range(5)
         )
-        # Never above 1, also where products were summed in another order than forward.
+        # At most 1, even if the products were summed in another order than in forward.
         exponentials = jnp.exp2(jnp.minimum(logits - top, 0) * LOG2_E)
         weights = exponentials * inverse
         kept, dropped = tile.kept(), weights
         if kept is not None:
             d_weights = jnp.where(kept, d_weights * (1 / (1 - rate)), 0)
             dropped = jnp.where(kept, weights * (1 / (1 - rate)), 0)
+        # Where a weight is 1, vₛ · d_output = δ exactly; see `shared.row_factors`.
         d_weights = jnp.where(exponentials > settled, delta, d_weights)
         d_logits = weights * (d_weights - offset)
         if pull is not None:
@@ -213,7 +226,7 @@ def _backward_block(call: Call, inputs, state, at, options):
 
 
 def _choose(active, wanted):
-    """The leaves that are wanted, and how to put such in their place."""
+    """Picks the wanted leaves, and makes a function that puts new ones in their place."""
     leaves, tree = jax.tree.flatten(active)
     flags = jax.tree.leaves(wanted)
     chosen = [x for x, want in zip(leaves, flags, strict=True) if want]
@@ -238,5 +251,6 @@ def _add(call: Call, into, cotangents, part, i):
             where = (0, 0, slice(None), pl.ds(first + part.columns.start, part.shape[1]))
             ref[where] += cotangent
         else:
+            # Each of the 128 lanes holds 1/128 of the column; `_finish` sums up the lanes.
             lanes = jnp.broadcast_to(cotangent * (1 / LANES), (part.shape[0], LANES))
             ref[part.keys, :] += lanes

@@ -1,4 +1,4 @@
-"""One call of a kernel: its static facts, and how its operands are cut into blocks."""
+"""One call of a kernel: what is known at compile time, and how operands become blocks."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -16,15 +16,16 @@ from jattn.implementations.tpu import schedule
 from jattn.implementations.tpu.layout import Extras, Pairs, Plan, kind
 from jattn.implementations.tpu.schedule import blocks
 
-# Keys and columns of a part of a block: those with the fewest bundles (`bench/tpu.md`).
+# Keys and columns of a part of a block: the sizes that compile to the fewest bundles of
+# instructions (`bench/tpu.md`).
 _USUAL, _FIFTH_GENERATION = (256, 512), (128, 256)
 
 
 def counted_tuning(problem: Problem, shapes: Extras, forward: bool) -> tuple[int, int]:
-    """How many keys and columns a part of a block has, for the chip compiled for."""
+    """Gives the keys and columns of a part of a block, for the chip to compile for."""
     try:
         generation = pltpu.get_tpu_info().generation
-    except ValueError:  # no chip is known, as in an export or where it is emulated
+    except ValueError:  # no chip is known: an export, or an emulated kernel
         return _USUAL
     columns = any(kind(x) == "column" for x in jax.tree.leaves(shapes))
     small = forward and problem.sizes.H > 64 and problem.modifier is None and not columns
@@ -32,14 +33,14 @@ def counted_tuning(problem: Problem, shapes: Extras, forward: bool) -> tuple[int
 
 
 class Arguments(NamedTuple):
-    """What a kernel takes; all but `count` and `numbers` begin with examples and heads.
+    """Arguments of a kernel; all but `count` and `numbers` begin with examples and heads.
 
     Attributes:
         words: The schedule: examples × heads × steps.
-        count: How many of the steps there are.
-        numbers: What products are scaled by, exponents of 2, and maxima.
-        inputs: Queries, keys, values and what is like them.
-        extras: What masks and the like read.
+        count: How many of the steps to run.
+        numbers: The factors of products, of exponents of 2, and of maxima.
+        inputs: Queries, keys, values, and in backward the arrays of rows.
+        extras: The arrays that masks, modifiers, bias and dropout read.
     """
 
     words: jax.Array
@@ -51,20 +52,20 @@ class Arguments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a kernel is written for; examples and heads are those that its arrays have.
+    """The static description of a call; examples and heads are those of its arrays.
 
     Attributes:
         problem: The call.
         plan: Its blocks.
-        pairs: What joins a query and a key.
-        shapes: The `Extras` before they were arranged, as types.
-        by_query: Whether the outer blocks of the schedule are of queries.
-        count: How many steps there are, where that is known.
-        tuning: How many keys and columns a part of a block has.
-        interpret: Whether and how it is emulated.
-        leading: Examples and heads.
+        pairs: The programs that join a query and a key.
+        shapes: The types of the `Extras` before they were arranged.
+        by_query: Whether the outer blocks of the schedule are blocks of queries.
+        count: The number of steps, if it is known.
+        tuning: The number of keys and of columns in a part of a block.
+        interpret: Whether and how the kernel is emulated.
+        leading: The number of examples and of heads.
         shared: How many heads read one key/value head.
-        varying: Which axes of a `shard_map` the arrays differ over.
+        varying: The axes of a `shard_map` along which the arrays differ.
         steps: The shape of the schedule: examples, heads, steps.
     """
 
@@ -82,7 +83,7 @@ class Call:
     varying: Any = None
 
     def of(self, arguments: "Arguments") -> "Call":
-        """The call for these arrays, which may be one device's part of them."""
+        """Fits the call to these arrays, which may be the part of one device."""
         query, key, *_ = arguments.inputs
         leading = query.shape[:2]
         return dataclasses.replace(
@@ -94,29 +95,29 @@ class Call:
         )
 
     def result(self, shape, dtype=jnp.float32):
-        """The type of a result: a shape for each example and head."""
+        """Gives the type of a result that has this shape for each example and head."""
         return jax.ShapeDtypeStruct(
             (*self.leading, *shape), dtype, manual_axis_type=self.varying
         )
 
     @property
     def has_padding(self) -> bool:
-        """Whether the last block of keys has keys that are none."""
+        """Says whether the last block of keys is partly padding."""
         return self.plan.keys * self.plan.block_kv != self.problem.sizes.S
 
     @property
     def precision(self):
-        """Of products: all bits of float32."""
+        """Gives the precision of products: all bits of float32 if inputs are float32."""
         exact = self.problem.dtype == jnp.float32
         return lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
 
     def word(self, words):
-        """The present step."""
+        """Reads the word of the current step."""
         b, k, step = (pl.program_id(axis) for axis in range(3))
         return words[self._at(b, k, step)]
 
     def over_kinds(self, word, block) -> None:
-        """Runs `block(masked)`, or `block(masked, half)`, unless the step's is empty."""
+        """Runs `block(masked)`, or `block(masked, half)`, unless the block is empty."""
         kind = schedule.kind(word)
         if self.problem.mask is None and not self.has_padding:
             pl.when(kind != EMPTY)(lambda: block(masked=False))
@@ -128,11 +129,12 @@ class Call:
             pl.when(half >= 0)(lambda: block(masked=True, half=half))
 
     def _at(self, b, k, step):
+        # A schedule with one example or one head serves all of them.
         B, K, steps = self.steps
         return ((b if B > 1 else 0) * K + (k if K > 1 else 0)) * steps + step
 
     def spec(self, shape, at):
-        """Blocks of a shape at `at(b, k, query block, key block)`."""
+        """Makes the spec of blocks of a shape at `at(b, k, query block, key block)`."""
 
         def index(b, k, step, words, *_):
             outer, inner = blocks(words[self._at(b, k, step)])
@@ -141,12 +143,12 @@ class Call:
         return pl.BlockSpec(shape, index)
 
     def query_spec(self, size: int):
-        """Of B × heads × size × columns."""
+        """Makes the spec of an array B × heads × size × columns."""
         shape = (1, 1, size, self.plan.columns)
         return self.spec(shape, lambda b, k, i, j: (b, k, 0, i))
 
     def key_spec(self, size: int, transposed=False):
-        """Of B × K × S × size, or of B × K × size × S."""
+        """Makes the spec of an array B × K × S × size, or B × K × size × S."""
         shared = self.plan.heads // self.problem.sizes.K
         kv = self.plan.block_kv
         if transposed:
@@ -158,7 +160,7 @@ class Call:
         )
 
     def extra_specs(self, arranged: Extras) -> Extras:
-        """Of each array that masks and the like read."""
+        """Makes the spec of each array of the extras."""
         return jax.tree.map(self._extra_spec, arranged, self.shapes)
 
     def _extra_spec(self, array, like):
@@ -178,8 +180,9 @@ class Call:
     def run(
         self, kernel, arguments: "Arguments", specs, *, name, semantics, vmem, **options
     ):
-        """Runs a kernel over the schedule; specs are of the inputs and extras."""
+        """Runs a kernel over the schedule, with the specs of inputs and extras."""
         grid = {x: options.pop(x) for x in ("out_specs", "scratch_shapes")}
+        # The grid has a traced size where the number of steps is not known.
         count = arguments.count if self.count is None else self.count
         return pl.pallas_call(
             kernel,

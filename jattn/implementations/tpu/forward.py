@@ -1,9 +1,15 @@
 """Output, maximum and sum, block by block, on TPU.
 
-Logits are keys × columns, so the running maximum and sum of each query are one row. The
-product of the next part of a block is asked for before the softmax of the present one, so
-that the matrix unit has work meanwhile. Exponents are taken to the base 2, of which the
-machine has its own.
+Logits are keys × columns, so the running maximum and sum of all queries are one row. For
+each part of a block
+
+    top′    = max(top, maxₛ logitₛ)
+    total′  = total · exp(top − top′) + Σₛ exp(logitₛ − top′)
+    output′ = output · exp(top − top′) + Σₛ exp(logitₛ − top′) vₛ
+
+The product of the next part starts before the softmax of the current part, so that the
+matrix unit is busy meanwhile. Exponentials have the base 2, because the machine has an
+instruction for it: exp(x) = 2^(x · log₂ e).
 """
 
 import jax
@@ -16,13 +22,13 @@ from jattn.implementations.tpu import schedule as steps
 from jattn.implementations.tpu.call import Arguments, Call
 from jattn.implementations.tpu.tiles import Tile, parts
 
-_VMEM = 48 * 2**20
+_VMEM = 48 * 2**20  # bytes; forward keeps blocks only, and no array of a whole head
 
 
 def forward(call: Call, arguments: Arguments):
-    """Output B × heads × D × columns; maximum and sum B × heads × 1 × columns.
+    """Computes output B × heads × D × columns, maximum and sum B × heads × 1 × columns.
 
-    `inputs` are queries, transposed, keys, and values, transposed: B × K × D × S.
+    `inputs` are queries, transposed; keys; and values, transposed: B × K × D × S.
     """
     call = call.of(arguments)
     sizes, columns, wide = call.problem.sizes, call.plan.columns, jnp.float32
@@ -54,6 +60,7 @@ def forward(call: Call, arguments: Arguments):
         def _finish():
             empty = total[...] == 0
             safe = jnp.where(empty, 1, total[...])
+            # Dropout's 1 / (1 − rate) is applied here, once for each row.
             share = 1 / (safe * (1 - call.problem.rate))
             output[0, 0] = sums[...] * share
             row_max[0, 0] = jnp.where(empty, 0, top[...] * numbers[2])
@@ -113,7 +120,7 @@ def _forward_block(call: Call, inputs, state, at, masked: bool):
         at = (slice(None), part.columns)
         before = top[at]
         now = jnp.maximum(before, jnp.max(logits, axis=0, keepdims=True))
-        safe = jnp.where(now == -jnp.inf, 0, now)
+        safe = jnp.where(now == -jnp.inf, 0, now)  # −∞ − (−∞) would be NaN
         weights = jnp.exp2((logits - safe) * exponent)
         shrink = jnp.exp2((before - safe) * exponent)
         top[at] = now

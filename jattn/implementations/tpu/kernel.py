@@ -18,7 +18,7 @@ from jattn.implementations.tpu.layout import LOG2_E
 from jattn.implementations.tpu.pairs import objection
 from jattn.implementations.tpu.schedule import MOST_INNER
 
-BLOCKS = (512, 512)
+BLOCKS = (512, 512)  # columns and keys of a block of the table
 # Largest d_query kept in VMEM, in bytes; it is double-buffered, so VMEM needs twice this.
 RESIDENT = 16 * 2**20
 
@@ -50,7 +50,7 @@ def _objection(problem: Problem) -> str | None:
 
 
 def _block_sizes(problem: Problem, blocks: tuple[int, int]) -> tuple[int, int]:
-    """How many queries and keys are skipped at once, where heads are folded."""
+    """Gives the queries and keys of a block that can be skipped, if heads are folded."""
     plan = layout.plan(problem.sizes, True, blocks)
     return plan.block_q, plan.block_kv
 
@@ -60,10 +60,10 @@ class TPU(Kernel):
     """Forward and backward by Pallas kernels.
 
     Attributes:
-        blocks: How many columns and keys a block has.
-        tuning: How many keys and columns a part of it has, where the counted table is not
-            wanted.
-        interpret: Emulates the kernels on any platform, for tests.
+        blocks: The number of columns and of keys in a block.
+        tuning: The number of keys and of columns in a part of a block; replaces the
+            choice of `counted_tuning`.
+        interpret: Whether the kernels are emulated, which works on any platform; for tests.
         resident: How many bytes of the cotangents of queries one kernel may hold.
     """
 
@@ -73,23 +73,24 @@ class TPU(Kernel):
     resident: int = RESIDENT
 
     def refusal(self, problem: Problem, platform: str) -> str | None:
-        """What a kernel cannot be written for."""
+        """Says why no kernel can be written for a problem; None if one can."""
         if platform != "tpu" and not self.interpret:
             return f"runs on TPU only, and the platform is {platform}."
         return _objection(problem)
 
     def block_sizes(self, problem: Problem, operands: Operands | None) -> tuple[int, int]:
-        """How many queries and keys are skipped at once, where heads are folded."""
+        """Gives the queries and keys of a block that it can skip, if heads are folded."""
         del operands
         return _block_sizes(problem, self.blocks)
 
     def forward(self, problem: Problem, operands: Operands) -> Sums:
-        """Output, maximum and sum of each row."""
+        """Computes output, maximum and sum of each row."""
         from jattn.implementations.tpu.forward import forward
 
         call, arguments = self._call(problem, operands, by_query=True)
         plan, sizes = call.plan, problem.sizes
         query, key, value = arguments.inputs
+        # The forward kernel reads values transposed, B × K × D × S.
         arguments = arguments._replace(inputs=(query, key, jnp.swapaxes(value, 2, 3)))
         output, top, total = forward(call, arguments)
         return Sums(
@@ -99,7 +100,10 @@ class TPU(Kernel):
         )
 
     def backward(self, problem, operands, outputs, cotangents, wanted) -> Operands | None:
-        """The cotangents of the operands, or None where the kernel has no place for one."""
+        """Computes the cotangents of the operands; None if one of them is for each pair.
+
+        The kernel has no memory for a cotangent as large as T × S.
+        """
         from jattn.implementations.tpu.segments import in_segments
 
         call, arguments = self._call(problem, operands, by_query=False)
@@ -122,6 +126,9 @@ class TPU(Kernel):
         finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
         d_modifier, d_bias = _read_cotangents(problem, operands, plan, flags, d_read)
         nothing = jax.tree.map(lambda _: None, wanted)
+        # The kernel gives Σₛ d_logitₛ kₛ for each query q. From it
+        #     d_q = scale · Σₛ d_logitₛ kₛ        d_scale = Σ q · Σₛ d_logitₛ kₛ
+        # Its d_key has only a part of the scale; `numbers[0]` is the rest, see `_numbers`.
         return nothing._replace(
             query=d_query * operands.scale,
             key=layout.unkeys(d_key, sizes) * arguments.numbers[0],
@@ -132,19 +139,20 @@ class TPU(Kernel):
         )
 
     def _call(self, problem: Problem, operands: Operands, by_query: bool):
-        """The call of a kernel, and its arguments: queries, keys and values."""
+        """Makes the call of a kernel, and its arguments: queries, keys and values."""
         from jattn.implementations.tpu.call import Arguments, Call, counted_tuning
         from jattn.implementations.tpu.schedule import schedule
 
         pairs, read = layout.extras(problem, operands)
         plan = layout.plan(problem.sizes, layout.folds(read), self.blocks)
         segments = 1 if by_query else self._segments(problem, plan)
+        # The number of query blocks is rounded up to whole segments.
         plan = plan._replace(queries=-(-plan.queries // segments) * segments)
         kinds = _kinds(problem, operands, plan)
         if by_query:
             plan = plan.joined
             words, count = schedule(kinds, plan.heads, plan.halves)
-        else:  # by key, for each segment of queries
+        else:  # B × N × i × j to (segments · B) × N × j × i: outer blocks are of keys
             B, N, i, j = kinds.shape
             kinds = kinds.reshape(B, N, segments, i // segments, j)
             kinds = kinds.transpose(2, 0, 1, 4, 3).reshape(-1, N, j, i // segments)
@@ -165,13 +173,13 @@ class TPU(Kernel):
         return Call(problem, *static), Arguments(words, count, numbers, inputs, arranged)
 
     def _segments(self, problem: Problem, plan) -> int:
-        """How many kernels it takes to hold the cotangents of a head's queries."""
-        block = 4 * problem.sizes.H * plan.columns
+        """Computes how many kernels it takes to hold a head's cotangents of queries."""
+        block = 4 * problem.sizes.H * plan.columns  # bytes of float32 for one block
         return -(-plan.queries // max(self.resident // block, 1))
 
 
 def _kinds(problem: Problem, operands: Operands, plan):
-    """The kind of each block; the last keys are partial where some are padding."""
+    """Gives the kind of each block; the last keys are partial if some are padding."""
     kinds = of_call.block_table(problem, operands, plan.block_q, plan.block_kv)
     xp = np if isinstance(kinds, np.ndarray) else jnp
     lengths = -(-problem.sizes.T // plan.block_q), plan.keys
@@ -179,17 +187,20 @@ def _kinds(problem: Problem, operands: Operands, plan):
     if plan.keys * plan.block_kv != problem.sizes.S:
         last = xp.arange(plan.keys).reshape(1, 1, 1, -1) == plan.keys - 1
         kinds = xp.where(last, xp.minimum(kinds, of_call.PARTIAL), kinds)
-    more = plan.queries - lengths[0]  # that fill up segments
+    more = plan.queries - lengths[0]  # empty blocks that fill up the last segment
     return xp.pad(kinds, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else kinds
 
 
 def _numbers(problem: Problem, operands: Operands):
-    """What queries, products, exponents of 2 in forward, and maxima are multiplied by.
+    """Computes the factors of queries, products, exponents of 2 in forward, and maxima.
 
-    The sign of the scale goes to the queries, so that the largest product is the
-    largest logit; in float32 all of it, as in blockwise. A query of bfloat16 would be
-    rounded by it. Maxima are multiplied as backward multiplies products, so that it
-    finds the very logits whose maximum is at hand.
+    The scale is split. In float32 all of it multiplies the queries, as in blockwise. In
+    bfloat16 that would round the queries, so only the sign of the scale multiplies them;
+    the sign makes the largest product the largest logit. The size of the scale multiplies
+    the products, or the exponents of a forward pass without modifier and bias.
+
+    Maxima are multiplied by the same number by which backward multiplies products. So
+    backward computes exactly the logits to which the maximum belongs.
     """
     scale = operands.scale
     if problem.dtype == jnp.float32:
@@ -201,7 +212,11 @@ def _numbers(problem: Problem, operands: Operands):
 
 
 def _read_cotangents(problem, operands: Operands, plan, flags, cotangents):
-    """Those of what modifiers and bias are made of, through the split."""
+    """Computes the cotangents of the operands that modifier and bias are made of.
+
+    The kernel gives the cotangents of the arrays that it reads. They are pulled back
+    through `layout.extras`, which makes these arrays from the operands.
+    """
 
     def read(modifier, bias):
         _, read = layout.extras(problem, operands._replace(modifier=modifier, bias=bias))
@@ -221,7 +236,7 @@ def _read_cotangents(problem, operands: Operands, plan, flags, cotangents):
 
 
 def _wanted(shapes: layout.Extras, wanted: Operands) -> layout.Extras:
-    """Which of the arrays that are read need a cotangent."""
+    """Says which of the arrays that the kernel reads need a cotangent."""
     mark = lambda tree, want: jax.tree.map(
         lambda x: want and jnp.issubdtype(x.dtype, jnp.floating), tree
     )

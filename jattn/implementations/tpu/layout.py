@@ -1,10 +1,10 @@
 """How a call is laid out for the kernels.
 
-Logits are keys × queries there: a query is a lane, so what belongs to it, its maximum and
-its sum, is one number of a row, and no reduction crosses lanes. Queries come and outputs
-go transposed, heads first, and all G heads that share a key/value head are the columns of
-one block: `fold`. Where an array reads keys together with heads or queries, heads stay
-apart instead and read the block of keys that they share.
+Inside the kernels, logits are keys × queries. Each query is a lane, so its maximum and its
+sum are one number of a row each, and no reduction crosses lanes. Queries and outputs are
+transposed, with heads first. All G heads that share a key/value head are columns of one
+block; they are *folded*. If an array depends on keys together with heads or queries, heads
+are not folded, and each of them reads the block of keys that they share.
 
     queries   B × heads × H × columns        columns = blocks × fold × block_q
     keys      B × K × S × H
@@ -22,29 +22,29 @@ from jattn.call.hoist import split
 from jattn.call.problem import Operands, Problem, index
 from jattn.call.program import Program
 
-LANES = 128
-LOG2_E = math.log2(math.e)
+LANES = 128  # numbers in a row of a vector register
+LOG2_E = math.log2(math.e)  # exp(x) = 2^(x · log₂ e)
 
 
 class Plan(NamedTuple):
-    """How much a block holds, and how many there are."""
+    """Sizes and numbers of blocks."""
 
     fold: int  # query heads in one block
-    heads: int  # that the grid counts
-    block_q: int  # queries, of each folded head
-    block_kv: int
-    queries: int  # blocks
-    keys: int
-    halves: int = 1  # of a block of keys, that may be empty by themselves
+    heads: int  # heads of the grid, each of `fold` query heads
+    block_q: int  # queries in a block, of each folded head
+    block_kv: int  # keys in a block
+    queries: int  # blocks of queries
+    keys: int  # blocks of keys
+    halves: int = 1  # parts of a block of keys that can be skipped separately
 
     @property
     def columns(self) -> int:
-        """Columns of a block."""
+        """Counts the columns of a block."""
         return self.fold * self.block_q
 
     @property
     def joined(self) -> "Plan":
-        """With two blocks of keys as the halves of one, where there are two."""
+        """Joins each two blocks of keys as the halves of one, if there are two."""
         if self.keys == 1:
             return self
         keys = -(-self.keys // 2)
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
 
 def plan(sizes, fold: bool, blocks: tuple[int, int]) -> Plan:
-    """Blocks of about so many columns and keys."""
+    """Chooses blocks of about so many columns and keys, in whole rows of lanes."""
     G = sizes.G if fold else 1
     lanes = LANES // math.gcd(G, LANES)
     most = max(blocks[0] // (G * lanes), 1) * lanes
@@ -64,26 +64,29 @@ def plan(sizes, fold: bool, blocks: tuple[int, int]) -> Plan:
 
 
 class Extras(NamedTuple):
-    """What masks, modifiers, bias and dropout read, aligned with BNTS; None if nothing."""
+    """Arrays that masks, modifiers, bias and dropout read, aligned with BNTS, or None."""
 
     index: tuple  # b, n, t, s
     mask: tuple
     modifier: tuple
     bias: jax.Array | None
-    words: Any  # of dropout, for queries and for keys
+    words: Any  # random words of dropout, for queries and for keys
 
 
 class Pairs(NamedTuple):
-    """The programs of what joins a query and a key, and what is counted from 0."""
+    """Programs that join a query and a key, and which positions are counted from 0."""
 
     mask: Program | None
     modifier: Program | None
-    counts_keys: bool
-    counts: bool  # both queries and keys
+    counts_keys: bool  # positions of keys are 0, 1, 2, …
+    counts: bool  # positions of both queries and keys are
 
 
 def extras(problem: Problem, operands: Operands) -> tuple[Pairs, Extras]:
-    """Splits the call's functions; differentiable in the operands."""
+    """Splits the mask and the modifier of a call; differentiable in the operands.
+
+    Gives the programs that join a query and a key, and the arrays that they read.
+    """
     at = index(problem, operands)
     mask, modifier, used = None, None, (False,) * 4
     mask_arrays = modifier_arrays = ()
@@ -103,14 +106,14 @@ def extras(problem: Problem, operands: Operands) -> tuple[Pairs, Extras]:
 
 
 def kind(array) -> str:
-    """Whether an array aligned with BNTS is a row, a column or a tile of each block."""
+    """Says whether an array aligned with BNTS is a row, column or tile of each block."""
     if array.shape[3] == 1:
         return "row"
     return "column" if array.shape[2] == 1 else "tile"
 
 
 def folds(arrays) -> bool:
-    """Whether heads can be the columns of one block."""
+    """Says whether heads can be folded into the columns of one block."""
     return all(
         kind(x) == "row" or (kind(x) == "column" and x.shape[1] == 1)
         for x in jax.tree.leaves(arrays)
@@ -118,7 +121,7 @@ def folds(arrays) -> bool:
 
 
 def arrange(array, plan: Plan):
-    """An array aligned with BNTS as the kernels read it, in a dtype that they store."""
+    """Arranges an array aligned with BNTS for the kernels, in a dtype that they store."""
     what = kind(array)
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.int8 if what == "tile" else jnp.int32)
@@ -139,7 +142,7 @@ def arrange(array, plan: Plan):
 
 
 def queries(array, plan: Plan, fill=0):
-    """BTN… to B × heads × … × columns, padded with `fill`."""
+    """Rearranges BTN… to B × heads × … × columns, padded with `fill`."""
     array = _pad(array, 1, plan.queries * plan.block_q, fill)
     B, T, _, *rest = array.shape
     array = array.reshape(B, plan.queries, plan.block_q, plan.heads, plan.fold, *rest)
@@ -148,7 +151,7 @@ def queries(array, plan: Plan, fill=0):
 
 
 def unqueries(array, plan: Plan, sizes, rest: tuple):
-    """Back to BTN…."""
+    """Rearranges B × heads × … × columns back to BTN…, without padding."""
     B = array.shape[0]
     blocks = (plan.queries, plan.fold, plan.block_q)
     array = array.reshape(B, plan.heads, *rest, *blocks)
@@ -158,12 +161,12 @@ def unqueries(array, plan: Plan, sizes, rest: tuple):
 
 
 def keys(array, plan: Plan):
-    """BSK… to BKS…, padded with zeros."""
+    """Rearranges BSK… to BKS…, padded with zeros."""
     return jnp.moveaxis(_pad(array, 1, plan.keys * plan.block_kv), 2, 1)
 
 
 def unkeys(array, sizes):
-    """B × heads × S… back to BSK…, the heads that share one summed."""
+    """Rearranges B × heads × S… back to BSK…; sums up heads that share a key head."""
     B, heads, S, size = array.shape
     array = array.reshape(B, sizes.K, heads // sizes.K, S, size)
     array = array[:, :, 0] if heads == sizes.K else jnp.sum(array, axis=2)
@@ -171,7 +174,7 @@ def unkeys(array, sizes):
 
 
 def _columns(array, plan: Plan):
-    """B × heads × fold × T to B × heads × 1 × columns, block by block."""
+    """Rearranges B × heads × fold × T to B × heads × 1 × columns, block by block."""
     B, heads, fold, T = array.shape
     array = array.reshape(B, heads, fold, T // plan.block_q, plan.block_q)
     return jnp.swapaxes(array, 2, 3).reshape(B, heads, 1, fold * T)

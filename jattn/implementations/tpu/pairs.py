@@ -1,8 +1,9 @@
 """A pointwise function of pairs, evaluated on a tile inside a kernel.
 
-Mosaic takes operations on arrays of two axes. So a value here is a tile of keys × queries,
-one row of it, one column, or a single number, and an operation first spreads its operands
-to one shape. What a kernel cannot evaluate, `objection` says before.
+Mosaic, the compiler of the kernels, supports operations on arrays of two axes. So a value
+here is a tile of keys × queries, one row or one column of it, or a single number. An
+operation first spreads its operands to one shape. `objection` says beforehand what a kernel
+cannot evaluate.
 """
 
 import jax
@@ -12,7 +13,7 @@ from jax.extend.core import Literal
 
 from jattn.call.jaxprs import CALLS, RULES, called, walk
 
-# What Mosaic takes of two axes, in float32 and int32.
+# The operations that Mosaic supports on two axes, in float32 and int32.
 _ARITHMETIC = {"abs", "add", "div", "max", "min", "mul", "neg", "rem", "sign", "sub"}
 _REAL = {"ceil", "cos", "erf", "exp", "exp2", "floor", "integer_pow", "is_finite", "log"}
 _REAL |= {"log1p", "logistic", "pow", "round", "rsqrt", "sin", "sqrt", "square", "tan"}
@@ -21,12 +22,12 @@ _LOGIC = {"and", "eq", "ge", "gt", "le", "lt", "ne", "not", "or", "xor"}
 _BITS = {"shift_left", "shift_right_arithmetic", "shift_right_logical"}
 _OTHER = {"clamp", "convert_element_type", "copy", "select_n", "stop_gradient"}
 _TAKEN = _ARITHMETIC | _REAL | _LOGIC | _BITS | _OTHER
-_SAME = {"broadcast_in_dim", "reshape", "squeeze"}  # of a number to a number
+_SAME = {"broadcast_in_dim", "reshape", "squeeze"}  # these leave a single number as it is
 _DTYPES = {"bool", "int32", "uint32", "float32", "bfloat16"}
 
 
 def objection(equations) -> str | None:
-    """What keeps a kernel from evaluating these equations, a clause; None if nothing."""
+    """Says in a clause why a kernel cannot evaluate the equations; None if it can."""
     for equation in equations:
         name = equation.primitive.name
         inner = called(equation, CALLS | RULES)
@@ -47,11 +48,12 @@ def objection(equations) -> str | None:
 
 
 def evaluate(jaxpr, inputs, small=()) -> jax.Array:
-    """The result of a jaxpr of scalars, for inputs of two axes that spread to a tile.
+    """Evaluates a jaxpr of scalars on inputs of two axes, which spread to a tile.
 
-    An input that the result does not depend on may be None. The `small` inputs, by place,
-    are integers of so few bits that sums of two are exact in float32: where a distance is
-    wanted as a float, it is computed as one, which takes half the instructions.
+    An input that the result does not depend on may be None. `small` gives the places of
+    inputs that are integers of few bits, so that the sum of two is exact in float32. If a
+    function converts a distance of two such integers to float, the distance is computed in
+    float from the start, which takes half the instructions.
     """
     floats = {jaxpr.invars[i]: inputs[i] for i in small if inputs[i] is not None}
     floats = {var: x.astype(jnp.float32) for var, x in floats.items()}
@@ -60,10 +62,10 @@ def evaluate(jaxpr, inputs, small=()) -> jax.Array:
 
 
 def spread(array, shape):
-    """The array, repeated to a shape."""
+    """Repeats an array to a shape."""
     if array.shape == shape:
         return array
-    if array.dtype == jnp.bool_:  # Mosaic spreads numbers
+    if array.dtype == jnp.bool_:  # Mosaic spreads numbers, but not Booleans
         return jnp.broadcast_to(array.astype(jnp.int32), shape) != 0
     return jnp.broadcast_to(array, shape)
 
@@ -74,7 +76,7 @@ def _evaluate(jaxpr, inputs, floats=()) -> list:
     def step(equation, operands):
         if equation.outvars[0] in distances:
             return [distances[equation.outvars[0]]]
-        if any(x is None for x in operands):  # of use to nothing
+        if any(x is None for x in operands):  # the result does not depend on it
             return [None] * len(equation.outvars)
         return _apply(equation, operands)
 
@@ -85,7 +87,7 @@ def _evaluate(jaxpr, inputs, floats=()) -> list:
 
 
 def _distances(jaxpr, floats: dict) -> dict:
-    """The floats that are made of a sum or difference of two small integers."""
+    """Finds the floats that are a sum or difference of two small integers."""
     sums, found = {}, {}
     for equation in jaxpr.eqns:
         name, out = equation.primitive.name, equation.outvars[0]
@@ -114,12 +116,13 @@ def _apply(equation, operands) -> list:
     shape = jnp.broadcast_shapes(*(x.shape for x in operands))
     is_real = jnp.issubdtype(operands[0].dtype, jnp.floating)
     if name == "div" and is_real and operands[1].shape != shape:
-        # A division is many operations: one of each row, not of each pair.
+        # A division takes many instructions. One for each row or column, times a product
+        # for each pair, is cheaper than one for each pair.
         inverse = spread(1 / operands[1], shape)
         return [spread(operands[0], shape) * inverse]
     operands = [spread(x, shape) for x in operands]
     bind = lambda *xs: primitive.bind(*xs, **primitive.get_bind_params(equation.params))
-    if name in RULES:  # mapped, so that its own derivative is kept
+    if name in RULES:  # binding it under vmap keeps its custom derivative
         return list(jax.vmap(jax.vmap(bind))(*operands))
     result = bind(*operands)
     return list(result) if primitive.multiple_results else [result]

@@ -1,14 +1,14 @@
 """The steps of a kernel: which block of queries meets which block of keys, in which order.
 
-A step is one int32. Steps of one block on the outer side follow each other, so that its
-sums stay where they are; blocks that a mask leaves empty are not among the steps at all,
-and neither copied nor computed. An outer block that meets nothing has one idle step, for
-its result must be written too.
+A step is one int32. The steps of one outer block follow each other, so that its sums stay
+in place. Blocks that a mask leaves empty have no step, so they are neither copied nor
+computed. An outer block that meets no inner block still has one idle step, because its
+result must be written too.
 
     bits   0–2 kind   3 first of its outer block   4 last   5–17 inner   18–30 outer
 
-Forward, an inner block is two of the table's, for larger ones are computed in fewer
-instructions. Where one of the two is empty, the step is of the other half alone.
+In the forward pass an inner block consists of two blocks of the table, since larger blocks
+take fewer instructions. If one of the two is empty, the step computes the other half alone.
 """
 
 from typing import Any
@@ -18,20 +18,21 @@ import numpy as np
 
 from jattn.blocks.kinds import EMPTY, FULL, PARTIAL
 
-HALF = 3  # a kind beside those of a table: the first half alone; the next, the second
-FIRST, LAST = 8, 16
-_INNER, _OUTER = 5, 18
-MOST_INNER = 2**13  # blocks; as many outer ones
+HALF = 3  # 3: only the first half of a joined block is live; 4: only the second
+FIRST, LAST = 8, 16  # bits 3 and 4
+_INNER, _OUTER = 5, 18  # the lowest bits of the inner and of the outer block
+MOST_INNER = 2**13  # blocks, as their number has 13 bits; and as many outer blocks
 
 
 def schedule(kinds: Any, heads: int, halves: int = 1):
-    """The steps over kinds, B or 1 × N or 1 × outer × inner blocks; and how many there are.
+    """Makes the steps over kinds, B or 1 × N or 1 × outer × inner; and counts them.
 
-    They are int32, examples × heads × steps, the first two perhaps 1. The count is a
-    number where nothing is traced.
+    The steps are int32, examples × heads × steps; examples and heads may be 1. The count
+    is a Python number if the kinds are NumPy's.
 
-    `heads` is how many the kernel has; where these are fewer than the table's, some share
-    their steps. `halves` is how many of the table's blocks an inner block is, 1 or 2.
+    `heads` is the number of heads of the kernel. If the table has more, several of its
+    heads share their steps. `halves` says how many blocks of the table make an inner
+    block, 1 or 2.
     """
     xp: Any = np if isinstance(kinds, np.ndarray) else jnp
     kinds = _shared(xp, kinds, heads)
@@ -52,7 +53,8 @@ def schedule(kinds: Any, heads: int, halves: int = 1):
     order = xp.argsort(~visited, axis=-1, stable=True)
     words = xp.take_along_axis(words, order, axis=-1)
     counts = xp.sum(visited, axis=-1, keepdims=True, dtype=np.int32)
-    # Where others take longer: stay at the last block, and do nothing.
+    # A head with fewer steps than others stays at its last block, with a kind of EMPTY
+    # and no flags, and does nothing.
     end = xp.take_along_axis(words, counts - 1, axis=-1) >> _INNER << _INNER
     every = xp.arange(outer * inner, dtype=np.int32).reshape(1, 1, -1)
     words = xp.where(every < counts, words, end)
@@ -64,17 +66,17 @@ def schedule(kinds: Any, heads: int, halves: int = 1):
 
 
 def blocks(word):
-    """The outer and the inner block of a step."""
+    """Reads the outer and the inner block of a step."""
     return word >> _OUTER, (word >> _INNER) & (MOST_INNER - 1)
 
 
 def kind(word):
-    """Whether the block of a step is empty, partial, full, or which half of it counts."""
+    """Reads the kind of a step: empty, partial, full, or which half is live alone."""
     return word & 7
 
 
 def _shared(xp, kinds, heads: int):
-    """One kind for the heads that share their steps: partial where they differ."""
+    """Merges the kinds of heads that share their steps: partial where they differ."""
     B, N, outer, inner = kinds.shape
     if heads >= N:
         return kinds
@@ -84,7 +86,7 @@ def _shared(xp, kinds, heads: int):
 
 
 def _joined(xp, kinds):
-    """The kinds of twice as long inner blocks; one more that is empty where one is odd."""
+    """Joins the kinds of each two inner blocks; an empty block completes an odd number."""
     kinds = xp.pad(kinds, [(0, 0)] * 3 + [(0, kinds.shape[3] % 2)])
     first, second = kinds[..., 0::2], kinds[..., 1::2]
     both = xp.where((first == FULL) & (second == FULL), np.int8(FULL), np.int8(PARTIAL))

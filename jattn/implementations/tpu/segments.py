@@ -1,7 +1,8 @@
-"""The backward pass over segments of queries, where they are too many for one kernel.
+"""The backward pass in segments of queries, for more queries than one kernel can hold.
 
-The cotangents of all queries that a kernel sees stay in VMEM. So long inputs are cut into
-segments of queries, one kernel each, and the cotangents of keys and values summed.
+A kernel keeps the cotangents of all its queries in VMEM. So long inputs are cut into
+segments of queries. One kernel runs for each segment, and the cotangents of keys and values
+are summed over the segments.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from jattn.implementations.tpu.layout import kind
 
 
 def in_segments(call: Call, wanted, arguments: Arguments):
-    """As `backward`; the words of the schedule have one more axis in front, segments."""
+    """Runs `backward` on each segment; the schedule has segments as its first axis."""
     segments = arguments.words.shape[0]
     if segments == 1:
         return backward(call, wanted, arguments._replace(words=arguments.words[0]))
@@ -26,6 +27,7 @@ def in_segments(call: Call, wanted, arguments: Arguments):
     likes = jax.tree.leaves(call.shapes)
     along = [kind(like) != "column" and like.shape[2] > 1 for like in likes]
     flags = zip(likes, along, jax.tree.leaves(wanted), strict=True)
+    # Cotangents that go along the queries are joined; all others are summed.
     stacked = [True, False, False, *(many for _, many, want in flags if want)]
 
     def cut(array):
@@ -33,7 +35,7 @@ def in_segments(call: Call, wanted, arguments: Arguments):
         return jnp.moveaxis(array, -2, 0)
 
     def run(xs):
-        """The results of one segment: those to sum, and those to join."""
+        """Computes the results of one segment: those to sum, and those to join."""
         words, (query, *rows), some = xs
         some = iter(some)
         read = [next(some) if many else x for x, many in zip(leaves, along, strict=True)]
@@ -60,6 +62,7 @@ def in_segments(call: Call, wanted, arguments: Arguments):
         tuple(map(cut, (query, *rows))),
         [cut(x) for x, many in zip(leaves, along, strict=True) if many],
     )
+    # Only the shapes are computed here, to start the sums with zeros.
     types, _ = jax.eval_shape(run, jax.tree.map(lambda x: x[0], xs))
     zeros = [jnp.zeros(x.shape, x.dtype) for x in types]
     sums, parts = jax.lax.scan(step, zeros, xs)

@@ -22,12 +22,12 @@ class Part(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Keys × columns."""
+        """Gives the shape, keys × columns."""
         return self.keys.size, self.columns.stop - self.columns.start
 
 
 def parts(plan: Plan, chunk: int, width: int, half=None) -> list[Part]:
-    """A block, or a half, cut into parts of `chunk` keys and `width` columns."""
+    """Cuts a block, or a half, into parts of `chunk` keys and `width` columns."""
     keys = plan.block_kv if half is None else plan.block_kv // plan.halves
     first: Any = 0 if half is None else half * keys
     found = []
@@ -40,7 +40,7 @@ def parts(plan: Plan, chunk: int, width: int, half=None) -> list[Part]:
 
 
 class Tile:
-    """What one part of a block reads beside its products."""
+    """Arrays that one part of a block reads beside its products."""
 
     def __init__(self, call, pairs: Pairs, refs: Extras, block, part: Part):
         self.call, self.pairs, self.shape = call, pairs, part.shape
@@ -52,11 +52,11 @@ class Tile:
 
     @property
     def active(self):
-        """What the logits are differentiated in, besides the products."""
+        """Gives the arrays in which the logits are differentiated, beside the products."""
         return self.read.modifier, self.read.bias
 
     def logits(self, products, active):
-        """Modifier and bias on scaled products."""
+        """Computes the logits from scaled products: applies the modifier, then the bias."""
         modifier, bias = active
         logits = products
         if self.pairs.modifier is not None:
@@ -68,7 +68,7 @@ class Tile:
         return logits if bias is None else logits + bias
 
     def allowed(self, has_padding: bool):
-        """Which pairs count."""
+        """Says which pairs count: the mask allows them, and the key is not padding."""
         allowed = None
         if self.pairs.mask is not None:
             allowed = evaluate(self.pairs.mask.jaxpr, [*self.index, *self.read.mask])
@@ -80,12 +80,12 @@ class Tile:
 
     @property
     def index(self):
-        """Example, head, query and key."""
+        """Gives the indices of example, head, query and key."""
         at = self.read.index
         return (*at[:3], self.key) if self.pairs.counts_keys else at
 
     def kept(self):
-        """Which weights dropout leaves; None without."""
+        """Says which weights dropout keeps; None without dropout."""
         if self.read.words is None:
             return None
         queries, keys = self.read.words
@@ -95,12 +95,13 @@ class Tile:
 
 
 def _read(ref, like, part: Part):
-    """The part of an array: 1 × columns, keys × 1 or keys × columns."""
+    """Reads the part of an array: 1 × columns, keys × 1 or keys × columns."""
     what = kind(like)
     if what == "row":
         value = ref[0, 0, :, part.columns]
     elif what == "column":
         row = ref[0, 0, :, part.keys]
+        # A register has 8 rows, so 8 equal rows are transposed and one column is kept.
         value = jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
     else:
         value = ref[0, 0, part.keys, part.columns]
