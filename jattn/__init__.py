@@ -28,6 +28,7 @@ Each module imports only from those above it:
 `views`         a look at the weights of any length
 `explanation`   what a call would do
 `api`           the public functions
+`caches`        across time: keys and values of the tokens so far
 `testing`       named cases and the checks that every implementation passes
 `expression`    masks written as text
 `picture`       masks and weights as small arrays, and as text
@@ -42,8 +43,8 @@ Each module imports only from those above it:
 To read, begin with `definition`: what it imports, it explains.
 """
 
+from jattn import caches, definition, masks, modifiers
 from jattn import counted as counted
-from jattn import definition, masks, modifiers
 from jattn.api import (
     attention,
     attention_logits,
@@ -79,6 +80,7 @@ __all__ = [
     "attention_state",
     "attention_weights",
     "block_table",
+    "caches",
     "definition",
     "explain",
     "masks",

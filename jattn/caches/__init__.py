@@ -1,0 +1,17 @@
+"""Caches: attention across time, for sampling and serving.
+
+Every kind stands for the sequence of tokens that was appended, and attending to it equals
+`jattn.attention` over the plain list of them. All are frozen pytrees.
+
+`rounding`      vectors in 8 or 4 bits, with one scale for each
+`write`         rows written into arrays that keep their place
+`store`         where keys and values lie in memory
+`asked`         a call to a cache, checked and taken apart
+`decode`        a few queries, in the time that what is filled takes
+`attend`        which way a call goes
+`cache`         the tokens so far, with room for more
+"""
+
+from jattn.caches.cache import Cache, empty
+
+__all__ = ["Cache", "empty"]

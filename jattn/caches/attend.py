@@ -1,0 +1,72 @@
+"""Attends from queries to what a source holds: by parts, or as one call.
+
+A few queries go by `decode`, whose time is that of what is filled. Many are a call of
+`jattn.attention` on all slots, which skips blocks beyond what is filled; the views that it
+is given cost nothing, as it lays out its inputs in any case. What is rounded or in pages is
+never made whole, and goes by `decode` however many queries there are.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jattn.api import attention_state
+from jattn.blockwise.attention import state_of
+from jattn.caches import asked, decode
+from jattn.meshes import across
+from jattn.problem import apart, check_sink
+from jattn.shapes import Sizes
+from jattn.state import State, with_sink
+
+# Up to so many queries the part that is filled is looked at without skipping more of it.
+FEW = 16
+
+
+@across("BTN. BTN")
+def attend_state(where: str, query, source, end, options, whole: bool = True) -> State:
+    """The state over the slots before `end` that the mask allows.
+
+    Args:
+        where: The public function, for messages.
+        query: `BTNH`, checked.
+        source: A `decode.Source`.
+        end: A slot that nothing is seen from, int32.
+        options: Those of `jattn.attention`.
+        whole: Whether the logsumexp is asked for.
+    """
+    sizes = sizes_of(query, source)
+    plain = hasattr(source, "values") and not source.is_rounded
+    if 0 in sizes.BNTS:
+        return _nothing(query, sizes)
+    if options.get("implementation") or (plain and sizes.T > FEW):
+        return attention_state(query, *source.vectors(query.dtype), **options)
+    sink = check_sink(where, options.get("sink"), sizes)
+    problem, operands = asked.posed(where, query, sizes, options)
+    return _decoded(problem, operands, source.flat(), end, sink, whole)
+
+
+def sizes_of(query, source) -> Sizes:
+    """The letters of a call."""
+    *batch, T, N, H = query.shape
+    K, S, D = source.num_heads, source.slots, source.value_dim
+    return Sizes(tuple(batch), T=T, S=S, N=N, K=K, H=H, D=D)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _decoded(problem, operands, source, end, sink, whole) -> State:
+    """The state of posed queries, in one program."""
+    operands, spoil = apart(operands)
+    state = state_of(*decode.attend(problem, operands, source, end))
+    output = with_sink(state, sink).astype(problem.dtype)
+    # A query that sees nothing has −∞ here, which `jax.debug_infs` would report.
+    state = spoil(State(output, state.logsumexp if whole else None))
+    unflatten = lambda x: x.reshape(*problem.sizes.batch, *x.shape[1:])
+    return jax.tree.map(unflatten, state)
+
+
+def _nothing(query, sizes: Sizes) -> State:
+    """The state of queries that see nothing."""
+    output = jnp.zeros((*query.shape[:-1], sizes.D), query.dtype)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    return State(output, jnp.full(query.shape[:-1], -jnp.inf, wide))

@@ -1,0 +1,280 @@
+"""A cache: keys and values of the tokens so far, with room for more.
+
+A cache stands for the sequence that was appended: `attend` equals `jattn.attention` over
+the plain list of tokens. It is a value, and every method gives a new one. Inside `jit` with
+the cache donated, or in the carry of `scan`, nothing is copied.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.caches import asked, attend
+from jattn.caches.store import Store, blank, put_at, put_run
+from jattn.masks import Lengths
+from jattn.pointwise import pytree
+from jattn.shapes import check_integers, is_known
+from jattn.state import State
+
+
+@pytree("store", "length")
+class Cache:
+    """Tokens in order, and how many there are; `empty` makes one.
+
+    A frozen dataclass and a pytree. Where the head of an example is full, under `jit`, what
+    fits is written and `length` counts on; such an example attends to NaN until it is
+    truncated. Where the numbers are known, that is a ValueError.
+
+    Attributes:
+        store: The vectors, in an order of their own.
+        length: How many tokens were appended: one number, or one of each example.
+    """
+
+    store: Store
+    length: jax.Array
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The axes of examples."""
+        return self.store.batch
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens there is room for in all."""
+        return self.store.slots
+
+    @property
+    def room(self) -> jax.Array:
+        """How many more tokens fit, of the shape of `length`."""
+        return jnp.maximum(self.capacity - self.length, 0)
+
+    @property
+    def key(self) -> jax.Array:
+        """The keys, `BSKH`; what was not appended is 0 or old."""
+        return self.store.vectors(self._dtype)[0]
+
+    @property
+    def value(self) -> jax.Array:
+        """The values, `BSKD`, likewise."""
+        return self.store.vectors(self._dtype)[1]
+
+    @property
+    def _dtype(self):
+        return jnp.float32 if self.store.is_rounded else self.store.dtype
+
+    def append(self, key, value, *, count=None) -> "Cache":
+        """Adds T tokens after those so far.
+
+        Args:
+            key: `BTKH`.
+            value: `BTKD`.
+            count: Only the first `count` of the T are added: one number, or one of each
+                example where the cache is ragged. All by default.
+
+        Returns:
+            The cache with the tokens.
+
+        Raises:
+            ValueError: If they do not fit, as far as that is known.
+        """
+        where, K = "caches.append", self.store.num_heads
+        shapes = (K, self.store.head_dim), (K, self.store.value_dim)
+        tokens = {"key": (key, shapes[0]), "value": (value, shapes[1])}
+        key, value = asked.check_tokens(where, self.store, **tokens)
+        return self._appended(where, key, value, count)
+
+    def _appended(self, where: str, key, value, count) -> "Cache":
+        T = key.shape[len(self.batch)]
+        count = asked.check_count(where, count, self.length.shape, T)
+        _check_room(where, self.length, count, T, self.capacity)
+        if self.length.ndim == 0 and jnp.ndim(count) == 0:
+            store = put_run(self.store, key, value, self.length, count)
+        else:
+            slots = _slots(self._of_each(self.length), self._of_each(count), T, self.capacity)
+            store = put_at(self.store, key, value, slots)
+        return dataclasses.replace(self, store=store, length=self.length + count)
+
+    def attend(self, query, *, count=None, **options) -> jax.Array:
+        """Attends to all tokens, from queries that stand at the last T of them.
+
+        Args:
+            query: `BTNH`, in the dtype of the cache.
+            count: As in the `append` before, where that had one: the first `count` queries
+                stand at the last `count` tokens, and the others see nothing.
+            **options: Those of `jattn.attention`. Without a `mask` a query sees all that is
+                there: say `Causal()` where several were appended. Positions count from the
+                first token; a bias or a Boolean mask has `capacity` columns.
+
+        Returns:
+            The output, `BTND`, equal to `jattn.attention` over the tokens.
+        """
+        return self._state("caches.attend", query, count, options, whole=False).output
+
+    def attend_state(self, query, *, count=None, **options) -> State:
+        """Attends like `attend`, and also gives the logsumexp, for `jattn.merge`.
+
+        Args:
+            query: See `attend`, and so are all others.
+            count: See `attend`.
+            **options: See `attend`.
+
+        Returns:
+            A `State`, as of `jattn.attention_state`.
+        """
+        return self._state("caches.attend_state", query, count, options, whole=True)
+
+    def extend(self, query, key, value, *, count=None, **options):
+        """Appends tokens and attends from them: what every kind of cache has.
+
+        Args:
+            query: `BTNH`.
+            key: `BTKH`.
+            value: `BTKD`.
+            count: See `append`.
+            **options: See `attend`.
+
+        Returns:
+            The output, `BTND`, and the cache with the tokens.
+        """
+        cache = self.append(key, value, count=count)
+        return cache.attend(query, count=count, **options), cache
+
+    def truncate(self, length) -> "Cache":
+        """Forgets all tokens after the first `length`, one number or one of each example."""
+        where = "caches.truncate"
+        length = jnp.asarray(check_integers(where, "length", length), jnp.int32)
+        if length.shape not in ((), self.length.shape):
+            raise ValueError(
+                f"{where}: `length` must have shape () or {self.length.shape}, that of the "
+                f"cache's, got {length.shape}."
+            )
+        return dataclasses.replace(self, length=jnp.clip(length, 0, self.length))
+
+    def take(self, indices) -> "Cache":
+        """Gives the examples `indices`, in this order: for beams, and to copy a prompt."""
+        store = taken("caches.take", self.store, indices)
+        length = self.length
+        if length.ndim:  # an example that is not there attends to NaN
+            most = jnp.iinfo(jnp.int32).max
+            length = jnp.take(length, jnp.asarray(indices), 0, mode="fill", fill_value=most)
+        return dataclasses.replace(self, store=store, length=length)
+
+    def dequantize(self, dtype="float32") -> "Cache":
+        """Gives the same tokens without rounding: what a rounded cache means."""
+        return dataclasses.replace(self, store=self.store.exact(dtype))
+
+    def _of_each(self, number) -> jax.Array:
+        """One number of each example, from one for all or for the first batch axes."""
+        number = jnp.asarray(number)
+        missing = len(self.batch) - number.ndim
+        return jnp.broadcast_to(number.reshape(*number.shape, *[1] * missing), self.batch)
+
+    def _state(self, where, query, count, options, whole: bool) -> State:
+        asked.check_options(where, options)
+        query = asked.check_query(where, query, self.batch, self.store)
+        T = query.shape[-3]
+        rows = None if count is None else asked.check_count(where, count, self.length.shape, T)
+        length = self.length if self.length.ndim == 0 else self._of_each(self.length)
+        if rows is not None and jnp.ndim(rows):
+            rows = self._of_each(rows)
+        seen = Lengths(length, rows)
+        options = options | {"mask": asked.mask_of(where, options, seen)}
+        if options.get("query_position") is None:
+            first = length - (T if rows is None else rows)
+            several = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * first.ndim, T)
+            options["query_position"] = first[..., None] + several if first.ndim else first
+        end = jnp.minimum(jnp.max(length, initial=0), self.capacity)
+        state = attend.attend_state(where, query, self.store, end, options, whole)
+        return spoiled(state, length > self.capacity)
+
+
+def empty(
+    batch_size: int | tuple[int, ...],
+    capacity: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_head_dim: int | None = None,
+    *,
+    dtype: Any = "float32",
+    ragged: bool = False,
+) -> Cache:
+    """Makes a cache without tokens.
+
+    Args:
+        batch_size: B, or several axes, or `()` for none.
+        capacity: How many tokens there is room for, of each example.
+        num_kv_heads: K.
+        head_dim: H.
+        value_head_dim: D; H by default.
+        dtype: That of queries, keys and values; or "int8", "float8_e4m3fn" or "int4", to
+            which what is appended is rounded, with a scale for each token and head.
+        ragged: Whether each example has a length of its own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kv = empty(1, 8, 1, 2)
+        >>> token = jnp.ones((1, 1, 1, 2))
+        >>> output, kv = kv.extend(token, token, 3 * token)
+        >>> output, int(kv.length)
+        (Array([[[[3., 3.]]]], dtype=float32), 1)
+    """
+    batch = batch_size if isinstance(batch_size, tuple) else (batch_size,)
+    value_dim = head_dim if value_head_dim is None else value_head_dim
+    dtype = asked.check_dtype("caches.empty", dtype)
+    store = blank(batch, capacity, num_kv_heads, head_dim, value_dim, dtype)
+    return Cache(store, jnp.zeros(batch if ragged else (), jnp.int32))
+
+
+def spoiled(state: State, overflowed) -> State:
+    """The state with NaN for examples that were appended more than fits.
+
+    A compiled program cannot raise, and must not be wrong in silence.
+    """
+
+    def spoil(x):
+        over = overflowed.reshape(*overflowed.shape, *[1] * (x.ndim - overflowed.ndim))
+        return jnp.where(over, jnp.asarray(jnp.nan, x.dtype), x)
+
+    return jax.tree.map(spoil, state)
+
+
+def taken(where: str, store: Store, indices) -> Store:
+    """The examples `indices` of a store with one batch axis."""
+    indices = check_integers(where, "indices", indices)
+    if len(store.batch) != 1 or indices.ndim != 1:
+        raise ValueError(
+            f"{where}: `indices` must be a list of examples, of a cache with one batch "
+            f"axis, got shape {indices.shape} for B = {store.batch}; use `jax.tree.map`."
+        )
+    B = store.batch[0]
+    if is_known(indices) and indices.size and not -B <= indices.min() <= indices.max() < B:
+        raise ValueError(
+            f"{where}: `indices` must be less than B = {B}, got {indices}; there are no "
+            f"other examples."
+        )
+    return store.map(lambda x, _: jnp.take(x, jnp.asarray(indices), axis=0))
+
+
+def _slots(start, count, T: int, capacity: int) -> jax.Array:
+    """Where each of T tokens goes, …T; each beyond the count has a slot beyond the last."""
+    step = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * start.ndim, T)
+    slots = start[..., None] + step
+    return jnp.where((step < count[..., None]) & (slots < capacity), slots, capacity + step)
+
+
+def _check_room(where: str, length, count, T: int, capacity: int) -> None:
+    if T > capacity:
+        raise ValueError(
+            f"{where}: {T} tokens must fit a capacity of {capacity}; make the cache larger, "
+            f"or use `caches.rolling`."
+        )
+    if not (is_known(length) and is_known(count)) or length.size == 0:
+        return
+    most = int((length + count).max())
+    if most > capacity and int(jnp.max(jnp.asarray(count))) > 0:
+        raise ValueError(
+            f"{where}: {most} tokens must fit a capacity of {capacity}; make the cache "
+            f"larger, or truncate it first."
+        )

@@ -1,0 +1,285 @@
+"""A few queries by the tokens of a store: in the time that what is filled takes.
+
+    at most FIRST slots are filled     these alone, cut from the store
+    at most half of them               a loop over chunks, each cut from the store
+    more                               all slots at once, where they lie
+
+To cut is to copy, which takes as long as to attend: so beyond a half it is faster to look
+at every slot, and nothing is ever copied but a chunk. Vectors that have to be widened,
+rounded ones and those of 16 bits, always go by chunks, or XLA would widen all of them.
+
+Each part is exact for every mask, modifier, bias and dropout: its logits are made as in any
+tile, and parts add up as blocks do everywhere in the library, by a running maximum:
+
+    top ← max(top, max logit)      total ← total · e^(old top − top) + Σ e^(logit − top)
+                                   output ← likewise, with the values
+
+Derivatives are those of whole rows, of any order.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from jattn import tile
+from jattn.blockwise.rows import by_rows
+from jattn.caches.store import Store
+from jattn.dropout import keep
+from jattn.operation import Operation, cond_any, restrict, retype
+from jattn.problem import Operands, Problem, index
+
+# How many slots the shortest part has. One of 128 takes 0.1 ms, mostly of starting threads;
+# one of 256 a third longer.
+FIRST = 128
+# How many slots a chunk has. With 512 a chunk of a cache of 8192 slots is 6 % of it; with
+# 128 what a step of the loop costs shows.
+CHUNK = 256
+# Of vectors that are widened: theirs is a loop also where all is filled.
+WIDENED_CHUNK = 1024
+# How many logits a chunk may have: 8 MB of float32.
+LOGITS = 2**21
+
+
+class Source(Protocol):
+    """Where keys and values are: a `Store`, or pages of one. A pytree of arrays.
+
+    `slots` says how many tokens there is room for, and `unit` how many are cut together.
+    """
+
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def unit(self) -> int: ...
+
+    def cut(self, start, size: int) -> Store:
+        """The slots from `start` on, a multiple of the unit, BKHS and BKSD."""
+
+    def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
+        """All keys and values, BSKH and BSKD."""
+
+    def lies_ready(self, wide) -> bool:
+        """Says whether all slots can be multiplied where they lie."""
+
+
+def attend(problem: Problem, operands: Operands, source: Source, end):
+    """The output BTND and the maximum and the sum BTN, by one operation.
+
+    Args:
+        problem: The call.
+        operands: Its arrays, without keys and values; the words of dropout are drawn.
+        source: Where keys and values are.
+        end: A slot that no query sees anything from, as an int32.
+    """
+    leaves, tree = jax.tree.flatten((operands, source, end))
+    return Decode(problem, tree)(*leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(Operation):
+    """The leaves of operands, source and end to output, maximum and sum, as blockwise."""
+
+    problem: Problem
+    tree: Any
+
+    @property
+    def outputs(self) -> int:
+        """Output, maximum and sum."""
+        return 3
+
+    @property
+    def elements(self) -> int:
+        """All logits, and the weights."""
+        B, N, T, S = self.problem.sizes.BNTS
+        return 2 * B * N * T * S
+
+    def types(self, *types):
+        """BTND, and twice BTN."""
+        B, N, T, _ = self.problem.sizes.BNTS
+        query, wide = types[0], self.problem.wide
+        spec = query.sharding.spec[:3]
+        output = retype(query, (B, T, N, self.problem.sizes.D), wide, (*spec, None))
+        return [output, *[retype(query, (B, T, N), wide, spec)] * 2]
+
+    def fast(self, *leaves, spread):
+        """By the parts that are filled."""
+        del spread
+        operands, source, end = self.tree.unflatten(leaves)
+        with jax.default_matmul_precision(self.problem.precision):
+            return _filled(self.problem, operands, source, _furthest(end))
+
+    def reference(self, *leaves):
+        """A few whole rows at a time."""
+        operands, source, _ = self.tree.unflatten(leaves)
+        with jax.default_matmul_precision(self.problem.precision):
+            key, value = source.vectors(self.problem.wide)
+            return by_rows(self.problem, operands._replace(key=key, value=value))
+
+    def push(self, active, primals, outputs, tangents, spread):
+        """Through whole rows, which keep out what is masked."""
+        del outputs, spread
+        return jax.jvp(*restrict(self.reference, active, primals), tuple(tangents))[1]
+
+
+@custom_vmap
+def _furthest(end):
+    return end
+
+
+@_furthest.def_vmap
+def _(size, mapped, end):
+    """One end for all slices: JAX would run every branch if they differed."""
+    del size, mapped
+    return _furthest(jnp.max(end)), False
+
+
+class _Sums(NamedTuple):
+    """What a running maximum has seen: BNT, BNT and BKRD."""
+
+    top: jax.Array
+    total: jax.Array
+    output: jax.Array
+
+
+def _filled(problem: Problem, operands: Operands, source: Source, end):
+    """Attends to the slots before `end`, and again with care if a value was NaN."""
+    run = functools.partial(_parts, problem, operands, source, end)
+    sums = run(isolating=False)
+    if problem.mask is None:
+        return _finished(problem, sums)
+    # A NaN in a value that no query sees spoils a product all the same: 0 · NaN is NaN.
+    spoiled = ~jnp.all(jnp.isfinite(sums.output))
+    output = cond_any(spoiled, lambda x: run(isolating=True).output, lambda x: x, sums.output)
+    return _finished(problem, sums._replace(output=output))
+
+
+def _parts(problem, operands, source: Source, end, isolating: bool) -> _Sums:
+    step = functools.partial(_step, problem, operands, source, isolating)
+    slots, start = source.slots, _nothing(problem)
+    in_place = source.lies_ready(problem.wide)
+    short, chunk = _part_sizes(problem, source, in_place)
+
+    def loop(_):
+        count = jnp.minimum((end + chunk - 1) // chunk, -(-slots // chunk))
+        return lax.fori_loop(0, count, lambda i, sums: step(sums, i * chunk, chunk), start)
+
+    whole = lambda _: step(start, 0, slots)
+    if slots <= short:
+        return whole(())
+    first = lambda _: step(start, 0, short)
+    if in_place and not isolating:  # what isolates copies what it reads
+        case = (end > short).astype(jnp.int32) + (end > slots // 2).astype(jnp.int32)
+        return lax.switch(case, [first, loop, whole], ())
+    return lax.cond(end <= short, first, loop, ())
+
+
+def _part_sizes(problem: Problem, source: Source, in_place: bool) -> tuple[int, int]:
+    """How many slots the shortest part has, and a chunk: multiples of the source's unit."""
+    rows = problem.sizes.B * problem.sizes.N * problem.sizes.T
+    chunk = min(CHUNK if in_place else WIDENED_CHUNK, max(LOGITS // rows, 64))
+    fit = lambda size: min(-(-size // source.unit) * source.unit, source.slots)
+    return fit(FIRST), fit(chunk)
+
+
+def _nothing(problem: Problem) -> _Sums:
+    B, N, T, _ = problem.sizes.BNTS
+    K, G, D = problem.sizes.K, problem.sizes.G, problem.sizes.D
+    zeros = jnp.zeros((B, N, T), problem.wide)
+    output = jnp.zeros((B, K, G * T, D), problem.wide)
+    return _Sums(zeros - jnp.inf, zeros, output)
+
+
+def _finished(problem: Problem, sums: _Sums):
+    """Output BTND, and maximum and sum BTN, of all parts."""
+    B, N, T, _ = problem.sizes.BNTS
+    total = jnp.where(sums.total == 0, 1, sums.total)
+    output = sums.output.reshape(B, N, T, -1) / total[..., None]
+    top = jnp.where(sums.top == -jnp.inf, 0, sums.top)
+    return tuple(jnp.swapaxes(x, 1, 2) for x in (output, top, sums.total))
+
+
+def _step(problem, operands, source: Source, isolating, sums: _Sums, first, size: int):
+    """Adds the slots from `first` on; those before it were added already."""
+    start = first if size == source.slots else jnp.minimum(first, source.slots - size)
+    part, of_part = cut(problem, operands, start, size)
+    store = source.cut(start, size)
+    logits, allowed = _logits(part, of_part, store)
+    fresh = start + jnp.arange(size, dtype=jnp.int32)[None, None, None] >= first
+    allowed = fresh if allowed is None else allowed & fresh
+    logits = jnp.where(allowed, logits, -jnp.inf)
+    top = jnp.maximum(sums.top, jnp.max(logits, axis=-1))
+    finite = jnp.where(top == -jnp.inf, 0, top)
+    weights = jnp.exp(logits - finite[..., None])
+    shrink = jnp.exp(sums.top - finite)
+    total = sums.total * shrink + jnp.sum(weights, axis=-1)
+    weights = _dropped(part, of_part, weights)
+    added = _sums(part, store, weights, allowed if isolating else None)
+    shrink = shrink.reshape(*added.shape[:-1], 1)
+    return _Sums(top, total, sums.output * shrink + added)
+
+
+def cut(problem: Problem, operands: Operands, start, size: int):
+    """The same call for the slots from `start` on."""
+    if size == problem.sizes.S:
+        return problem, operands
+    along = lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis)
+    aligned = lambda x: x if x.shape[3] == 1 else along(x, 3)
+    arrays = lambda x: x._replace(aligned=tuple(map(aligned, x.aligned)))
+    position = operands.key_position
+    if position is None or position.ndim == 0:
+        position = start if position is None else position + start
+        position = jnp.asarray(position, jnp.int32)
+    else:
+        position = along(position, 1)
+    rng = operands.rng and (operands.rng[0], aligned(operands.rng[1]))
+    operands = operands._replace(
+        bias=None if operands.bias is None else aligned(operands.bias),
+        mask=arrays(operands.mask),
+        modifier=arrays(operands.modifier),
+        key_position=position,
+        rng=rng,
+    )
+    sizes = dataclasses.replace(problem.sizes, S=size)
+    return dataclasses.replace(problem, sizes=sizes), operands
+
+
+def _logits(problem: Problem, operands: Operands, store):
+    """The logits BNTS, and which of them count."""
+    B, N, T, S = problem.sizes.BNTS
+    at = index(problem, operands)
+    query = operands.query.astype(problem.wide)
+    rows = jnp.moveaxis(query.reshape(B, T, store.num_heads, -1, query.shape[-1]), 1, 3)
+    rows = rows.reshape(B, store.num_heads, -1, query.shape[-1])
+    products = jnp.einsum("BKRH,BKHS->BKRS", rows, store.wide_keys(problem.wide))
+    if (scales := store.scales(problem.wide)) is not None:
+        products = products * scales[0][:, :, None]
+    products = operands.scale * products.reshape(B, N, T, S)
+    allowed = tile.allowed(problem, operands, at)
+    return tile.logits(problem, operands, at, products), allowed
+
+
+def _dropped(problem: Problem, operands: Operands, weights):
+    if operands.rng is None:
+        return weights
+    kept = keep(*operands.rng, problem.rate)
+    return jnp.where(kept, weights / (1 - problem.rate), 0)
+
+
+def _sums(problem: Problem, store, weights, allowed):
+    """The values in proportion to the weights, BKRD; with care where `allowed` is given."""
+    B, N, T, S = problem.sizes.BNTS
+    rows = lambda x: jnp.broadcast_to(x, (B, N, T, S)).reshape(B, store.num_heads, -1, S)
+    weights, values = rows(weights), store.wide_values(problem.wide)
+    scales = store.scales(problem.wide)
+    if allowed is None:
+        weights = weights if scales is None else weights * scales[1][:, :, None]
+        return jnp.einsum("BKRS,BKSD->BKRD", weights, values)
+    values = values if scales is None else values * scales[1][..., None]
+    values, poison = tile.isolate(values)
+    seen = jnp.sum(jnp.where(rows(allowed), poison[:, :, None], 0), axis=-1)
+    return jnp.einsum("BKRS,BKSD->BKRD", weights, values) + seen[..., None]
