@@ -6,7 +6,7 @@
 
 To cut is to copy, which takes as long as to attend: so beyond a half it is faster to look
 at every slot, and nothing is ever copied but a chunk. Vectors that have to be widened,
-rounded ones and those of 16 bits, always go by chunks, or XLA would widen all of them.
+those that are rounded, always go by chunks, or XLA would widen all of them.
 
 Each part is exact for every mask, modifier, bias and dropout: its logits are made as in any
 tile, and parts add up as blocks do everywhere in the library, by a running maximum:
@@ -39,8 +39,6 @@ FIRST = 128
 # How many slots a chunk has. With 512 a chunk of a cache of 8192 slots is 6 % of it; with
 # 128 what a step of the loop costs shows.
 CHUNK = 256
-# Of vectors that are widened: theirs is a loop also where all is filled.
-WIDENED_CHUNK = 1024
 # How many logits a chunk may have: 8 MB of float32.
 LOGITS = 2**21
 
@@ -162,7 +160,7 @@ def _parts(problem, operands, source: Source, end, isolating: bool) -> _Sums:
     step = functools.partial(_step, problem, operands, source, isolating)
     slots, start = source.slots, _nothing(problem)
     in_place = source.lies_ready(problem.wide)
-    short, chunk = _part_sizes(problem, source, in_place)
+    short, chunk = _part_sizes(problem, source)
 
     def loop(_):
         count = jnp.minimum((end + chunk - 1) // chunk, -(-slots // chunk))
@@ -178,10 +176,10 @@ def _parts(problem, operands, source: Source, end, isolating: bool) -> _Sums:
     return lax.cond(end <= short, first, loop, ())
 
 
-def _part_sizes(problem: Problem, source: Source, in_place: bool) -> tuple[int, int]:
+def _part_sizes(problem: Problem, source: Source) -> tuple[int, int]:
     """How many slots the shortest part has, and a chunk: multiples of the source's unit."""
     rows = problem.sizes.B * problem.sizes.N * problem.sizes.T
-    chunk = min(CHUNK if in_place else WIDENED_CHUNK, max(LOGITS // rows, 64))
+    chunk = min(CHUNK, max(LOGITS // rows, 64))
     fit = lambda size: min(-(-size // source.unit) * source.unit, source.slots)
     return fit(FIRST), fit(chunk)
 
@@ -253,9 +251,13 @@ def _logits(problem: Problem, operands: Operands, store):
     B, N, T, S = problem.sizes.BNTS
     at = index(problem, operands)
     query = operands.query.astype(problem.wide)
-    rows = jnp.moveaxis(query.reshape(B, T, store.num_heads, -1, query.shape[-1]), 1, 3)
-    rows = rows.reshape(B, store.num_heads, -1, query.shape[-1])
-    products = jnp.einsum("BKRH,BKHS->BKRS", rows, store.wide_keys(problem.wide))
+    K, H = store.num_heads, store.head_dim
+    rows = jnp.moveaxis(query.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)
+    products, first = 0, 0
+    for keys in store.wide_keys(problem.wide):
+        part = rows[..., first : first + keys.shape[2]]
+        products += jnp.einsum("BKRH,BKHS->BKRS", part, keys)
+        first += keys.shape[2]
     if (scales := store.scales(problem.wide)) is not None:
         products = products * scales[0][:, :, None]
     products = operands.scale * products.reshape(B, N, T, S)
@@ -278,8 +280,14 @@ def _sums(problem: Problem, store, weights, allowed):
     scales = store.scales(problem.wide)
     if allowed is None:
         weights = weights if scales is None else weights * scales[1][:, :, None]
-        return jnp.einsum("BKRS,BKSD->BKRD", weights, values)
+        return _products(weights, values)
+    values = jnp.concatenate(values, -1)
     values = values if scales is None else values * scales[1][..., None]
     values, poison = tile.isolate(values)
     seen = jnp.sum(jnp.where(rows(allowed), poison[:, :, None], 0), axis=-1)
-    return jnp.einsum("BKRS,BKSD->BKRD", weights, values) + seen[..., None]
+    return _products(weights, [values]) + seen[..., None]
+
+
+def _products(weights, values):
+    parts = [jnp.einsum("BKRS,BKSD->BKRD", weights, x) for x in values]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)

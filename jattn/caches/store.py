@@ -88,18 +88,19 @@ class Store:
             return self
         return self.map(lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis))
 
-    def wide_keys(self, wide) -> jax.Array:
-        """The keys as they are multiplied, `…KHS`, without their scales."""
+    def wide_keys(self, wide) -> list[jax.Array]:
+        """The keys as they are multiplied, `…KHS` without their scales, in parts of H."""
         if not self.is_rounded:
-            return self.keys.astype(wide)
+            return [self.keys.astype(wide)]
         return rounding.numbers_of(self.keys, self.dtype, -2, self.head_dim, wide)
 
-    def wide_values(self, wide) -> jax.Array:
-        """The values, `…KSD`, likewise."""
+    def wide_values(self, wide) -> list[jax.Array]:
+        """The values likewise, `…KSD` in parts of D."""
         if self.values is None:
-            return jnp.swapaxes(self.wide_keys(wide)[..., : self.value_dim, :], -1, -2)
+            keys = jnp.concatenate(self.wide_keys(wide), -2)
+            return [jnp.swapaxes(keys[..., : self.value_dim, :], -1, -2)]
         if not self.is_rounded:
-            return self.values.astype(wide)
+            return [self.values.astype(wide)]
         return rounding.numbers_of(self.values, self.dtype, -1, self.value_dim, wide)
 
     def scales(self, wide) -> tuple[jax.Array, jax.Array] | None:
@@ -112,7 +113,8 @@ class Store:
     def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
         """The keys `…SKH` and the values `…SKD` in the usual order, scaled."""
         wide = jnp.promote_types(dtype, jnp.float32) if self.is_rounded else dtype
-        keys, values = self.wide_keys(wide), self.wide_values(wide)
+        keys = jnp.concatenate(self.wide_keys(wide), -2)
+        values = jnp.concatenate(self.wide_values(wide), -1)
         if (scales := self.scales(wide)) is not None:
             keys, values = keys * scales[0][..., None, :], values * scales[1][..., None]
         keys, values = jnp.moveaxis(keys, -1, -3), jnp.moveaxis(values, -2, -3)
@@ -173,6 +175,6 @@ def _as_stored(store: Store, key, value) -> Iterator[jax.Array]:
     """What is to be written, as `Store.map` goes through the arrays: `…TK` and an axis."""
     vectors = [x for x in (key, value) if x is not None]
     if not store.is_rounded:
-        return iter(vectors)
+        return iter([x.astype(store.keys.dtype) for x in vectors])
     numbers, scales = zip(*(rounding.rounded(x, store.dtype) for x in vectors), strict=True)
     return iter((*numbers, *scales))
