@@ -13,5 +13,6 @@ Every kind stands for the sequence of tokens that was appended, and attending to
 """
 
 from jattn.caches.cache import Cache, empty
+from jattn.caches.rolling import RollingCache, rolling
 
-__all__ = ["Cache", "empty"]
+__all__ = ["Cache", "RollingCache", "empty", "rolling"]

@@ -9,9 +9,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jattn.caches.rounding import LARGEST
-from jattn.masks import Mask, as_mask
+from jattn.masks import Explicit, Lengths, Mask, Segments, as_mask
+from jattn.modifiers import Bias
 from jattn.problem import (
     Operands,
     Problem,
@@ -143,12 +145,25 @@ def check_count(where: str, count, shape: tuple[int, ...], T: int):
             f"{where}: `count` must have shape {shape or '()'}, {cure}, got "
             f"{count.shape}{hint}."
         )
-    if is_known(count) and count.size and not 0 <= int(count.min()) <= int(count.max()) <= T:
+    # Asked of NumPy: inside `jit`, what JAX computes of known numbers is not known.
+    if is_known(count) and not all(0 <= x <= T for x in np.ravel(count)):
         raise ValueError(
             f"{where}: `count` must be between 0 and the T = {T} tokens that were given, "
             f"got {count}; give more tokens, or count fewer."
         )
     return jnp.clip(jnp.asarray(count, jnp.int32), 0, T)
+
+
+def check_pointwise(where: str, mask, modifier) -> None:
+    """Raises for a mask or modifier that reads arrays by row and column."""
+    kinds = Explicit, Segments, Lengths, Bias
+    parts = jax.tree.leaves((mask, modifier), is_leaf=lambda x: isinstance(x, kinds))
+    for part in parts:
+        if isinstance(part, kinds):
+            raise ValueError(
+                f"{where}: `{type(part).__name__}` lies along slots, not tokens, and these "
+                f"are not in order here; use a function of positions."
+            )
 
 
 def check_dtype(where: str, dtype) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jattn.caches import asked, attend
 from jattn.caches.store import Store, blank, put_at, put_run
@@ -92,7 +93,7 @@ class Cache:
         if self.length.ndim == 0 and jnp.ndim(count) == 0:
             store = put_run(self.store, key, value, self.length, count)
         else:
-            slots = _slots(self._of_each(self.length), self._of_each(count), T, self.capacity)
+            slots = _slots(of_each(self.length, self.batch), of_each(count, self.batch), T, self.capacity)
             store = put_at(self.store, key, value, slots)
         return dataclasses.replace(self, store=store, length=self.length + count)
 
@@ -165,20 +166,14 @@ class Cache:
         """Gives the same tokens without rounding: what a rounded cache means."""
         return dataclasses.replace(self, store=self.store.exact(dtype))
 
-    def _of_each(self, number) -> jax.Array:
-        """One number of each example, from one for all or for the first batch axes."""
-        number = jnp.asarray(number)
-        missing = len(self.batch) - number.ndim
-        return jnp.broadcast_to(number.reshape(*number.shape, *[1] * missing), self.batch)
-
     def _state(self, where, query, count, options, whole: bool) -> State:
         asked.check_options(where, options)
         query = asked.check_query(where, query, self.batch, self.store)
         T = query.shape[-3]
         rows = None if count is None else asked.check_count(where, count, self.length.shape, T)
-        length = self.length if self.length.ndim == 0 else self._of_each(self.length)
+        length = self.length if self.length.ndim == 0 else of_each(self.length, self.batch)
         if rows is not None and jnp.ndim(rows):
-            rows = self._of_each(rows)
+            rows = of_each(rows, self.batch)
         seen = Lengths(length, rows)
         options = options | {"mask": asked.mask_of(where, options, seen)}
         if options.get("query_position") is None:
@@ -227,6 +222,13 @@ def empty(
     return Cache(store, jnp.zeros(batch if ragged else (), jnp.int32))
 
 
+def of_each(number, batch: tuple[int, ...]) -> jax.Array:
+    """One number of each example, from one for all or for the first batch axes."""
+    number = jnp.asarray(number, jnp.int32)
+    missing = len(batch) - number.ndim
+    return jnp.broadcast_to(number.reshape(*number.shape, *[1] * missing), batch)
+
+
 def spoiled(state: State, overflowed) -> State:
     """The state with NaN for examples that were appended more than fits.
 
@@ -249,7 +251,7 @@ def taken(where: str, store: Store, indices) -> Store:
             f"axis, got shape {indices.shape} for B = {store.batch}; use `jax.tree.map`."
         )
     B = store.batch[0]
-    if is_known(indices) and indices.size and not -B <= indices.min() <= indices.max() < B:
+    if is_known(indices) and not all(-B <= i < B for i in np.asarray(indices)):
         raise ValueError(
             f"{where}: `indices` must be less than B = {B}, got {indices}; there are no "
             f"other examples."
@@ -270,10 +272,11 @@ def _check_room(where: str, length, count, T: int, capacity: int) -> None:
             f"{where}: {T} tokens must fit a capacity of {capacity}; make the cache larger, "
             f"or use `caches.rolling`."
         )
-    if not (is_known(length) and is_known(count)) or length.size == 0:
+    if not (is_known(length) and is_known(count)):
         return
-    most = int((length + count).max())
-    if most > capacity and int(jnp.max(jnp.asarray(count))) > 0:
+    count = np.asarray(count)  # not by JAX, whose numbers are not known inside `jit`
+    most = np.max(np.asarray(length) + count, initial=0)
+    if most > capacity and count.any():
         raise ValueError(
             f"{where}: {most} tokens must fit a capacity of {capacity}; make the cache "
             f"larger, or truncate it first."

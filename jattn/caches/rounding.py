@@ -49,9 +49,8 @@ def rounded(vectors: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     """
     vectors = lax.stop_gradient(vectors).astype(jnp.float32)
     largest = jnp.max(jnp.abs(vectors), axis=-1, initial=0)
-    # Divided here, and so in the same way wherever it runs: compilers may replace a
-    # division by a constant, but not one array by another.
-    scale = largest / jnp.full_like(largest, LARGEST[dtype])
+    # Multiplied, for a compiler may or may not replace a division by a known number.
+    scale = largest * jnp.float32(1 / LARGEST[dtype])
     sound = jnp.isfinite(scale)
     divisor = jnp.where(sound & (scale > 0), scale, 1)[..., None]
     numbers = jnp.where(sound[..., None], vectors / divisor, 0)
