@@ -84,9 +84,10 @@ class Cache:
         shapes = (K, self.store.head_dim), (K, self.store.value_dim)
         tokens = {"key": (key, shapes[0]), "value": (value, shapes[1])}
         key, value = asked.check_tokens(where, self.store, **tokens)
-        return self._appended(where, key, value, count)
+        return self.appended(where, key, value, count)
 
-    def _appended(self, where: str, key, value, count) -> "Cache":
+    def appended(self, where: str, key, value, count) -> "Cache":
+        """The cache with tokens that were checked, added for `where`."""
         T = key.shape[len(self.batch)]
         count = asked.check_count(where, count, self.length.shape, T)
         _check_room(where, self.length, count, T, self.capacity)

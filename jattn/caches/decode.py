@@ -280,8 +280,8 @@ def _sums(problem: Problem, store, weights, allowed):
     scales = store.scales(problem.wide)
     if allowed is None:
         weights = weights if scales is None else weights * scales[1][:, :, None]
-        return _products(weights, values)
-    values = jnp.concatenate(values, -1)
+        return _products(weights, values)[..., : store.value_dim]
+    values = jnp.concatenate(values, -1)[..., : store.value_dim]
     values = values if scales is None else values * scales[1][..., None]
     values, poison = tile.isolate(values)
     seen = jnp.sum(jnp.where(rows(allowed), poison[:, :, None], 0), axis=-1)

@@ -64,7 +64,7 @@ class Store:
 
     def lies_ready(self, wide) -> bool:
         """Says whether all slots can be multiplied where they lie: nothing is widened."""
-        return self.keys.dtype == wide and self.values is not None
+        return self.keys.dtype == wide
 
     def map(self, function) -> "Store":
         """Applies a function of an array and its axis of slots to each array."""
@@ -95,10 +95,12 @@ class Store:
         return rounding.numbers_of(self.keys, self.dtype, -2, self.head_dim, wide)
 
     def wide_values(self, wide) -> list[jax.Array]:
-        """The values likewise, `…KSD` in parts of D."""
+        """The values likewise, `…KSD` in parts of D; more than D where they are the keys.
+
+        To cut the keys would copy them; what is too much is dropped from the product.
+        """
         if self.values is None:
-            keys = jnp.concatenate(self.wide_keys(wide), -2)
-            return [jnp.swapaxes(keys[..., : self.value_dim, :], -1, -2)]
+            return [jnp.swapaxes(x, -1, -2) for x in self.wide_keys(wide)]
         if not self.is_rounded:
             return [self.values.astype(wide)]
         return rounding.numbers_of(self.values, self.dtype, -1, self.value_dim, wide)
@@ -114,7 +116,7 @@ class Store:
         """The keys `…SKH` and the values `…SKD` in the usual order, scaled."""
         wide = jnp.promote_types(dtype, jnp.float32) if self.is_rounded else dtype
         keys = jnp.concatenate(self.wide_keys(wide), -2)
-        values = jnp.concatenate(self.wide_values(wide), -1)
+        values = jnp.concatenate(self.wide_values(wide), -1)[..., : self.value_dim]
         if (scales := self.scales(wide)) is not None:
             keys, values = keys * scales[0][..., None, :], values * scales[1][..., None]
         keys, values = jnp.moveaxis(keys, -1, -3), jnp.moveaxis(values, -2, -3)
