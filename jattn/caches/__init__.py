@@ -13,6 +13,17 @@ Every kind stands for the sequence of tokens that was appended, and attending to
 """
 
 from jattn.caches.cache import Cache, empty
+from jattn.caches.latent import LatentCache, latent
+from jattn.caches.paged import PagedCache, paged
 from jattn.caches.rolling import RollingCache, rolling
 
-__all__ = ["Cache", "RollingCache", "empty", "rolling"]
+__all__ = [
+    "Cache",
+    "LatentCache",
+    "PagedCache",
+    "RollingCache",
+    "empty",
+    "latent",
+    "paged",
+    "rolling",
+]

@@ -98,15 +98,16 @@ def check_query(where: str, query, batch, store, dtype=None) -> jax.Array:
     return query
 
 
-def check_tokens(where: str, store, **tokens) -> list[jax.Array]:
+def check_tokens(where: str, store, *, batch=None, **tokens) -> list[jax.Array]:
     """Keys `BTKH` and values `BTKD` that fit a store, and each other.
 
     Args:
         where: The public function.
         store: Where they are to go.
+        batch: The axes of examples; those of the store by default.
         **tokens: Each array and its last axis, by the array's name.
     """
-    checked, batch = [], store.batch
+    checked, batch = [], store.batch if batch is None else batch
     for name, (array, shape) in tokens.items():
         array = check_array(where, name, array)
         want = (*batch, "T", *shape)
@@ -154,6 +155,19 @@ def check_count(where: str, count, shape: tuple[int, ...], T: int):
     return jnp.clip(jnp.asarray(count, jnp.int32), 0, T)
 
 
+def check_whole(where: str, name: str, value, shape: tuple[int, ...] | None) -> jax.Array:
+    """Whole numbers as int32, one of each of `shape`; of any shape where that is None."""
+    value = jnp.asarray(check_integers(where, name, value), jnp.int32)
+    if shape is None:
+        return value
+    if value.shape not in ((), shape):
+        raise ValueError(
+            f"{where}: `{name}` must have shape () or {shape}, got {value.shape}; give one "
+            f"number for all or one of each example."
+        )
+    return jnp.broadcast_to(value, shape)
+
+
 def check_pointwise(where: str, mask, modifier) -> None:
     """Raises for a mask or modifier that reads arrays by row and column."""
     kinds = Explicit, Segments, Lengths, Bias
@@ -176,3 +190,10 @@ def check_dtype(where: str, dtype) -> str:
             f"you append."
         )
     return name
+
+
+def of_each(number, batch: tuple[int, ...]) -> jax.Array:
+    """One number of each example, from one for all or for the first batch axes."""
+    number = jnp.asarray(number, jnp.int32)
+    missing = len(batch) - number.ndim
+    return jnp.broadcast_to(number.reshape(*number.shape, *[1] * missing), batch)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jattn.api import attention_state
 from jattn.blockwise.attention import state_of
 from jattn.caches import asked, decode
+from jattn.masks import Lengths
 from jattn.meshes import across
 from jattn.problem import apart, check_sink
 from jattn.shapes import Sizes
@@ -44,6 +45,33 @@ def attend_state(where: str, query, source, end, options, whole: bool = True) ->
     sink = check_sink(where, options.get("sink"), sizes)
     problem, operands = asked.posed(where, query, sizes, options)
     return _decoded(problem, operands, source.flat(), end, sink, whole)
+
+
+def from_last(where: str, source, length, query, count, options, whole: bool) -> State:
+    """The state of queries that stand at the last tokens of each example.
+
+    Args:
+        where: The public function, for messages.
+        source: A `decode.Source` whose slots hold the tokens in order.
+        length: How many there are, one number or one of each example.
+        query: `BTNH`, checked.
+        count: How many of the T queries count; the last ones of the tokens are theirs.
+        options: Those of `jattn.attention`.
+        whole: Whether the logsumexp is asked for.
+    """
+    asked.check_options(where, options)
+    T, batch = query.shape[-3], source.batch
+    rows = None if count is None else asked.check_count(where, count, length.shape, T)
+    length = length if length.ndim == 0 else asked.of_each(length, batch)
+    if rows is not None and jnp.ndim(rows):
+        rows = asked.of_each(rows, batch)
+    options = options | {"mask": asked.mask_of(where, options, Lengths(length, rows))}
+    if options.get("query_position") is None:
+        first = length - (T if rows is None else rows)
+        several = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * first.ndim, T)
+        options["query_position"] = first[..., None] + several if first.ndim else first
+    end = jnp.minimum(jnp.max(length, initial=0), source.slots)
+    return attend_state(where, query, source, end, options, whole)
 
 
 def sizes_of(query, source) -> Sizes:

@@ -14,7 +14,6 @@ import numpy as np
 
 from jattn.caches import asked, attend
 from jattn.caches.store import Store, blank, put_at, put_run
-from jattn.masks import Lengths
 from jattn.pointwise import pytree
 from jattn.shapes import check_integers, is_known
 from jattn.state import State
@@ -94,7 +93,7 @@ class Cache:
         if self.length.ndim == 0 and jnp.ndim(count) == 0:
             store = put_run(self.store, key, value, self.length, count)
         else:
-            slots = _slots(of_each(self.length, self.batch), of_each(count, self.batch), T, self.capacity)
+            slots = _slots(asked.of_each(self.length, self.batch), asked.of_each(count, self.batch), T, self.capacity)
             store = put_at(self.store, key, value, slots)
         return dataclasses.replace(self, store=store, length=self.length + count)
 
@@ -168,22 +167,10 @@ class Cache:
         return dataclasses.replace(self, store=self.store.exact(dtype))
 
     def _state(self, where, query, count, options, whole: bool) -> State:
-        asked.check_options(where, options)
         query = asked.check_query(where, query, self.batch, self.store)
-        T = query.shape[-3]
-        rows = None if count is None else asked.check_count(where, count, self.length.shape, T)
-        length = self.length if self.length.ndim == 0 else of_each(self.length, self.batch)
-        if rows is not None and jnp.ndim(rows):
-            rows = of_each(rows, self.batch)
-        seen = Lengths(length, rows)
-        options = options | {"mask": asked.mask_of(where, options, seen)}
-        if options.get("query_position") is None:
-            first = length - (T if rows is None else rows)
-            several = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * first.ndim, T)
-            options["query_position"] = first[..., None] + several if first.ndim else first
-        end = jnp.minimum(jnp.max(length, initial=0), self.capacity)
-        state = attend.attend_state(where, query, self.store, end, options, whole)
-        return spoiled(state, length > self.capacity)
+        asking = where, self.store, self.length
+        state = attend.from_last(*asking, query, count, options, whole)
+        return spoiled(state, self.length > self.capacity)
 
 
 def empty(
@@ -221,13 +208,6 @@ def empty(
     dtype = asked.check_dtype("caches.empty", dtype)
     store = blank(batch, capacity, num_kv_heads, head_dim, value_dim, dtype)
     return Cache(store, jnp.zeros(batch if ragged else (), jnp.int32))
-
-
-def of_each(number, batch: tuple[int, ...]) -> jax.Array:
-    """One number of each example, from one for all or for the first batch axes."""
-    number = jnp.asarray(number, jnp.int32)
-    missing = len(batch) - number.ndim
-    return jnp.broadcast_to(number.reshape(*number.shape, *[1] * missing), batch)
 
 
 def spoiled(state: State, overflowed) -> State:

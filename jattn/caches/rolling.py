@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from jattn.api import attention_state
 from jattn.caches import asked, attend
-from jattn.caches.cache import of_each, taken
+from jattn.caches.asked import of_each
+from jattn.caches.cache import taken
 from jattn.caches.store import Store, blank, put_at
 from jattn.masks import Mask, Pointwise, as_mask
 from jattn.pointwise import pytree

@@ -173,6 +173,13 @@ def put_at(store: Store, key, value, slots) -> Store:
     return store.map(put)
 
 
+def put_pairs(store: Store, key, value, pages, slots) -> Store:
+    """Writes each of T tokens of each example into a slot of a page, BT and BT."""
+    new = _as_stored(store, key, value)
+    put = lambda x, axis: write.write_pairs(x, next(new), (pages, slots), (0, x.ndim + axis))
+    return store.map(put)
+
+
 def _as_stored(store: Store, key, value) -> Iterator[jax.Array]:
     """What is to be written, as `Store.map` goes through the arrays: `…TK` and an axis."""
     vectors = [x for x in (key, value) if x is not None]

@@ -1,0 +1,336 @@
+"""A paged cache: examples own pages of one pool, and give them back.
+
+Sequences of unlike lengths share memory, and a forked prompt is stored once. A table says
+which pages hold an example's tokens, in order; `pages` says which are free, inside the
+compiled program. An example that finds no page free is marked as too long, and attends to
+NaN until it is truncated or released.
+
+Pages with several owners are never written: an example's last page, where its next token
+goes, is its own. `fork`, `take` and `truncate` see to that by copying it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jattn.caches import asked, attend
+from jattn.caches.cache import spoiled
+from jattn.caches.pages import Pool, full_pool
+from jattn.caches.store import Store, blank, put_pairs
+from jattn.pointwise import pytree
+from jattn.shapes import is_known
+from jattn.state import State
+
+
+@pytree("store", "table")
+class Pages:
+    """The pages of each example one after the other, as a source of keys and values."""
+
+    store: Store
+    table: jax.Array
+
+    batch = property(lambda self: self.table.shape[:1])
+    num_heads = property(lambda self: self.store.num_heads)
+    value_dim = property(lambda self: self.store.value_dim)
+    unit = property(lambda self: self.store.slots)
+    slots = property(lambda self: self.table.shape[1] * self.store.slots)
+
+    def flat(self) -> "Pages":
+        """Itself: there is one batch axis."""
+        return self
+
+    def lies_ready(self, wide) -> bool:
+        """Never: pages have to be gathered."""
+        del wide
+        return False
+
+    def cut(self, start, size: int) -> Store:
+        """The slots from `start` on, copied out of their pages."""
+        blocks = lax.dynamic_slice_in_dim(
+            self.table, start // self.unit, size // self.unit, axis=1
+        )
+
+        def gather(x, axis):
+            x = jnp.take(x, jnp.maximum(blocks, 0), axis=0)  # B, pages and the axes of one
+            x = jnp.moveaxis(x, 1, axis - 1)
+            before, after = x.shape[: axis - 1], x.shape[axis:][1:] if axis < -1 else ()
+            return x.reshape(*before, size, *after)
+
+        return self.store.map(gather)
+
+    def vectors(self, dtype):
+        """All keys and values, BSKH and BSKD."""
+        return self.cut(0, self.slots).vectors(dtype)
+
+
+@pytree("store", "table", "length", "pool")
+class PagedCache:
+    """Tokens in pages; `paged` makes one.
+
+    Attributes:
+        store: The vectors, with pages in the place of examples.
+        table: The pages of each example in order, `B × max_pages`; −1 for none.
+        length: How many tokens each example has, `B`.
+        pool: Which pages are free.
+    """
+
+    store: Store
+    table: jax.Array
+    length: jax.Array
+    pool: Pool
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The axis of examples."""
+        return self.table.shape[:1]
+
+    @property
+    def page_size(self) -> int:
+        """How many tokens a page holds."""
+        return self.store.slots
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens an example can have."""
+        return self.table.shape[1] * self.page_size
+
+    @property
+    def room(self) -> jax.Array:
+        """How many more tokens fit into the pages that each example has."""
+        return jnp.maximum(self._owned * self.page_size - self.length, 0)
+
+    @property
+    def num_free(self) -> jax.Array:
+        """How many pages are free."""
+        return self.pool.num_free
+
+    @property
+    def _owned(self) -> jax.Array:
+        return jnp.sum(self.table >= 0, axis=1, dtype=jnp.int32)
+
+    @property
+    def _over(self) -> jax.Array:
+        return self.length > self._owned * self.page_size
+
+    def reserve(self, count) -> "PagedCache":
+        """Takes the pages that `count` more tokens need, one number or one of each example.
+
+        `append` does so by itself; this is to know beforehand. An example for which not
+        enough pages are free gets none, and is marked as too long.
+
+        Raises:
+            ValueError: If there are too few, as far as that is known.
+        """
+        count = asked.check_whole("caches.reserve", "count", count, self.batch)
+        grown, granted = self._grown(count)
+        marked = grown._owned * self.page_size + 1
+        grown = dataclasses.replace(grown, length=jnp.where(granted, self.length, marked))
+        return grown._checked("caches.reserve", self._over)
+
+    def append(self, key, value, *, count=None) -> "PagedCache":
+        """Adds T tokens, of each example only the first `count`; takes pages as needed.
+
+        Args:
+            key: `BTKH`.
+            value: `BTKD`.
+            count: One number, or one of each example; T by default.
+
+        Raises:
+            ValueError: If too few pages are free, as far as that is known.
+        """
+        where, K = "caches.append", self.store.num_heads
+        tokens = {"key": (key, (K, self.store.head_dim))}
+        tokens["value"] = value, (K, self.store.value_dim)
+        batch = self.batch
+        key, value = asked.check_tokens(where, self.store, batch=batch, **tokens)
+        count = asked.check_count(where, count, batch, key.shape[1])
+        count = asked.of_each(count, batch)
+        grown, _ = self._grown(count)
+        step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
+        position = self.length[:, None] + step
+        page = grown._page_of(position)
+        # What is dropped goes to pages that are not there, each to another.
+        beyond = jnp.arange(page.size, dtype=jnp.int32).reshape(page.shape) + self._pages
+        page = jnp.where((step < count[:, None]) & (page >= 0), page, beyond)
+        store = put_pairs(self.store, key, value, page, position % self.page_size)
+        grown = dataclasses.replace(grown, store=store, length=self.length + count)
+        return grown._checked(where, self._over)
+
+    def attend(self, query, *, count=None, **options) -> jax.Array:
+        """Attends to all tokens of each example; see `Cache.attend`."""
+        return self._state("caches.attend", query, count, options, whole=False).output
+
+    def attend_state(self, query, *, count=None, **options) -> State:
+        """Attends like `attend`, and also gives the logsumexp."""
+        return self._state("caches.attend_state", query, count, options, whole=True)
+
+    def extend(self, query, key, value, *, count=None, **options):
+        """Appends tokens and attends from them; see `Cache.extend`."""
+        cache = self.append(key, value, count=count)
+        return cache.attend(query, count=count, **options), cache
+
+    def release(self, examples) -> "PagedCache":
+        """Empties examples, given by number or as Booleans `B`, and frees their pages."""
+        chosen = self._chosen("caches.release", examples)
+        gone = jnp.where(chosen[:, None], self.table, -1)
+        return dataclasses.replace(
+            self,
+            pool=self.pool.released(gone),
+            table=jnp.where(chosen[:, None], -1, self.table),
+            length=jnp.where(chosen, 0, self.length),
+        )
+
+    def fork(self, source, target) -> "PagedCache":
+        """Makes examples `target` copies of examples `source`, which share their pages.
+
+        Args:
+            source: The number of an example, or several.
+            target: As many others, which are emptied before.
+        """
+        where = "caches.fork"
+        source = asked.check_whole(where, "source", source, None).reshape(-1)
+        target = asked.check_whole(where, "target", target, None).reshape(-1)
+        whose = jnp.arange(self.batch[0], dtype=jnp.int32)
+        return self._copied(whose.at[target].set(source), whose.at[target].set(-1) < 0)
+
+    def take(self, indices) -> "PagedCache":
+        """Gives the examples `indices`, B of them, in this order; copies share pages."""
+        whose = asked.check_whole("caches.take", "indices", indices, self.batch)
+        earlier = jnp.tril(jnp.ones((whose.size, whose.size), bool), -1)
+        again = jnp.any((whose[:, None] == whose[None]) & earlier, axis=1)
+        return self._copied(whose, again)
+
+    def truncate(self, length) -> "PagedCache":
+        """Forgets all tokens after the first `length`, and frees pages beyond them."""
+        length = asked.check_whole("caches.truncate", "length", length, self.batch)
+        length = jnp.clip(length, 0, self.length)
+        block = jnp.arange(self.table.shape[1], dtype=jnp.int32)[None]
+        beyond = block * self.page_size >= length[:, None]
+        pool = self.pool.released(jnp.where(beyond, self.table, -1))
+        table = jnp.where(beyond, -1, self.table)
+        cache = dataclasses.replace(self, pool=pool, table=table, length=length)
+        return cache._with_own_last(jnp.ones(self.batch, bool))
+
+    def dequantize(self, dtype="float32") -> "PagedCache":
+        """Gives the same tokens without rounding."""
+        return dataclasses.replace(self, store=self.store.exact(dtype))
+
+    @property
+    def _pages(self) -> int:
+        return self.store.batch[0]
+
+    def _state(self, where, query, count, options, whole: bool) -> State:
+        query = asked.check_query(where, query, self.batch, self.store)
+        asking = where, Pages(self.store, self.table), self.length
+        state = attend.from_last(*asking, query, count, options, whole)
+        return spoiled(state, self._over)
+
+    def _page_of(self, position) -> jax.Array:
+        """The page that holds a position of each example, BT; −1 for none."""
+        block = position // self.page_size
+        inside = block < self.table.shape[1]
+        block = jnp.minimum(block, self.table.shape[1] - 1)
+        return jnp.where(inside, jnp.take_along_axis(self.table, block, axis=1), -1)
+
+    def _grown(self, count) -> tuple["PagedCache", jax.Array]:
+        """The cache with pages for more tokens, and which examples have all they need."""
+        owned, most = self._owned, self.table.shape[1]
+        needed = -(-(self.length + count) // self.page_size)
+        fits = needed <= most
+        wanted = jnp.where(fits & ~self._over, jnp.maximum(needed - owned, 0), 0)
+        pool, start, granted = self.pool.claim(wanted)
+        granted &= fits & ~self._over
+        block = jnp.arange(most, dtype=jnp.int32)[None]
+        new = (block >= owned[:, None]) & (block < needed[:, None]) & granted[:, None]
+        place = start[:, None] + block - owned[:, None]
+        pages = jnp.where(new, self.pool.page_of(place), -1)
+        table = jnp.where(new, pages, self.table)
+        return dataclasses.replace(self, table=table, pool=pool.owned(pages)), granted
+
+    def _copied(self, whose, again) -> "PagedCache":
+        """The examples `whose`, of which those that come `again` have a last page anew."""
+        table = jnp.take(self.table, whose, axis=0)
+        pool = self.pool.owned(table).released(self.table)
+        length = jnp.take(self.length, whose)
+        cache = dataclasses.replace(self, table=table, pool=pool, length=length)
+        return cache._with_own_last(again)
+
+    def _with_own_last(self, chosen) -> "PagedCache":
+        """The cache in which chosen examples share no page that is not full."""
+        last = self._page_of(self.length[:, None])[:, 0]
+        shared = jnp.take(self.pool.owners, last, mode="clip") > 1
+        shared &= chosen & (last >= 0) & (self.length % self.page_size > 0)
+        claimed, start, granted = self.pool.claim(shared.astype(jnp.int32))
+        page = jnp.where(shared & granted, self.pool.page_of(start), -1)
+        pool = claimed.released(jnp.where(shared, last, -1)).owned(page)
+        block = self.length // self.page_size
+        here = jnp.arange(self.table.shape[1], dtype=jnp.int32)[None] == block[:, None]
+        table = jnp.where(here & shared[:, None], page[:, None], self.table)
+        at = jnp.where(page >= 0, page, self._pages)
+        copy = lambda x, _: x.at[at].set(jnp.take(x, last, axis=0, mode="clip"), mode="drop")
+        # Without a page of its own the example loses what was in the shared one.
+        return dataclasses.replace(self, store=self.store.map(copy), table=table, pool=pool)
+
+    def _chosen(self, where: str, examples) -> jax.Array:
+        if getattr(examples, "dtype", None) == jnp.bool_:
+            return jnp.asarray(examples)
+        examples = asked.check_whole(where, "examples", examples, None)
+        return jnp.zeros(self.batch, bool).at[examples.reshape(-1)].set(True)
+
+    def _checked(self, where: str, before) -> "PagedCache":
+        """The cache, or an error where it is known that pages were missing."""
+        if not (is_known(self.length) and is_known(self.table)):
+            return self
+        missing = self.length > np.sum(np.asarray(self.table) >= 0, 1) * self.page_size
+        if np.any(np.asarray(missing) & ~np.asarray(before)):
+            raise ValueError(
+                f"{where}: examples {np.flatnonzero(missing).tolist()} need more pages than "
+                f"are free, or than the {self.table.shape[1]} that an example can have; "
+                f"release others, or make the cache with more pages."
+            )
+        return self
+
+
+def paged(
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_head_dim: int | None = None,
+    *,
+    batch_size: int,
+    max_pages: int,
+    dtype: Any = "float32",
+) -> PagedCache:
+    """Makes a cache of pages, all of them free.
+
+    Args:
+        num_pages: P, how many pages all examples share.
+        page_size: How many tokens a page holds.
+        num_kv_heads: K.
+        head_dim: H.
+        value_head_dim: D; H by default.
+        batch_size: B, how many examples there can be at once.
+        max_pages: How many pages one example can have.
+        dtype: See `empty`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kv = paged(4, 2, 1, 8, batch_size=2, max_pages=4)
+        >>> kv = kv.append(*2 * [jnp.ones((2, 3, 1, 8))], count=jnp.array([3, 0]))
+        >>> kv = kv.fork(0, 1)
+        >>> kv.table  # the full page is shared, the other was copied
+        Array([[ 0,  1, -1, -1],
+               [ 0,  2, -1, -1]], dtype=int32)
+        >>> int(kv.release([0, 1]).num_free)
+        4
+    """
+    value_dim = head_dim if value_head_dim is None else value_head_dim
+    dtype = asked.check_dtype("caches.paged", dtype)
+    store = blank((num_pages,), page_size, num_kv_heads, head_dim, value_dim, dtype)
+    table = jnp.full((batch_size, max_pages), -1, jnp.int32)
+    return PagedCache(store, table, jnp.zeros(batch_size, jnp.int32), full_pool(num_pages))
