@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jattn.api import attention
 from jattn.caches import asked, attend
 from jattn.caches.cache import spoiled
 from jattn.caches.pages import Pool, full_pool
 from jattn.caches.store import Store, blank, put_pairs
+from jattn.caches.tokens import of_tokens, slot_positions
 from jattn.pointwise import pytree
 from jattn.shapes import is_known
 from jattn.state import State
@@ -57,8 +59,7 @@ class Pages:
         def gather(x, axis):
             x = jnp.take(x, jnp.maximum(blocks, 0), axis=0)  # B, pages and the axes of one
             x = jnp.moveaxis(x, 1, axis - 1)
-            before, after = x.shape[: axis - 1], x.shape[axis:][1:] if axis < -1 else ()
-            return x.reshape(*before, size, *after)
+            return x.reshape(*x.shape[: axis - 1], size, *x.shape[x.ndim + axis + 1 :])
 
         return self.store.map(gather)
 
@@ -87,6 +88,11 @@ class PagedCache:
     def batch(self) -> tuple[int, ...]:
         """The axis of examples."""
         return self.table.shape[:1]
+
+    @property
+    def num_pages(self) -> int:
+        """How many pages all examples share."""
+        return self.store.batch[0]
 
     @property
     def page_size(self) -> int:
@@ -154,7 +160,7 @@ class PagedCache:
         position = self.length[:, None] + step
         page = grown._page_of(position)
         # What is dropped goes to pages that are not there, each to another.
-        beyond = jnp.arange(page.size, dtype=jnp.int32).reshape(page.shape) + self._pages
+        beyond = jnp.arange(page.size, dtype=jnp.int32).reshape(page.shape) + self.num_pages
         page = jnp.where((step < count[:, None]) & (page >= 0), page, beyond)
         store = put_pairs(self.store, key, value, page, position % self.page_size)
         grown = dataclasses.replace(grown, store=store, length=self.length + count)
@@ -167,6 +173,33 @@ class PagedCache:
     def attend_state(self, query, *, count=None, **options) -> State:
         """Attends like `attend`, and also gives the logsumexp."""
         return self._state("caches.attend_state", query, count, options, whole=True)
+
+    def attend_tokens(self, query, example, position, **options) -> jax.Array:
+        """Attends from tokens of any examples in one call: some prefill, others decode.
+
+        Args:
+            query: `TNH`.
+            example: Whose each token is, `T`; −1 for padding, which sees nothing.
+            position: Where each stands in its example, `T`.
+            **options: Those of `jattn.attention`, but no bias or mask by column. A mask or
+                modifier sees as b the example. Say `Causal()`.
+
+        Returns:
+            The output, `TND`.
+        """
+        where = "caches.attend_tokens"
+        asked.check_options(where, options)
+        query = asked.check_query(where, query, (), self.store)
+        shape = query.shape[:1]
+        example = asked.check_whole(where, "example", example, shape)
+        position = asked.check_whole(where, "position", position, shape)
+        key, value = self.store.vectors(query.dtype)
+        key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))
+        ways = of_tokens(where, self, example, options)
+        placed = {"query_position": position, "key_position": slot_positions(self)}
+        output = attention(query, key, value, **options | ways | placed)
+        over = (example >= 0) & jnp.take(self._over, example, mode="clip")
+        return jnp.where(over[:, None, None], jnp.asarray(jnp.nan, output.dtype), output)
 
     def extend(self, query, key, value, *, count=None, **options):
         """Appends tokens and attends from them; see `Cache.extend`."""
@@ -219,10 +252,6 @@ class PagedCache:
         """Gives the same tokens without rounding."""
         return dataclasses.replace(self, store=self.store.exact(dtype))
 
-    @property
-    def _pages(self) -> int:
-        return self.store.batch[0]
-
     def _state(self, where, query, count, options, whole: bool) -> State:
         query = asked.check_query(where, query, self.batch, self.store)
         asking = where, Pages(self.store, self.table), self.length
@@ -270,7 +299,7 @@ class PagedCache:
         block = self.length // self.page_size
         here = jnp.arange(self.table.shape[1], dtype=jnp.int32)[None] == block[:, None]
         table = jnp.where(here & shared[:, None], page[:, None], self.table)
-        at = jnp.where(page >= 0, page, self._pages)
+        at = jnp.where(page >= 0, page, self.num_pages)
         copy = lambda x, _: x.at[at].set(jnp.take(x, last, axis=0, mode="clip"), mode="drop")
         # Without a page of its own the example loses what was in the shared one.
         return dataclasses.replace(self, store=self.store.map(copy), table=table, pool=pool)
