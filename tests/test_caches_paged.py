@@ -39,9 +39,7 @@ by_token = jax.jit(lambda kv, *x: kv.attend_tokens(*x, mask=LAMBDA))
 def definition(query, key, value, lengths):
     mask = Lengths(lengths) & as_mask(LAMBDA)
     position = lengths[:, None] - T + jnp.arange(T)[None]
-    return jattn.definition.attention(
-        query, key, value, mask=mask, query_position=position
-    )
+    return jattn.definition.attention(query, key, value, mask=mask, query_position=position)
 
 
 class Serving(RuleBasedStateMachine):
@@ -77,7 +75,9 @@ class Serving(RuleBasedStateMachine):
         self.kv = append(self.kv, key, value, np.array(counts, np.int32))
         want = []
         for b, count in enumerate(counts):
-            self.tokens[b] = self.tokens[b] + [(key[b, i], value[b, i]) for i in range(count)]
+            self.tokens[b] = self.tokens[b] + [
+                (key[b, i], value[b, i]) for i in range(count)
+            ]
             blocks = -(-len(self.tokens[b]) // PAGE)
             need = max(blocks - owned[b], 0)
             want.append(blocks > MOST or need > free)
@@ -168,10 +168,12 @@ def test_too_few_pages_are_an_error_where_that_is_known():
     assert kv.reserve(4).room.tolist() == [4, 4]
     kv = kv.append(key, value, count=jnp.array([5, 0]))
     with pytest.raises(ValueError, match="`Explicit` lies along slots"):
-        kv.attend_tokens(jnp.ones((1, N, H)), [0], [4], mask=Explicit(jnp.ones((1, 8), bool)))
+        kv.attend_tokens(
+            jnp.ones((1, N, H)), [0], [4], mask=Explicit(jnp.ones((1, 8), bool))
+        )
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_gradients_and_rounded_pages(dtype):
     draw = np.random.default_rng(0).standard_normal
     query, key, value = (

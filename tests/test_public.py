@@ -21,7 +21,7 @@ PUBLIC = {
             "definition",
             "explain",
         ),
-        *("masks", "merge", "modifiers"),
+        *("caches", "masks", "merge", "modifiers"),
         *("StrongestKeys", "attention_entropy", "attention_received", "strongest_keys"),
     },
     "jattn.masks": {
@@ -31,6 +31,10 @@ PUBLIC = {
     "jattn.modifiers": {
         *("ALiBi", "Bias", "Modifier", "Pointwise", "RelativeBias", "SoftCap"),
         *("alibi_slopes", "as_modifier", "distance", "log_bucket"),
+    },
+    "jattn.caches": {
+        *("Cache", "LatentCache", "PagedCache", "RollingCache"),
+        *("empty", "latent", "paged", "rolling"),
     },
     "jattn.adapters.jax_nn": {"dot_product_attention"},
     "jattn.adapters.nnx": {"attention"},

@@ -43,9 +43,8 @@ def posed(where: str, query, sizes: Sizes, options) -> tuple[Problem, Operands]:
     problem, operands = pose_mask(where, sizes, query.dtype, **of_pairs)
     bias = options.get("bias")
     kept = ("rate", "shared", "precision")
-    problem = dataclasses.replace(
-        asking_logsumexp(problem), named=None, **{name: getattr(alone, name) for name in kept}
-    )
+    facts = {name: getattr(alone, name) for name in kept}
+    problem = dataclasses.replace(asking_logsumexp(problem), named=None, **facts)
     operands = operands._replace(
         query=with_query.query,
         scale=with_query.scale,

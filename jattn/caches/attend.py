@@ -7,6 +7,7 @@ never made whole, and goes by `decode` however many queries there are.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,19 @@ def from_last(where: str, source, length, query, count, options, whole: bool) ->
     return attend_state(where, query, source, end, options, whole)
 
 
+def spoiled(state: State, overflowed) -> State:
+    """The state with NaN for examples that were appended more than fits.
+
+    A compiled program cannot raise, and must not be wrong in silence.
+    """
+
+    def spoil(x):
+        over = overflowed.reshape(*overflowed.shape, *[1] * (x.ndim - overflowed.ndim))
+        return jnp.where(over, jnp.asarray(jnp.nan, x.dtype), x)
+
+    return jax.tree.map(spoil, state)
+
+
 def sizes_of(query, source) -> Sizes:
     """The letters of a call."""
     *batch, T, N, H = query.shape
@@ -88,7 +102,8 @@ def _decoded(problem, operands, source, end, sink, whole) -> State:
     state = state_of(*decode.attend(problem, operands, source, end))
     output = with_sink(state, sink).astype(problem.dtype)
     # A query that sees nothing has −∞ here, which `jax.debug_infs` would report.
-    state = spoil(State(output, state.logsumexp if whole else None))
+    logsumexp: Any = state.logsumexp if whole else None
+    state = spoil(State(output, logsumexp))
     unflatten = lambda x: x.reshape(*problem.sizes.batch, *x.shape[1:])
     return jax.tree.map(unflatten, state)
 

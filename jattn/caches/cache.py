@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.caches import asked, attend
-from jattn.caches.store import Store, blank, put_at, put_run
+from jattn.caches import asked, attend, write
+from jattn.caches.store import Store, blank, put_at, put_run, taken
 from jattn.pointwise import pytree
 from jattn.shapes import check_integers, is_known
 from jattn.state import State
@@ -93,7 +93,8 @@ class Cache:
         if self.length.ndim == 0 and jnp.ndim(count) == 0:
             store = put_run(self.store, key, value, self.length, count)
         else:
-            slots = _slots(asked.of_each(self.length, self.batch), asked.of_each(count, self.batch), T, self.capacity)
+            start, many = (asked.of_each(x, self.batch) for x in (self.length, count))
+            slots = write.run_slots(start, many, T, self.capacity)
             store = put_at(self.store, key, value, slots)
         return dataclasses.replace(self, store=store, length=self.length + count)
 
@@ -143,7 +144,7 @@ class Cache:
         return cache.attend(query, count=count, **options), cache
 
     def truncate(self, length) -> "Cache":
-        """Forgets all tokens after the first `length`, one number or one of each example."""
+        """Forgets all tokens after the first `length`, one number or one of each."""
         where = "caches.truncate"
         length = jnp.asarray(check_integers(where, "length", length), jnp.int32)
         if length.shape not in ((), self.length.shape):
@@ -170,7 +171,7 @@ class Cache:
         query = asked.check_query(where, query, self.batch, self.store)
         asking = where, self.store, self.length
         state = attend.from_last(*asking, query, count, options, whole)
-        return spoiled(state, self.length > self.capacity)
+        return attend.spoiled(state, self.length > self.capacity)
 
 
 def empty(
@@ -210,48 +211,11 @@ def empty(
     return Cache(store, jnp.zeros(batch if ragged else (), jnp.int32))
 
 
-def spoiled(state: State, overflowed) -> State:
-    """The state with NaN for examples that were appended more than fits.
-
-    A compiled program cannot raise, and must not be wrong in silence.
-    """
-
-    def spoil(x):
-        over = overflowed.reshape(*overflowed.shape, *[1] * (x.ndim - overflowed.ndim))
-        return jnp.where(over, jnp.asarray(jnp.nan, x.dtype), x)
-
-    return jax.tree.map(spoil, state)
-
-
-def taken(where: str, store: Store, indices) -> Store:
-    """The examples `indices` of a store with one batch axis."""
-    indices = check_integers(where, "indices", indices)
-    if len(store.batch) != 1 or indices.ndim != 1:
-        raise ValueError(
-            f"{where}: `indices` must be a list of examples, of a cache with one batch "
-            f"axis, got shape {indices.shape} for B = {store.batch}; use `jax.tree.map`."
-        )
-    B = store.batch[0]
-    if is_known(indices) and not all(-B <= i < B for i in np.asarray(indices)):
-        raise ValueError(
-            f"{where}: `indices` must be less than B = {B}, got {indices}; there are no "
-            f"other examples."
-        )
-    return store.map(lambda x, _: jnp.take(x, jnp.asarray(indices), axis=0))
-
-
-def _slots(start, count, T: int, capacity: int) -> jax.Array:
-    """Where each of T tokens goes, …T; each beyond the count has a slot beyond the last."""
-    step = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * start.ndim, T)
-    slots = start[..., None] + step
-    return jnp.where((step < count[..., None]) & (slots < capacity), slots, capacity + step)
-
-
 def _check_room(where: str, length, count, T: int, capacity: int) -> None:
-    if T > capacity:
+    if capacity < T:
         raise ValueError(
-            f"{where}: {T} tokens must fit a capacity of {capacity}; make the cache larger, "
-            f"or use `caches.rolling`."
+            f"{where}: {T} tokens must fit a capacity of {capacity}; make the cache "
+            f"larger, or use `caches.rolling`."
         )
     if not (is_known(length) and is_known(count)):
         return

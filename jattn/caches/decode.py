@@ -19,7 +19,7 @@ Derivatives are those of whole rows, of any order.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax.custom_batching import custom_vmap
 
 from jattn import tile
 from jattn.blockwise.rows import by_rows
-from jattn.caches.store import Store
+from jattn.caches.source import Source, cut
 from jattn.dropout import keep
 from jattn.operation import Operation, cond_any, restrict, retype
 from jattn.problem import Operands, Problem, index
@@ -41,28 +41,6 @@ FIRST = 128
 CHUNK = 256
 # How many logits a chunk may have: 8 MB of float32.
 LOGITS = 2**21
-
-
-class Source(Protocol):
-    """Where keys and values are: a `Store`, or pages of one. A pytree of arrays.
-
-    `slots` says how many tokens there is room for, and `unit` how many are cut together.
-    """
-
-    @property
-    def slots(self) -> int: ...
-
-    @property
-    def unit(self) -> int: ...
-
-    def cut(self, start, size: int) -> Store:
-        """The slots from `start` on, a multiple of the unit, BKHS and BKSD."""
-
-    def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
-        """All keys and values, BSKH and BSKD."""
-
-    def lies_ready(self, wide) -> bool:
-        """Says whether all slots can be multiplied where they lie."""
 
 
 def attend(problem: Problem, operands: Operands, source: Source, end):
@@ -152,7 +130,9 @@ def _filled(problem: Problem, operands: Operands, source: Source, end):
         return _finished(problem, sums)
     # A NaN in a value that no query sees spoils a product all the same: 0 · NaN is NaN.
     spoiled = ~jnp.all(jnp.isfinite(sums.output))
-    output = cond_any(spoiled, lambda x: run(isolating=True).output, lambda x: x, sums.output)
+    output = cond_any(
+        spoiled, lambda x: run(isolating=True).output, lambda x: x, sums.output
+    )
     return _finished(problem, sums._replace(output=output))
 
 
@@ -221,31 +201,6 @@ def _step(problem, operands, source: Source, isolating, sums: _Sums, first, size
     return _Sums(top, total, sums.output * shrink + added)
 
 
-def cut(problem: Problem, operands: Operands, start, size: int):
-    """The same call for the slots from `start` on."""
-    if size == problem.sizes.S:
-        return problem, operands
-    along = lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis)
-    aligned = lambda x: x if x.shape[3] == 1 else along(x, 3)
-    arrays = lambda x: x._replace(aligned=tuple(map(aligned, x.aligned)))
-    position = operands.key_position
-    if position is None or position.ndim == 0:
-        position = start if position is None else position + start
-        position = jnp.asarray(position, jnp.int32)
-    else:
-        position = along(position, 1)
-    rng = operands.rng and (operands.rng[0], aligned(operands.rng[1]))
-    operands = operands._replace(
-        bias=None if operands.bias is None else aligned(operands.bias),
-        mask=arrays(operands.mask),
-        modifier=arrays(operands.modifier),
-        key_position=position,
-        rng=rng,
-    )
-    sizes = dataclasses.replace(problem.sizes, S=size)
-    return dataclasses.replace(problem, sizes=sizes), operands
-
-
 def _logits(problem: Problem, operands: Operands, store):
     """The logits BNTS, and which of them count."""
     B, N, T, S = problem.sizes.BNTS
@@ -253,7 +208,8 @@ def _logits(problem: Problem, operands: Operands, store):
     query = operands.query.astype(problem.wide)
     K, H = store.num_heads, store.head_dim
     rows = jnp.moveaxis(query.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)
-    products, first = 0, 0
+    products = jnp.zeros((B, K, rows.shape[2], S), problem.wide)
+    first = 0
     for keys in store.wide_keys(problem.wide):
         part = rows[..., first : first + keys.shape[2]]
         products += jnp.einsum("BKRH,BKHS->BKRS", part, keys)
@@ -268,7 +224,8 @@ def _logits(problem: Problem, operands: Operands, store):
 def _dropped(problem: Problem, operands: Operands, weights):
     if operands.rng is None:
         return weights
-    kept = keep(*operands.rng, problem.rate)
+    query_bits, key_bits = operands.rng
+    kept = keep(query_bits, key_bits, problem.rate)
     return jnp.where(kept, weights / (1 - problem.rate), 0)
 
 

@@ -15,57 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jattn.api import attention
-from jattn.caches import asked, attend
-from jattn.caches.cache import spoiled
-from jattn.caches.pages import Pool, full_pool
+from jattn.caches import asked, attend, sharing
+from jattn.caches.pages import Pages
+from jattn.caches.pool import Pool, full_pool
 from jattn.caches.store import Store, blank, put_pairs
 from jattn.caches.tokens import of_tokens, slot_positions
 from jattn.pointwise import pytree
 from jattn.shapes import is_known
 from jattn.state import State
-
-
-@pytree("store", "table")
-class Pages:
-    """The pages of each example one after the other, as a source of keys and values."""
-
-    store: Store
-    table: jax.Array
-
-    batch = property(lambda self: self.table.shape[:1])
-    num_heads = property(lambda self: self.store.num_heads)
-    value_dim = property(lambda self: self.store.value_dim)
-    unit = property(lambda self: self.store.slots)
-    slots = property(lambda self: self.table.shape[1] * self.store.slots)
-
-    def flat(self) -> "Pages":
-        """Itself: there is one batch axis."""
-        return self
-
-    def lies_ready(self, wide) -> bool:
-        """Never: pages have to be gathered."""
-        del wide
-        return False
-
-    def cut(self, start, size: int) -> Store:
-        """The slots from `start` on, copied out of their pages."""
-        blocks = lax.dynamic_slice_in_dim(
-            self.table, start // self.unit, size // self.unit, axis=1
-        )
-
-        def gather(x, axis):
-            x = jnp.take(x, jnp.maximum(blocks, 0), axis=0)  # B, pages and the axes of one
-            x = jnp.moveaxis(x, 1, axis - 1)
-            return x.reshape(*x.shape[: axis - 1], size, *x.shape[x.ndim + axis + 1 :])
-
-        return self.store.map(gather)
-
-    def vectors(self, dtype):
-        """All keys and values, BSKH and BSKD."""
-        return self.cut(0, self.slots).vectors(dtype)
 
 
 @pytree("store", "table", "length", "pool")
@@ -107,7 +66,7 @@ class PagedCache:
     @property
     def room(self) -> jax.Array:
         """How many more tokens fit into the pages that each example has."""
-        return jnp.maximum(self._owned * self.page_size - self.length, 0)
+        return jnp.maximum(self.owned * self.page_size - self.length, 0)
 
     @property
     def num_free(self) -> jax.Array:
@@ -115,12 +74,14 @@ class PagedCache:
         return self.pool.num_free
 
     @property
-    def _owned(self) -> jax.Array:
+    def owned(self) -> jax.Array:
+        """How many pages each example has, `B`."""
         return jnp.sum(self.table >= 0, axis=1, dtype=jnp.int32)
 
     @property
-    def _over(self) -> jax.Array:
-        return self.length > self._owned * self.page_size
+    def over(self) -> jax.Array:
+        """Which examples have more tokens than their pages hold, `B`."""
+        return self.length > self.owned * self.page_size
 
     def reserve(self, count) -> "PagedCache":
         """Takes the pages that `count` more tokens need, one number or one of each example.
@@ -132,10 +93,10 @@ class PagedCache:
             ValueError: If there are too few, as far as that is known.
         """
         count = asked.check_whole("caches.reserve", "count", count, self.batch)
-        grown, granted = self._grown(count)
-        marked = grown._owned * self.page_size + 1
+        grown, granted = sharing.grown(self, count)
+        marked = grown.owned * self.page_size + 1
         grown = dataclasses.replace(grown, length=jnp.where(granted, self.length, marked))
-        return grown._checked("caches.reserve", self._over)
+        return grown._checked("caches.reserve", self.over)
 
     def append(self, key, value, *, count=None) -> "PagedCache":
         """Adds T tokens, of each example only the first `count`; takes pages as needed.
@@ -155,16 +116,16 @@ class PagedCache:
         key, value = asked.check_tokens(where, self.store, batch=batch, **tokens)
         count = asked.check_count(where, count, batch, key.shape[1])
         count = asked.of_each(count, batch)
-        grown, _ = self._grown(count)
+        grown, _ = sharing.grown(self, count)
         step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
         position = self.length[:, None] + step
-        page = grown._page_of(position)
+        page = sharing.page_of(grown, position)
         # What is dropped goes to pages that are not there, each to another.
         beyond = jnp.arange(page.size, dtype=jnp.int32).reshape(page.shape) + self.num_pages
         page = jnp.where((step < count[:, None]) & (page >= 0), page, beyond)
         store = put_pairs(self.store, key, value, page, position % self.page_size)
         grown = dataclasses.replace(grown, store=store, length=self.length + count)
-        return grown._checked(where, self._over)
+        return grown._checked(where, self.over)
 
     def attend(self, query, *, count=None, **options) -> jax.Array:
         """Attends to all tokens of each example; see `Cache.attend`."""
@@ -198,7 +159,7 @@ class PagedCache:
         ways = of_tokens(where, self, example, options)
         placed = {"query_position": position, "key_position": slot_positions(self)}
         output = attention(query, key, value, **options | ways | placed)
-        over = (example >= 0) & jnp.take(self._over, example, mode="clip")
+        over = (example >= 0) & jnp.take(self.over, example, mode="clip")
         return jnp.where(over[:, None, None], jnp.asarray(jnp.nan, output.dtype), output)
 
     def extend(self, query, key, value, *, count=None, **options):
@@ -228,14 +189,16 @@ class PagedCache:
         source = asked.check_whole(where, "source", source, None).reshape(-1)
         target = asked.check_whole(where, "target", target, None).reshape(-1)
         whose = jnp.arange(self.batch[0], dtype=jnp.int32)
-        return self._copied(whose.at[target].set(source), whose.at[target].set(-1) < 0)
+        return sharing.copied(
+            self, whose.at[target].set(source), whose.at[target].set(-1) < 0
+        )
 
     def take(self, indices) -> "PagedCache":
         """Gives the examples `indices`, B of them, in this order; copies share pages."""
         whose = asked.check_whole("caches.take", "indices", indices, self.batch)
         earlier = jnp.tril(jnp.ones((whose.size, whose.size), bool), -1)
         again = jnp.any((whose[:, None] == whose[None]) & earlier, axis=1)
-        return self._copied(whose, again)
+        return sharing.copied(self, whose, again)
 
     def truncate(self, length) -> "PagedCache":
         """Forgets all tokens after the first `length`, and frees pages beyond them."""
@@ -246,7 +209,7 @@ class PagedCache:
         pool = self.pool.released(jnp.where(beyond, self.table, -1))
         table = jnp.where(beyond, -1, self.table)
         cache = dataclasses.replace(self, pool=pool, table=table, length=length)
-        return cache._with_own_last(jnp.ones(self.batch, bool))
+        return sharing.with_own_last(cache, jnp.ones(self.batch, bool))
 
     def dequantize(self, dtype="float32") -> "PagedCache":
         """Gives the same tokens without rounding."""
@@ -256,53 +219,7 @@ class PagedCache:
         query = asked.check_query(where, query, self.batch, self.store)
         asking = where, Pages(self.store, self.table), self.length
         state = attend.from_last(*asking, query, count, options, whole)
-        return spoiled(state, self._over)
-
-    def _page_of(self, position) -> jax.Array:
-        """The page that holds a position of each example, BT; −1 for none."""
-        block = position // self.page_size
-        inside = block < self.table.shape[1]
-        block = jnp.minimum(block, self.table.shape[1] - 1)
-        return jnp.where(inside, jnp.take_along_axis(self.table, block, axis=1), -1)
-
-    def _grown(self, count) -> tuple["PagedCache", jax.Array]:
-        """The cache with pages for more tokens, and which examples have all they need."""
-        owned, most = self._owned, self.table.shape[1]
-        needed = -(-(self.length + count) // self.page_size)
-        fits = needed <= most
-        wanted = jnp.where(fits & ~self._over, jnp.maximum(needed - owned, 0), 0)
-        pool, start, granted = self.pool.claim(wanted)
-        granted &= fits & ~self._over
-        block = jnp.arange(most, dtype=jnp.int32)[None]
-        new = (block >= owned[:, None]) & (block < needed[:, None]) & granted[:, None]
-        place = start[:, None] + block - owned[:, None]
-        pages = jnp.where(new, self.pool.page_of(place), -1)
-        table = jnp.where(new, pages, self.table)
-        return dataclasses.replace(self, table=table, pool=pool.owned(pages)), granted
-
-    def _copied(self, whose, again) -> "PagedCache":
-        """The examples `whose`, of which those that come `again` have a last page anew."""
-        table = jnp.take(self.table, whose, axis=0)
-        pool = self.pool.owned(table).released(self.table)
-        length = jnp.take(self.length, whose)
-        cache = dataclasses.replace(self, table=table, pool=pool, length=length)
-        return cache._with_own_last(again)
-
-    def _with_own_last(self, chosen) -> "PagedCache":
-        """The cache in which chosen examples share no page that is not full."""
-        last = self._page_of(self.length[:, None])[:, 0]
-        shared = jnp.take(self.pool.owners, last, mode="clip") > 1
-        shared &= chosen & (last >= 0) & (self.length % self.page_size > 0)
-        claimed, start, granted = self.pool.claim(shared.astype(jnp.int32))
-        page = jnp.where(shared & granted, self.pool.page_of(start), -1)
-        pool = claimed.released(jnp.where(shared, last, -1)).owned(page)
-        block = self.length // self.page_size
-        here = jnp.arange(self.table.shape[1], dtype=jnp.int32)[None] == block[:, None]
-        table = jnp.where(here & shared[:, None], page[:, None], self.table)
-        at = jnp.where(page >= 0, page, self.num_pages)
-        copy = lambda x, _: x.at[at].set(jnp.take(x, last, axis=0, mode="clip"), mode="drop")
-        # Without a page of its own the example loses what was in the shared one.
-        return dataclasses.replace(self, store=self.store.map(copy), table=table, pool=pool)
+        return attend.spoiled(state, self.over)
 
     def _chosen(self, where: str, examples) -> jax.Array:
         if getattr(examples, "dtype", None) == jnp.bool_:
@@ -316,9 +233,10 @@ class PagedCache:
             return self
         missing = self.length > np.sum(np.asarray(self.table) >= 0, 1) * self.page_size
         if np.any(np.asarray(missing) & ~np.asarray(before)):
+            names = np.flatnonzero(missing).tolist()
             raise ValueError(
-                f"{where}: examples {np.flatnonzero(missing).tolist()} need more pages than "
-                f"are free, or than the {self.table.shape[1]} that an example can have; "
+                f"{where}: examples {names} need more pages "
+                f"than are free, or than the {self.table.shape[1]} that an example can have; "
                 f"release others, or make the cache with more pages."
             )
         return self

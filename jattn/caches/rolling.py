@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jattn.api import attention_state
 from jattn.caches import asked, attend
 from jattn.caches.asked import of_each
-from jattn.caches.cache import taken
-from jattn.caches.store import Store, blank, put_at
+from jattn.caches.store import Store, blank, put_at, taken
 from jattn.masks import Mask, Pointwise, as_mask
 from jattn.pointwise import pytree
 from jattn.state import State, merge, with_sink
@@ -83,8 +82,8 @@ class RollingCache:
         where, T = "caches.attend", jnp.shape(query)[-3]
         if T > 1:
             raise ValueError(
-                f"{where}: {T} queries of a rolling cache must see {self.window} keys each, "
-                f"but it holds {self.window}; use `extend`."
+                f"{where}: {T} queries of a rolling cache must see {self.window} keys "
+                f"each, but it holds {self.window}; use `extend`."
             )
         query = asked.check_query(where, query, self.batch, self.store)
         rows = self._count(where, count, T)

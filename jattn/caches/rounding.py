@@ -62,9 +62,9 @@ def rounded(vectors: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
 
 
 def numbers_of(stored: jax.Array, dtype: str, axis: int, size: int, wide):
-    """The rounded numbers as floating ones, in parts that follow each other along `axis`.
+    """The rounded numbers as floating ones, in parts that follow each other on `axis`.
 
-    Two parts are not joined: to multiply them one after the other takes a fifth of the time.
+    Two parts are not joined: to multiply one after the other takes a fifth of the time.
     """
     if dtype == "float8_e4m3fn":
         stored = lax.bitcast_convert_type(stored, jnp.dtype(dtype))

@@ -10,18 +10,25 @@ On CPU that takes half the time of keys that lie as `BSKH`, for XLA would rearra
 in each step. `key` and `value` are views in the usual order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jattn.caches import rounding, write
 from jattn.pointwise import pytree
+from jattn.shapes import check_integers, is_known
 
 
 @pytree(
-    "keys", "values", "key_scales", "value_scales", static=("dtype", "head_dim", "value_dim")
+    "keys",
+    "values",
+    "key_scales",
+    "value_scales",
+    static=("dtype", "head_dim", "value_dim"),
 )
 class Store:
     """Keys `…KHS` and values `…KSD` in slots; scales `…KS` where they are rounded.
@@ -66,9 +73,12 @@ class Store:
         """Says whether all slots can be multiplied where they lie: nothing is widened."""
         return self.keys.dtype == wide
 
-    def map(self, function) -> "Store":
+    def map(self, function: Callable) -> "Store":
         """Applies a function of an array and its axis of slots to each array."""
-        apply = lambda x, axis: None if x is None else function(x, axis)
+
+        def apply(x, axis: int) -> Any:
+            return None if x is None else function(x, axis)
+
         return Store(
             apply(self.keys, -1),
             apply(self.values, -2),
@@ -109,7 +119,9 @@ class Store:
         """The scales of keys and values, `…KS`; None where they are exact."""
         if self.key_scales is None:
             return None
-        of_values = self.key_scales if self.values is None else self.value_scales
+        of_values = self.value_scales
+        if of_values is None:  # values that are a part of the keys
+            of_values = self.key_scales
         return self.key_scales.astype(wide), of_values.astype(wide)
 
     def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
@@ -176,8 +188,27 @@ def put_at(store: Store, key, value, slots) -> Store:
 def put_pairs(store: Store, key, value, pages, slots) -> Store:
     """Writes each of T tokens of each example into a slot of a page, BT and BT."""
     new = _as_stored(store, key, value)
-    put = lambda x, axis: write.write_pairs(x, next(new), (pages, slots), (0, x.ndim + axis))
+    put = lambda x, axis: write.write_pairs(
+        x, next(new), (pages, slots), (0, x.ndim + axis)
+    )
     return store.map(put)
+
+
+def taken(where: str, store: Store, indices) -> Store:
+    """The examples `indices` of a store with one batch axis."""
+    indices = check_integers(where, "indices", indices)
+    if len(store.batch) != 1 or indices.ndim != 1:
+        raise ValueError(
+            f"{where}: `indices` must be a list of examples, of a cache with one batch "
+            f"axis, got shape {indices.shape} for B = {store.batch}; use `jax.tree.map`."
+        )
+    B = store.batch[0]
+    if is_known(indices) and not all(-B <= i < B for i in np.asarray(indices)):
+        raise ValueError(
+            f"{where}: `indices` must be less than B = {B}, got {indices}; there are no "
+            f"other examples."
+        )
+    return store.map(lambda x, _: jnp.take(x, jnp.asarray(indices), axis=0))
 
 
 def _as_stored(store: Store, key, value) -> Iterator[jax.Array]:

@@ -55,3 +55,10 @@ def write_pairs(array: jax.Array, rows: jax.Array, indices, axes) -> jax.Array:
     for index, axis in zip(indices, axes, strict=True):
         where[axis] = index
     return array.at[tuple(where)].set(rows, mode="drop", unique_indices=True)
+
+
+def run_slots(start, count, T: int, capacity: int) -> jax.Array:
+    """Where each of T tokens goes, …T; each beyond the count has a slot beyond the last."""
+    step = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * start.ndim, T)
+    slots = start[..., None] + step
+    return jnp.where((step < count[..., None]) & (slots < capacity), slots, capacity + step)
