@@ -234,10 +234,11 @@ class PagedCache:
         missing = self.length > np.sum(np.asarray(self.table) >= 0, 1) * self.page_size
         if np.any(np.asarray(missing) & ~np.asarray(before)):
             names = np.flatnonzero(missing).tolist()
+            names, most = np.flatnonzero(missing).tolist(), self.table.shape[1]
             raise ValueError(
-                f"{where}: examples {names} need more pages "
-                f"than are free, or than the {self.table.shape[1]} that an example can have; "
-                f"release others, or make the cache with more pages."
+                f"{where}: examples {names} need more pages than are free, or than the "
+                f"{most} that an example can have; release others, or make the cache with "
+                f"more pages."
             )
         return self
 

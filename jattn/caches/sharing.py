@@ -17,6 +17,7 @@ def page_of(cache, position) -> jax.Array:
     return jnp.where(inside, jnp.take_along_axis(cache.table, block, axis=1), -1)
 
 
+@jax.jit  # one program where it is called outside of one
 def grown(cache, count):
     """The cache with pages for more tokens, and which examples have all they need."""
     owned, most = cache.owned, cache.table.shape[1]
@@ -42,6 +43,7 @@ def copied(cache, whose, again):
     return with_own_last(cache, again)
 
 
+@jax.jit  # one program where it is called outside of one
 def with_own_last(cache, chosen):
     """The cache in which chosen examples share no page that is not full."""
     last = page_of(cache, cache.length[:, None])[:, 0]

@@ -10,6 +10,7 @@ On CPU that takes half the time of keys that lie as `BSKH`, for XLA would rearra
 in each step. `key` and `value` are views in the usual order.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -124,6 +125,7 @@ class Store:
             of_values = self.key_scales
         return self.key_scales.astype(wide), of_values.astype(wide)
 
+    @functools.partial(jax.jit, static_argnames="dtype")
     def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
         """The keys `…SKH` and the values `…SKD` in the usual order, scaled."""
         wide = jnp.promote_types(dtype, jnp.float32) if self.is_rounded else dtype
@@ -159,6 +161,7 @@ def blank(batch, slots, num_heads, head_dim, value_dim, dtype, shared=False) -> 
     )
 
 
+@jax.jit  # one program where it is called outside of one
 def put_run(store: Store, key, value, start, count) -> Store:
     """Writes the first `count` of T tokens from slot `start` on, in all examples."""
     new = _as_stored(store, key, value)
@@ -170,6 +173,7 @@ def put_run(store: Store, key, value, start, count) -> Store:
     return store.map(put)
 
 
+@jax.jit  # one program where it is called outside of one
 def put_at(store: Store, key, value, slots) -> Store:
     """Writes each of T tokens of each example into its own slot, BT."""
     new, batch = _as_stored(store, key, value), store.batch
@@ -185,6 +189,7 @@ def put_at(store: Store, key, value, slots) -> Store:
     return store.map(put)
 
 
+@jax.jit  # one program where it is called outside of one
 def put_pairs(store: Store, key, value, pages, slots) -> Store:
     """Writes each of T tokens of each example into a slot of a page, BT and BT."""
     new = _as_stored(store, key, value)
