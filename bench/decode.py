@@ -69,12 +69,16 @@ def torch_sdpa(shape, count):
 
 
 def compare(label: str, runs, base: str) -> None:
-    """Prints the median of each run, and by how much `base` takes longer."""
+    """Prints the median of each run, and by how much `base` takes longer.
+
+    The second ratio is of the fastest times, which neighbours on the machine disturb less.
+    """
     times = measure.interleave({k: f for k, f in runs.items() if f}, SECONDS)
     middle = {name: statistics.median(taken) for name, taken in times.items()}
+    least = {name: min(taken) for name, taken in times.items()}
     text = [f"{name} {1e3 * x:.3f} ms" for name, x in middle.items()]
     text += [
-        f"{base} / {name} {middle[base] / x:.2f}"
+        f"{base} / {name} {middle[base] / x:.2f} ({least[base] / least[name]:.2f})"
         for name, x in middle.items()
         if base in middle and name != base
     ]

@@ -184,7 +184,7 @@ def test_any_sequence_of_calls_is_that_of_lists(examples, steps):
 @pytest.mark.parametrize(
     ("dtype", "pieces"),
     [
-        ("bfloat16", (20,)),
+        pytest.param("bfloat16", (20,), marks=SLOW),
         pytest.param("float64", (20,), marks=SLOW),
         ("float32", (18, 1, 1)),
         pytest.param("bfloat16", (3, 1, 9, 7), marks=SLOW),
@@ -228,19 +228,24 @@ def test_rounded_pieces_are_bit_for_bit_the_rounded_prompt(dtype):
 @pytest.mark.parametrize(
     "options",
     [
-        {"modifier": ALiBi() >> SoftCap(5.0)},
-        {"modifier": lambda x, b, n, t, s: x - 0.1 * (t - s).astype(x.dtype)},
-        {"sink": jnp.arange(N, dtype=jnp.float32)},
-        {"scale": 0.3},
-        {"dropout": jattn.Dropout(0.4, jax.random.key(1))},
-        {"bias": draw(5, 1, N, 1, S)},
-        {"mask": Explicit(draw(6, 1, S) > 0)},
-        {"mask": Segments(jnp.zeros(2, jnp.int32), jnp.arange(S) % 2)},
-        {"query_position": 40, "mask": Window(30, 0)},
-        {"key_position": jnp.arange(S)[::-1], "mask": Causal()},
+        {
+            "modifier": ALiBi() >> SoftCap(5.0),
+            "sink": jnp.arange(N, dtype=jnp.float32),
+            "scale": 0.3,
+        },
+        {
+            "modifier": lambda x, b, n, t, s: x - 0.1 * (t - s).astype(x.dtype),
+            "bias": draw(5, 1, N, 1, S),
+            "mask": Explicit(draw(6, 1, S) > 0),
+        },
+        {
+            "dropout": jattn.Dropout(0.4, jax.random.key(1)),
+            "mask": Segments(jnp.zeros(2, jnp.int32), jnp.arange(S) % 2),
+        },
+        {"query_position": 40, "mask": Window(30, 0), "key_position": jnp.arange(S)[::-1]},
         {"mask": jattn.block_table(Causal(3), draw(0, B, 2, N, H), draw(0, B, S, K, H))},
     ],
-    ids=str,
+    ids=["sink", "bias", "dropout", "positions", "table"],
 )
 def test_options_are_those_of_attention(dtype, options):
     (query, *_), kv = filled(19, dtype=dtype)
@@ -402,7 +407,8 @@ def test_overflow_under_jit_is_nan_until_truncated(ragged):
     close(healed.attend(query), want)
 
 
-@pytest.mark.parametrize("batch", [pytest.param((), marks=SLOW), (2, 3)])
+@SLOW
+@pytest.mark.parametrize("batch", [(), (2, 3)])
 def test_batch_axes_are_none_or_several(batch):
     shape = lambda *x: (*batch, *x)
     inputs = draw(1, *shape(5, N, H)), draw(2, *shape(5, K, H)), draw(3, *shape(5, K, D))
@@ -540,3 +546,20 @@ def test_to_append_takes_the_same_time_in_a_small_and_a_large_cache(dtype):
             times[capacity] = min(times.get(capacity, 9.0), taken)
             runs[capacity] = run, kv
     assert times[65536] < 1.5 * times[1024] + 1e-3
+
+
+@SLOW
+def test_examples_on_several_devices():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    _, kv = filled(9, ragged=True)
+    inputs = tokens(3, seed=3)
+    run = lambda kv, *x: kv.extend(*x, mask=Causal())
+    want, after = run(kv, *inputs)
+    place = jax.sharding.NamedSharding(mesh, spec)
+    spread = [jax.device_put(x, place) for x in (kv, *inputs)]
+    for function in (run, jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)):
+        got, moved = jax.jit(function)(*spread)
+        close(got, want)
+        close(moved.store.keys, after.store.keys)
+        assert moved.store.keys.sharding.spec[0] == "data"

@@ -25,7 +25,6 @@ from jattn.state import State, with_sink
 FEW = 16
 
 
-@across("BTN. BTN")
 def attend_state(where: str, query, source, end, options, whole: bool = True) -> State:
     """The state over the slots before `end` that the mask allows.
 
@@ -35,17 +34,35 @@ def attend_state(where: str, query, source, end, options, whole: bool = True) ->
         source: A `decode.Source`.
         end: A slot that nothing is seen from, int32.
         options: Those of `jattn.attention`.
-        whole: Whether the logsumexp is asked for.
+        whole: Whether the logsumexp is asked for; it is None where not.
     """
+    ask = _state if whole else _output
+    return ask(query, where, source, end, options)
+
+
+@across("BTN. BTN")
+def _state(query, where: str, source, end, options) -> State:
+    return _attended(query, where, source, end, options, True)
+
+
+@across("BTN.")
+def _output(query, where: str, source, end, options) -> State:
+    return _attended(query, where, source, end, options, False)
+
+
+def _attended(query, where: str, source, end, options, whole: bool) -> State:
     sizes = sizes_of(query, source)
     plain = hasattr(source, "values") and not source.is_rounded
     if 0 in sizes.BNTS:
-        return _nothing(query, sizes)
-    if options.get("implementation") or (plain and sizes.T > FEW):
-        return attention_state(query, *source.vectors(query.dtype), **options)
-    sink = check_sink(where, options.get("sink"), sizes)
-    problem, operands = asked.posed(where, query, sizes, options)
-    return _decoded(problem, operands, source.flat(), end, sink, whole)
+        state = _nothing(query, sizes)
+    elif options.get("implementation") or (plain and sizes.T > FEW):
+        state = attention_state(query, *source.vectors(query.dtype), **options)
+    else:
+        sink = check_sink(where, options.get("sink"), sizes)
+        problem, operands = asked.posed(where, query, sizes, options)
+        return _decoded(problem, operands, source.flat(), end, sink, whole)
+    nothing: Any = None
+    return state if whole else state._replace(logsumexp=nothing)
 
 
 def from_last(where: str, source, length, query, count, options, whole: bool) -> State:
