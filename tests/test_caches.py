@@ -512,18 +512,6 @@ def test_take_of_no_example_is_nan():
     assert np.isnan(got).all((1, 2, 3)).tolist() == [False, True]
 
 
-def test_a_step_has_no_array_of_the_size_of_the_cache_but_the_cache():
-    kv = caches.empty(1, 4096, 2, 16)
-    token = jnp.ones((1, 1, 2, 16))
-    step = lambda kv, token: kv.extend(token, token, token, mask=Causal())
-    program = jax.jit(step, donate_argnums=0).lower(kv, token).compile()
-    size = sum(x.nbytes for x in jax.tree.leaves(kv))
-    memory = program.memory_analysis()
-    # A chunk of 8 of 4096 slots, and logits and weights, which are 1/16 of the keys each.
-    assert memory.temp_size_in_bytes < 0.1 * size
-    assert memory.alias_size_in_bytes >= size
-
-
 @SLOW
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_to_append_takes_the_same_time_in_a_small_and_a_large_cache(dtype):
