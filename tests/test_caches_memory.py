@@ -16,7 +16,7 @@ def draw(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_each_way_gives_attention_over_what_is_filled(dtype):
     query, key, value = draw(0, 1, 2, 4, 8), draw(1, 1, S, 2, 8), draw(2, 1, S, 2, 8)
     kv = caches.empty(1, S, 2, 8, dtype=dtype).append(key, value)

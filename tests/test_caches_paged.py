@@ -173,7 +173,8 @@ def test_too_few_pages_are_an_error_where_that_is_known():
         )
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_gradients_and_rounded_pages(dtype):
     draw = np.random.default_rng(0).standard_normal
     query, key, value = (

@@ -132,7 +132,8 @@ def test_any_sequence_of_calls_with_a_longer_window():
     )
 
 
-@pytest.mark.parametrize("dtype", ["int8", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
 def test_a_prompt_may_be_longer_than_the_window(dtype):
     query, key, value = tokens(30)
     kv, outputs, at = caches.rolling(B, 6, K, H, D, sinks=2, dtype=dtype), [], 0
