@@ -187,9 +187,11 @@ def _step(problem, operands, source: Source, isolating, sums: _Sums, first, size
     part, of_part = cut(problem, operands, start, size)
     store = source.cut(start, size)
     logits, allowed = _logits(part, of_part, store)
-    fresh = start + jnp.arange(size, dtype=jnp.int32)[None, None, None] >= first
-    allowed = fresh if allowed is None else allowed & fresh
-    logits = jnp.where(allowed, logits, -jnp.inf)
+    if size < source.slots:  # the last chunk may begin before its place, to fit
+        fresh = start + jnp.arange(size, dtype=jnp.int32)[None, None, None] >= first
+        allowed = fresh if allowed is None else allowed & fresh
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
     top = jnp.maximum(sums.top, jnp.max(logits, axis=-1))
     finite = jnp.where(top == -jnp.inf, 0, top)
     weights = jnp.exp(logits - finite[..., None])
