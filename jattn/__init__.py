@@ -25,6 +25,7 @@ Each module imports only from the modules above it:
 `strongest`     the strongest keys of each query
 `explanation`   what a call would do
 `api`           the public functions
+`caches`        across time: keys and values of the tokens so far
 `testing`       named cases and the checks that every implementation passes
 `pictures`      masks and weights as small arrays and figures
 `terminal`      pictures as text
@@ -40,7 +41,7 @@ Begin reading with `definition`: it explains the modules that it imports.
 import importlib
 from typing import Any
 
-from jattn import counted, definition, masks, modifiers
+from jattn import caches, counted, definition, masks, modifiers
 from jattn.api import attention, attention_state
 from jattn.blocks.block_table import BlockTable, block_table
 from jattn.dropout import Dropout
@@ -66,6 +67,7 @@ __all__ = [
     "attention_state",
     "attention_weights",
     "block_table",
+    "caches",
     "counted",
     "definition",
     "explain",

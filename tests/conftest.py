@@ -16,6 +16,7 @@ OPTIMIZED = {
     "test_gradients",
     "test_exactness",
     "test_bench",
+    "test_caches_memory",
 }
 
 

@@ -143,7 +143,9 @@ def test_every_page_is_in_the_menu_of_the_site():
     assert sorted(menu) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
-@pytest.mark.parametrize("module", ["jattn", "jattn.masks", "jattn.modifiers"])
+@pytest.mark.parametrize(
+    "module", ["jattn", "jattn.masks", "jattn.modifiers", "jattn.caches"]
+)
 def test_reference_has_every_public_name(module):
     page = (ROOT / "docs" / "api.md").read_text()
     found = set(re.findall(r"^::: (\S+)$", page, re.MULTILINE))

@@ -164,13 +164,13 @@ def test_logits_with_a_cache_are_those_without():
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 32, (2, sum(parts))))
     position = jnp.broadcast_to(jnp.arange(sum(parts)), tokens.shape)
     whole = logits(packing.Batch(tokens, tokens, jnp.zeros_like(tokens), position))
-    cache = attending.empty_cache(SIZES, 2, room=13)
+    cache = attending.empty_caches(SIZES, 2, room=13)
     extend, found = nnx.jit(attending.extend), []
     for start, end in itertools.pairwise(np.cumsum((0, *parts))):
         part, cache = extend(noisy_model(), tokens[:, start:end], cache)
         found.append(part)
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, atol=1e-5)
-    assert cache.length == sum(parts)
+    assert cache[0].length == sum(parts)
 
 
 def test_weights_that_are_watched_sum_to_1_before_the_word():

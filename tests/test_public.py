@@ -23,7 +23,7 @@ PUBLIC = {
             "definition",
             "explain",
         ),
-        *("masks", "merge", "modifiers"),
+        *("caches", "masks", "merge", "modifiers"),
         *("StrongestKeys", "attention_entropy", "attention_received", "strongest_keys"),
     },
     "jattn.masks": {
@@ -37,6 +37,10 @@ PUBLIC = {
     "jattn.counted": {"counted_from"},
     "jattn.plot": {"entropy", "mask", "received", "weights"},
     "jattn.terminal": {"entropy", "mask", "received", "weights"},
+    "jattn.caches": {
+        *("Cache", "LatentCache", "PagedCache", "RollingCache"),
+        *("empty", "latent", "paged", "rolling"),
+    },
     "jattn.adapters.jax_nn": {"dot_product_attention"},
     "jattn.adapters.nnx": {"attention"},
     "jattn.adapters.linen": {"attention"},

@@ -1,21 +1,20 @@
 """The ways in which the model attends: functions (layer, query, key, value) → output.
 
-This is all that the model needs of `jattn`: one mask written as a lambda, and a cache that
-is told from which position the queries look.
+This is all that the model needs of `jattn`: one mask written as a lambda, and a cache for
+each layer.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 import jattn
 from examples.language_model.model import Attend, LanguageModel
 from examples.language_model.settings import Sizes
-from jattn.mask import as_mask
-from jattn.masks import Causal
+from jattn import caches
+from jattn.caches import Cache
+from jattn.masks import Causal, as_mask
 
 
 def document_mask(document):
@@ -50,44 +49,28 @@ def watching(document, row: int, seen: list) -> Attend:
     return attend
 
 
-class Cache(NamedTuple):
-    """The keys and values of all tokens so far, with room for more."""
-
-    keys: list[jax.Array]  # BSKH for each layer
-    values: list[jax.Array]
-    length: jax.Array  # how many there are; what lies beyond is never looked at
+def empty_caches(sizes: Sizes, batch: int, room: int) -> list[Cache]:
+    """A cache for each layer, with room for so many tokens of each example."""
+    shape = batch, room, sizes.kv_heads, sizes.head_size
+    return [caches.empty(*shape) for _ in range(sizes.layers)]
 
 
-def empty_cache(sizes: Sizes, batch: int, room: int) -> Cache:
-    """A cache with room for so many tokens of each example."""
-    shape = (batch, room, sizes.kv_heads, sizes.head_size)
-    arrays = lambda: [jnp.zeros(shape) for _ in range(sizes.layers)]
-    return Cache(arrays(), arrays(), jnp.int32(0))
-
-
-def extend(model: LanguageModel, tokens, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Reads more tokens, `BT`, after those in the cache.
-
-    The queries stand at `cache.length` and after it. The room that is still empty stands
-    later, so `Causal` hides it.
+def extend(
+    model: LanguageModel, tokens, kept: list[Cache]
+) -> tuple[jax.Array, list[Cache]]:
+    """Reads more tokens, `BT`, after those in the caches.
 
     Returns:
-        The logits of each next token, and the cache with these tokens in it.
+        The logits of each next token, and the caches with these tokens in them.
     """
-    keys, values, length = list(cache.keys), list(cache.values), cache.length
+    after = list(kept)
 
-    def attend(layer, query, key, value):
-        write = lambda array, new: lax.dynamic_update_slice_in_dim(array, new, length, 1)
-        keys[layer] = write(keys[layer], key)
-        values[layer] = write(values[layer], value)
-        return jattn.attention(
-            query, keys[layer], values[layer], mask=Causal(), query_position=length
-        )
+    def attend(layer, *token):
+        output, after[layer] = kept[layer].extend(*token, mask=Causal())
+        return output
 
-    batch, count = tokens.shape
-    position = jnp.broadcast_to(length + jnp.arange(count), (batch, count))
-    logits = model(tokens, position, attend)
-    return logits, Cache(keys, values, length + count)
+    position = kept[0].length + jnp.arange(tokens.shape[1])
+    return model(tokens, jnp.broadcast_to(position, tokens.shape), attend), after
 
 
 # To compare with: the same function of the same inputs, computed otherwise.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.language_model.attending import empty_cache, extend
+from examples.language_model.attending import empty_caches, extend
 from examples.language_model.model import LanguageModel
 from examples.language_model.settings import Sizes
 from examples.language_model.text import DOCUMENT
@@ -37,7 +37,7 @@ def write(
         The tokens after the prompt.
     """
     rng = jax.random.key(seed)
-    tokens, cache = [DOCUMENT, *prompt], empty_cache(sizes, 1, room)
+    tokens, cache = [DOCUMENT, *prompt], empty_caches(sizes, 1, room)
     for length in range(len(tokens), room):
         logits, cache = _extend(model, jnp.array([tokens]), cache)
         token = int(draw(logits[0, -1], temperature, jax.random.fold_in(rng, length)))

@@ -1,0 +1,37 @@
+"""Caches: attention across time, for sampling and serving.
+
+Every kind stands for the sequence of tokens that was appended, and attending to it equals
+`jattn.attention` over the plain list of them. All are frozen pytrees.
+
+`rounding`      vectors in 8 or 4 bits, with one scale for each
+`write`         rows written into arrays that keep their place
+`store`         where keys and values lie in memory
+`source`        what has slots to attend to, and a call cut to some of them
+`asked`         a call to a cache, checked and taken apart
+`decode`        a few queries, in the time that what is filled takes
+`attend`        which way a call goes
+`cache`         the tokens so far, with room for more
+`rolling`       the last tokens in a ring, and the first few
+`latent`        one short vector of each token, for all heads
+`pool`          which pages are free, and how many own each
+`pages`         the pages of each example as one run of slots
+`sharing`       pages that are taken, shared and copied
+`tokens`        tokens of any examples in one call
+`paged`         tokens in pages that examples share and give back
+"""
+
+from jattn.caches.cache import Cache, empty
+from jattn.caches.latent import LatentCache, latent
+from jattn.caches.paged import PagedCache, paged
+from jattn.caches.rolling import RollingCache, rolling
+
+__all__ = [
+    "Cache",
+    "LatentCache",
+    "PagedCache",
+    "RollingCache",
+    "empty",
+    "latent",
+    "paged",
+    "rolling",
+]

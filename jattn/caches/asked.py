@@ -1,0 +1,191 @@
+"""What is asked of a cache: its queries and options, checked and taken apart.
+
+The keys of a call lie in a store, and to give them to `pose` would put all of them in
+another order first. So the query and what belongs to it are posed with one key in their
+place, and masks, modifiers and biases, which lie along the slots, with sizes alone.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.arrays import check_array, check_integers, is_known
+from jattn.blocks.block_table import BlockTable
+from jattn.caches.rounding import LARGEST
+from jattn.call.pose import check_bias, pose, pose_mask
+from jattn.call.problem import Operands, Problem, asking_logsumexp, drawn, index
+from jattn.masks import Explicit, Lengths, Mask, Segments, as_mask
+from jattn.modifiers import Bias
+from jattn.shapes import FLOATS, Sizes, wide_dtype
+
+OPTIONS = ("mask", "bias", "modifier", "sink", "scale", "query_position", "key_position")
+OPTIONS = (*OPTIONS, "dropout", "implementation")
+
+
+def posed(where: str, query, sizes: Sizes, options) -> tuple[Problem, Operands]:
+    """The call without its keys and values; what lies along them has `sizes.S` slots."""
+    wide = wide_dtype(query.dtype)
+    one = (*sizes.batch, 1, sizes.K)
+    key, value = (jnp.zeros((*one, size), query.dtype) for size in (sizes.H, sizes.D))
+    of_query = {name: options.get(name) for name in ("scale", "dropout")}
+    alone, with_query = pose(where, query, key, value, **of_query)
+    names = ("mask", "modifier", "query_position", "key_position")
+    of_pairs = {name: options.get(name) for name in names}
+    problem, operands = pose_mask(where, sizes, query.dtype, **of_pairs)
+    bias = options.get("bias")
+    kept = ("rate", "shared", "precision")
+    facts = {name: getattr(alone, name) for name in kept}
+    problem = dataclasses.replace(asking_logsumexp(problem), named=None, **facts)
+    operands = operands._replace(
+        query=with_query.query,
+        scale=with_query.scale,
+        bias=None if bias is None else check_bias(where, bias, sizes).astype(wide),
+        rng=with_query.rng,
+    )
+    if operands.rng is not None:
+        operands = operands._replace(rng=drawn(problem, operands, index(problem, operands)))
+    return problem, operands
+
+
+def mask_of(where: str, options, seen: Mask) -> Mask:
+    """The mask of a call together with what is there to be seen."""
+    mask = options.get("mask")
+    mask = mask.mask if isinstance(mask, BlockTable) else mask
+    return seen if mask is None else seen & as_mask(mask, where)
+
+
+def check_options(where: str, options) -> None:
+    """Raises for a word that `jattn.attention` does not know."""
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise ValueError(
+            f"{where}: options must be those of `jattn.attention`, got `{unknown[0]}`; "
+            f"there are {', '.join(OPTIONS)}."
+        )
+
+
+def check_query(where: str, query, batch, store, dtype=None) -> jax.Array:
+    """A query `BTNH` that fits the tokens of a store."""
+    query = check_array(where, "query", query)
+    K, H = store.num_heads, store.head_dim
+    fits = query.ndim == len(batch) + 3 and query.shape[: len(batch)] == batch
+    if not fits or query.shape[-1] != H:
+        raise ValueError(
+            f"{where}: `query` must have shape BTNH with B = {batch} and H = {H} of the "
+            f"cache, got {query.shape}; give it the batch and head size of the cache."
+        )
+    if K == 0 or query.shape[-2] % K:
+        raise ValueError(
+            f"{where}: `query` must have a multiple of K = {K} heads, got {query.shape} = "
+            f"BTNH; the cache was made with num_kv_heads={K}."
+        )
+    if not jnp.issubdtype(query.dtype, jnp.floating) or (
+        not store.is_rounded and query.dtype != store.dtype
+    ):
+        raise ValueError(
+            f"{where}: `query` must have the dtype of the cache, {store.dtype}, got "
+            f"{query.dtype}; convert one, or make the cache with that dtype."
+        )
+    return query
+
+
+def check_tokens(where: str, store, *, batch=None, **tokens) -> list[jax.Array]:
+    """Keys `BTKH` and values `BTKD` that fit a store, and each other.
+
+    Args:
+        where: The public function.
+        store: Where they are to go.
+        batch: The axes of examples; those of the store by default.
+        **tokens: Each array and its last axis, by the array's name.
+    """
+    checked, batch = [], store.batch if batch is None else batch
+    for name, (array, shape) in tokens.items():
+        array = check_array(where, name, array)
+        want = (*batch, "T", *shape)
+        fits = array.ndim == len(want) and all(
+            x in ("T", y) for x, y in zip(want, array.shape, strict=True)
+        )
+        fits = fits and array.shape[len(batch)] == (checked or [array])[0].shape[len(batch)]
+        if not fits:
+            shown = ", ".join(map(str, want))
+            raise ValueError(
+                f"{where}: `{name}` must have shape ({shown}), with one T for all, got "
+                f"{array.shape}; give it the batch, heads and sizes of the cache."
+            )
+        known = store.is_rounded and jnp.issubdtype(array.dtype, jnp.floating)
+        if not known and array.dtype != store.dtype:
+            raise ValueError(
+                f"{where}: `{name}` must have the dtype of the cache, {store.dtype}, got "
+                f"{array.dtype}; convert it, or make the cache with that dtype."
+            )
+        checked.append(array)
+    return checked
+
+
+def check_count(where: str, count, shape: tuple[int, ...], T: int):
+    """How many of T tokens count, an int32 of `shape` or one for all; T where None.
+
+    A number beyond T is refused where it is known, and else taken for T.
+    """
+    if count is None:
+        return T
+    count = check_integers(where, "count", count)
+    if count.shape not in ((), shape):
+        cure = "one number for all" if shape == () else "one number, or one of each example"
+        hint = "; `ragged=True` makes a cache with a length of each" if shape == () else ""
+        raise ValueError(
+            f"{where}: `count` must have shape {shape or '()'}, {cure}, got "
+            f"{count.shape}{hint}."
+        )
+    # Asked of NumPy: inside `jit`, what JAX computes of known numbers is not known.
+    if is_known(count) and not all(0 <= x <= T for x in np.ravel(count)):
+        raise ValueError(
+            f"{where}: `count` must be between 0 and the T = {T} tokens that were given, "
+            f"got {count}; give more tokens, or count fewer."
+        )
+    return jnp.clip(jnp.asarray(count, jnp.int32), 0, T)
+
+
+def check_whole(where: str, name: str, value, shape: tuple[int, ...] | None) -> jax.Array:
+    """Whole numbers as int32, one of each of `shape`; of any shape where that is None."""
+    value = jnp.asarray(check_integers(where, name, value), jnp.int32)
+    if shape is None:
+        return value
+    if value.shape not in ((), shape):
+        raise ValueError(
+            f"{where}: `{name}` must have shape () or {shape}, got {value.shape}; give one "
+            f"number for all or one of each example."
+        )
+    return jnp.broadcast_to(value, shape)
+
+
+def check_pointwise(where: str, mask, modifier) -> None:
+    """Raises for a mask or modifier that reads arrays by row and column."""
+    kinds = Explicit, Segments, Lengths, Bias
+    parts = jax.tree.leaves((mask, modifier), is_leaf=lambda x: isinstance(x, kinds))
+    for part in parts:
+        if isinstance(part, kinds):
+            raise ValueError(
+                f"{where}: `{type(part).__name__}` lies along slots, not tokens, and these "
+                f"are not in order here; use a function of positions."
+            )
+
+
+def check_dtype(where: str, dtype) -> str:
+    """The name of a dtype that a cache can have."""
+    name = str(dtype) if isinstance(dtype, str) else jnp.dtype(dtype).name
+    known = (*FLOATS, *LARGEST)
+    if name not in known:
+        raise ValueError(
+            f"{where}: `dtype` must be one of {', '.join(known)}, got {name}; convert what "
+            f"you append."
+        )
+    return name
+
+
+def of_each(number, batch: tuple[int, ...]) -> jax.Array:
+    """One number of each example, from one for all or for the first batch axes."""
+    number = jnp.asarray(number, jnp.int32)
+    missing = len(batch) - number.ndim
+    return jnp.broadcast_to(number.reshape(*number.shape, *[1] * missing), batch)

@@ -1,0 +1,133 @@
+"""Attends from queries to what a source holds: by parts, or as one call.
+
+A few queries go by `decode`, whose time is that of what is filled. Many are a call of
+`jattn.attention` on all slots, which skips blocks beyond what is filled; the views that it
+is given cost nothing, as it lays out its inputs in any case. What is rounded or in pages is
+never made whole, and goes by `decode` however many queries there are.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.api import attention_state
+from jattn.caches import asked, decode
+from jattn.call.pose import check_sink
+from jattn.call.problem import apart
+from jattn.implementations.run import state_of
+from jattn.masks import Lengths
+from jattn.meshes import across
+from jattn.shapes import Sizes
+from jattn.state import State, with_sink
+
+# Up to so many queries the part that is filled is looked at without skipping more of it.
+FEW = 16
+
+
+def attend_state(where: str, query, source, end, options, whole: bool = True) -> State:
+    """The state over the slots before `end` that the mask allows.
+
+    Args:
+        where: The public function, for messages.
+        query: `BTNH`, checked.
+        source: A `decode.Source`.
+        end: A slot that nothing is seen from, int32.
+        options: Those of `jattn.attention`.
+        whole: Whether the logsumexp is asked for; it is None where not.
+    """
+    ask = _state if whole else _output
+    return ask(query, where, source, end, options)
+
+
+@across("BTN. BTN")
+def _state(query, where: str, source, end, options) -> State:
+    return _attended(query, where, source, end, options, True)
+
+
+@across("BTN.")
+def _output(query, where: str, source, end, options) -> State:
+    return _attended(query, where, source, end, options, False)
+
+
+def _attended(query, where: str, source, end, options, whole: bool) -> State:
+    sizes = sizes_of(query, source)
+    plain = hasattr(source, "values") and not source.is_rounded
+    if 0 in sizes.BNTS:
+        state = _nothing(query, sizes)
+    elif options.get("implementation") or (plain and sizes.T > FEW):
+        state = attention_state(query, *source.vectors(query.dtype), **options)
+    else:
+        sink = check_sink(where, options.get("sink"), sizes)
+        problem, operands = asked.posed(where, query, sizes, options)
+        return _decoded(problem, operands, source.flat(), end, sink, whole)
+    nothing: Any = None
+    return state if whole else state._replace(logsumexp=nothing)
+
+
+def from_last(where: str, source, length, query, count, options, whole: bool) -> State:
+    """The state of queries that stand at the last tokens of each example.
+
+    Args:
+        where: The public function, for messages.
+        source: A `decode.Source` whose slots hold the tokens in order.
+        length: How many there are, one number or one of each example.
+        query: `BTNH`, checked.
+        count: How many of the T queries count; the last ones of the tokens are theirs.
+        options: Those of `jattn.attention`.
+        whole: Whether the logsumexp is asked for.
+    """
+    asked.check_options(where, options)
+    T, batch = query.shape[-3], source.batch
+    rows = None if count is None else asked.check_count(where, count, length.shape, T)
+    length = length if length.ndim == 0 else asked.of_each(length, batch)
+    if rows is not None and jnp.ndim(rows):
+        rows = asked.of_each(rows, batch)
+    options = options | {"mask": asked.mask_of(where, options, Lengths(length, rows))}
+    if options.get("query_position") is None:
+        first = length - (T if rows is None else rows)
+        several = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * first.ndim, T)
+        options["query_position"] = first[..., None] + several if first.ndim else first
+    end = jnp.minimum(jnp.max(length, initial=0), source.slots)
+    return attend_state(where, query, source, end, options, whole)
+
+
+def spoiled(state: State, overflowed) -> State:
+    """The state with NaN for examples that were appended more than fits.
+
+    A compiled program cannot raise, and must not be wrong in silence.
+    """
+
+    def spoil(x):
+        over = overflowed.reshape(*overflowed.shape, *[1] * (x.ndim - overflowed.ndim))
+        return jnp.where(over, jnp.asarray(jnp.nan, x.dtype), x)
+
+    return jax.tree.map(spoil, state)
+
+
+def sizes_of(query, source) -> Sizes:
+    """The letters of a call."""
+    *batch, T, N, H = query.shape
+    K, S, D = source.num_heads, source.slots, source.value_dim
+    return Sizes(tuple(batch), T=T, S=S, N=N, K=K, H=H, D=D)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _decoded(problem, operands, source, end, sink, whole) -> State:
+    """The state of posed queries, in one program."""
+    operands, spoil = apart(operands)
+    state = state_of(*decode.attend(problem, operands, source, end))
+    output = with_sink(state, sink).astype(problem.dtype)
+    # A query that sees nothing has −∞ here, which `jax.debug_infs` would report.
+    logsumexp: Any = state.logsumexp if whole else None
+    state = spoil(State(output, logsumexp))
+    unflatten = lambda x: x.reshape(*problem.sizes.batch, *x.shape[1:])
+    return jax.tree.map(unflatten, state)
+
+
+def _nothing(query, sizes: Sizes) -> State:
+    """The state of queries that see nothing."""
+    output = jnp.zeros((*query.shape[:-1], sizes.D), query.dtype)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    return State(output, jnp.full(query.shape[:-1], -jnp.inf, wide))

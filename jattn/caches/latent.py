@@ -1,0 +1,158 @@
+"""Latent attention: one short vector for each token, which all heads read.
+
+Multi-head latent attention keeps of each token a latent vector c and a rotary key r, and
+makes keys and values of it: key = [W_k c, r], value = W_v c. The matrices can be absorbed
+into the queries and the outputs instead, and then the cache alone is read:
+
+    query · key       = [W_kᵀ q, q_r] · [c, r]
+    Σ weight · value  = W_v Σ weight · c
+
+So it is attention with one key head, of which the value is the first part of the key. One
+array holds both.
+
+Reference:
+    DeepSeek-AI, 2024, arXiv:2405.04434, section 2.1.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.caches import asked
+from jattn.caches.cache import Cache
+from jattn.caches.store import blank
+from jattn.pytree import pytree
+from jattn.state import State
+
+
+@pytree("cache")
+class LatentCache:
+    """Latent vectors and rotary keys of the tokens so far; `latent` makes one.
+
+    Attributes:
+        cache: A `Cache` of one key head, whose values are the first part of the keys.
+    """
+
+    cache: Cache
+
+    @property
+    def length(self) -> jax.Array:
+        """How many tokens were appended: one number, or one of each example."""
+        return self.cache.length
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens there is room for in all."""
+        return self.cache.capacity
+
+    @property
+    def room(self) -> jax.Array:
+        """How many more tokens fit."""
+        return self.cache.room
+
+    @property
+    def latent(self) -> jax.Array:
+        """The latent vectors, `BSC`."""
+        return self.cache.value[..., 0, :]
+
+    @property
+    def rotary(self) -> jax.Array:
+        """The rotary keys, `BSR`."""
+        return self.cache.key[..., 0, self.cache.store.value_dim :]
+
+    def append(self, latent, rotary, *, count=None) -> "LatentCache":
+        """Adds T tokens.
+
+        Args:
+            latent: `BTC`.
+            rotary: `BTR`.
+            count: See `Cache.append`.
+        """
+        where, store = "caches.append", self.cache.store
+        sizes = (store.value_dim,), (store.head_dim - store.value_dim,)
+        tokens = {"latent": (latent, sizes[0]), "rotary": (rotary, sizes[1])}
+        joined = jnp.concatenate(asked.check_tokens(where, store, **tokens), axis=-1)
+        cache = self.cache.appended(where, joined[..., None, :], None, count)
+        return LatentCache(cache)
+
+    def attend(self, query, *, scale, count=None, **options) -> jax.Array:
+        """Attends from absorbed queries.
+
+        Args:
+            query: `BTN(C+R)`: the absorbed part, then the rotary part.
+            scale: Multiplies the products: 1/√ of the head size before it was absorbed,
+                which nothing here can know.
+            count: See `Cache.attend`.
+            **options: See `Cache.attend`.
+
+        Returns:
+            Sums of latent vectors, `BTNC`, for W_v to make outputs of.
+        """
+        return self.cache.attend(query, count=count, scale=scale, **options)
+
+    def attend_state(self, query, *, scale, count=None, **options) -> State:
+        """Attends like `attend`, and also gives the logsumexp."""
+        return self.cache.attend_state(query, count=count, scale=scale, **options)
+
+    def extend(self, query, latent, rotary, *, scale, count=None, **options):
+        """Appends tokens and attends from them; see `append` and `attend`.
+
+        Args:
+            query: `BTN(C+R)`.
+            latent: `BTC`.
+            rotary: `BTR`.
+            scale: See `attend`.
+            count: See `Cache.append`.
+            **options: See `Cache.attend`.
+
+        Returns:
+            Sums of latent vectors, `BTNC`, and the cache with the tokens.
+        """
+        after = self.append(latent, rotary, count=count)
+        return after.attend(query, count=count, scale=scale, **options), after
+
+    def truncate(self, length) -> "LatentCache":
+        """Forgets all tokens after the first `length`."""
+        return LatentCache(self.cache.truncate(length))
+
+    def take(self, indices) -> "LatentCache":
+        """Gives the examples `indices`, in this order."""
+        return LatentCache(self.cache.take(indices))
+
+    def dequantize(self, dtype="float32") -> "LatentCache":
+        """Gives the same tokens without rounding."""
+        return LatentCache(self.cache.dequantize(dtype))
+
+
+def latent(
+    batch_size: int | tuple[int, ...],
+    capacity: int,
+    latent_dim: int,
+    rope_dim: int,
+    *,
+    dtype: Any = "float32",
+    ragged: bool = False,
+) -> LatentCache:
+    """Makes a cache of latent vectors without tokens.
+
+    Args:
+        batch_size: B, or several axes, or `()` for none.
+        capacity: How many tokens there is room for, of each example.
+        latent_dim: C, the size of the latent vectors.
+        rope_dim: R, that of the rotary keys; may be 0.
+        dtype: See `empty`.
+        ragged: Whether each example has a length of its own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kv = latent(1, 8, 4, 2)
+        >>> kv = kv.append(jnp.ones((1, 3, 4)), jnp.zeros((1, 3, 2)))
+        >>> kv.attend(jnp.zeros((1, 1, 2, 6)), scale=0.5).shape
+        (1, 1, 2, 4)
+    """
+    batch = batch_size if isinstance(batch_size, tuple) else (batch_size,)
+    dtype = asked.check_dtype("caches.latent", dtype)
+    store = blank(batch, capacity, 1, latent_dim + rope_dim, latent_dim, dtype, shared=True)
+    length = jnp.zeros(batch if ragged else (), jnp.int32)
+    return LatentCache(Cache(store, length))

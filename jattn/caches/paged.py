@@ -1,0 +1,284 @@
+"""A paged cache: examples own pages of one pool, and give them back.
+
+Sequences of unlike lengths share memory, and a forked prompt is stored once. A table says
+which pages hold an example's tokens, in order; `pages` says which are free, inside the
+compiled program. An example that finds no page free is marked as too long, and attends to
+NaN until it is truncated or released.
+
+Pages with several owners are never written: an example's last page, where its next token
+goes, is its own. `fork`, `take` and `truncate` see to that by copying it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.api import attention
+from jattn.arrays import is_known
+from jattn.caches import asked, attend, sharing
+from jattn.caches.pages import Pages
+from jattn.caches.pool import Pool, full_pool
+from jattn.caches.store import Store, blank, put_pairs
+from jattn.caches.tokens import of_tokens, slot_positions
+from jattn.pytree import pytree
+from jattn.state import State
+
+
+@pytree("store", "table", "length", "pool")
+class PagedCache:
+    """Tokens in pages; `paged` makes one.
+
+    Attributes:
+        store: The vectors, with pages in the place of examples.
+        table: The pages of each example in order, `B × max_pages`; −1 for none.
+        length: How many tokens each example has, `B`.
+        pool: Which pages are free.
+    """
+
+    store: Store
+    table: jax.Array
+    length: jax.Array
+    pool: Pool
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The axis of examples."""
+        return self.table.shape[:1]
+
+    @property
+    def num_pages(self) -> int:
+        """How many pages all examples share."""
+        return self.store.batch[0]
+
+    @property
+    def page_size(self) -> int:
+        """How many tokens a page holds."""
+        return self.store.slots
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens an example can have."""
+        return self.table.shape[1] * self.page_size
+
+    @property
+    def room(self) -> jax.Array:
+        """How many more tokens fit into the pages that each example has."""
+        return jnp.maximum(self.owned * self.page_size - self.length, 0)
+
+    @property
+    def num_free(self) -> jax.Array:
+        """How many pages are free."""
+        return self.pool.num_free
+
+    @property
+    def owned(self) -> jax.Array:
+        """How many pages each example has, `B`."""
+        return jnp.sum(self.table >= 0, axis=1, dtype=jnp.int32)
+
+    @property
+    def over(self) -> jax.Array:
+        """Which examples have more tokens than their pages hold, `B`."""
+        return self.length > self.owned * self.page_size
+
+    def reserve(self, count) -> "PagedCache":
+        """Takes the pages that `count` more tokens need, one number or one of each example.
+
+        `append` does so by itself; this is to know beforehand. An example for which not
+        enough pages are free gets none, and is marked as too long.
+
+        Raises:
+            ValueError: If there are too few, as far as that is known.
+        """
+        count = asked.check_whole("caches.reserve", "count", count, self.batch)
+        grown, granted = sharing.grown(self, count)
+        marked = grown.owned * self.page_size + 1
+        grown = dataclasses.replace(grown, length=jnp.where(granted, self.length, marked))
+        return grown._checked("caches.reserve", self.over)
+
+    def append(self, key, value, *, count=None) -> "PagedCache":
+        """Adds T tokens, of each example only the first `count`; takes pages as needed.
+
+        Args:
+            key: `BTKH`.
+            value: `BTKD`.
+            count: One number, or one of each example; T by default.
+
+        Raises:
+            ValueError: If too few pages are free, as far as that is known.
+        """
+        where, K = "caches.append", self.store.num_heads
+        tokens = {"key": (key, (K, self.store.head_dim))}
+        tokens["value"] = value, (K, self.store.value_dim)
+        batch = self.batch
+        key, value = asked.check_tokens(where, self.store, batch=batch, **tokens)
+        count = asked.check_count(where, count, batch, key.shape[1])
+        count = asked.of_each(count, batch)
+        grown, _ = sharing.grown(self, count)
+        step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
+        position = self.length[:, None] + step
+        page = sharing.page_of(grown, position)
+        # What is dropped goes to pages that are not there, each to another.
+        beyond = jnp.arange(page.size, dtype=jnp.int32).reshape(page.shape) + self.num_pages
+        page = jnp.where((step < count[:, None]) & (page >= 0), page, beyond)
+        store = put_pairs(self.store, key, value, page, position % self.page_size)
+        grown = dataclasses.replace(grown, store=store, length=self.length + count)
+        return grown._checked(where, self.over)
+
+    def attend(self, query, *, count=None, **options) -> jax.Array:
+        """Attends to all tokens of each example; see `Cache.attend`."""
+        return self._state("caches.attend", query, count, options, whole=False).output
+
+    def attend_state(self, query, *, count=None, **options) -> State:
+        """Attends like `attend`, and also gives the logsumexp."""
+        return self._state("caches.attend_state", query, count, options, whole=True)
+
+    def attend_tokens(self, query, example, position, **options) -> jax.Array:
+        """Attends from tokens of any examples in one call: some prefill, others decode.
+
+        Args:
+            query: `TNH`.
+            example: Whose each token is, `T`; −1 for padding, which sees nothing.
+            position: Where each stands in its example, `T`.
+            **options: Those of `jattn.attention`, but no bias or mask by column. A mask or
+                modifier sees as b the example. Say `Causal()`.
+
+        Returns:
+            The output, `TND`.
+        """
+        where = "caches.attend_tokens"
+        asked.check_options(where, options)
+        query = asked.check_query(where, query, (), self.store)
+        shape = query.shape[:1]
+        example = asked.check_whole(where, "example", example, shape)
+        position = asked.check_whole(where, "position", position, shape)
+        key, value = self.store.vectors(query.dtype)
+        key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))
+        ways = of_tokens(where, self, example, options)
+        placed = {"query_position": position, "key_position": slot_positions(self)}
+        output = attention(query, key, value, **options | ways | placed)
+        over = (example >= 0) & jnp.take(self.over, example, mode="clip")
+        return jnp.where(over[:, None, None], jnp.asarray(jnp.nan, output.dtype), output)
+
+    def extend(self, query, key, value, *, count=None, **options):
+        """Appends tokens and attends from them; see `Cache.extend`."""
+        cache = self.append(key, value, count=count)
+        return cache.attend(query, count=count, **options), cache
+
+    def release(self, examples) -> "PagedCache":
+        """Empties examples, given by number or as Booleans `B`, and frees their pages."""
+        chosen = self._chosen("caches.release", examples)
+        gone = jnp.where(chosen[:, None], self.table, -1)
+        return dataclasses.replace(
+            self,
+            pool=self.pool.released(gone),
+            table=jnp.where(chosen[:, None], -1, self.table),
+            length=jnp.where(chosen, 0, self.length),
+        )
+
+    def fork(self, source, target) -> "PagedCache":
+        """Makes examples `target` copies of examples `source`, which share their pages.
+
+        Args:
+            source: The number of an example, or several.
+            target: As many others, which are emptied before.
+        """
+        where = "caches.fork"
+        source = asked.check_whole(where, "source", source, None).reshape(-1)
+        target = asked.check_whole(where, "target", target, None).reshape(-1)
+        whose = jnp.arange(self.batch[0], dtype=jnp.int32)
+        return sharing.copied(
+            self, whose.at[target].set(source), whose.at[target].set(-1) < 0
+        )
+
+    def take(self, indices) -> "PagedCache":
+        """Gives the examples `indices`, B of them, in this order; copies share pages."""
+        whose = asked.check_whole("caches.take", "indices", indices, self.batch)
+        earlier = jnp.tril(jnp.ones((whose.size, whose.size), bool), -1)
+        again = jnp.any((whose[:, None] == whose[None]) & earlier, axis=1)
+        return sharing.copied(self, whose, again)
+
+    def truncate(self, length) -> "PagedCache":
+        """Forgets all tokens after the first `length`, and frees pages beyond them."""
+        length = asked.check_whole("caches.truncate", "length", length, self.batch)
+        length = jnp.clip(length, 0, self.length)
+        block = jnp.arange(self.table.shape[1], dtype=jnp.int32)[None]
+        beyond = block * self.page_size >= length[:, None]
+        pool = self.pool.released(jnp.where(beyond, self.table, -1))
+        table = jnp.where(beyond, -1, self.table)
+        cache = dataclasses.replace(self, pool=pool, table=table, length=length)
+        return sharing.with_own_last(cache, jnp.ones(self.batch, bool))
+
+    def dequantize(self, dtype="float32") -> "PagedCache":
+        """Gives the same tokens without rounding."""
+        return dataclasses.replace(self, store=self.store.exact(dtype))
+
+    def _state(self, where, query, count, options, whole: bool) -> State:
+        query = asked.check_query(where, query, self.batch, self.store)
+        asking = where, Pages(self.store, self.table), self.length
+        state = attend.from_last(*asking, query, count, options, whole)
+        return attend.spoiled(state, self.over)
+
+    def _chosen(self, where: str, examples) -> jax.Array:
+        if getattr(examples, "dtype", None) == jnp.bool_:
+            return jnp.asarray(examples)
+        examples = asked.check_whole(where, "examples", examples, None)
+        return jnp.zeros(self.batch, bool).at[examples.reshape(-1)].set(True)
+
+    def _checked(self, where: str, before) -> "PagedCache":
+        """The cache, or an error where it is known that pages were missing."""
+        if not (is_known(self.length) and is_known(self.table)):
+            return self
+        missing = self.length > np.sum(np.asarray(self.table) >= 0, 1) * self.page_size
+        if np.any(np.asarray(missing) & ~np.asarray(before)):
+            names = np.flatnonzero(missing).tolist()
+            names, most = np.flatnonzero(missing).tolist(), self.table.shape[1]
+            raise ValueError(
+                f"{where}: examples {names} need more pages than are free, or than the "
+                f"{most} that an example can have; release others, or make the cache with "
+                f"more pages."
+            )
+        return self
+
+
+def paged(
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_head_dim: int | None = None,
+    *,
+    batch_size: int,
+    max_pages: int,
+    dtype: Any = "float32",
+) -> PagedCache:
+    """Makes a cache of pages, all of them free.
+
+    Args:
+        num_pages: P, how many pages all examples share.
+        page_size: How many tokens a page holds.
+        num_kv_heads: K.
+        head_dim: H.
+        value_head_dim: D; H by default.
+        batch_size: B, how many examples there can be at once.
+        max_pages: How many pages one example can have.
+        dtype: See `empty`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kv = paged(4, 2, 1, 8, batch_size=2, max_pages=4)
+        >>> kv = kv.append(*2 * [jnp.ones((2, 3, 1, 8))], count=jnp.array([3, 0]))
+        >>> kv = kv.fork(0, 1)
+        >>> kv.table  # the full page is shared, the other was copied
+        Array([[ 0,  1, -1, -1],
+               [ 0,  2, -1, -1]], dtype=int32)
+        >>> int(kv.release([0, 1]).num_free)
+        4
+    """
+    value_dim = head_dim if value_head_dim is None else value_head_dim
+    dtype = asked.check_dtype("caches.paged", dtype)
+    store = blank((num_pages,), page_size, num_kv_heads, head_dim, value_dim, dtype)
+    table = jnp.full((batch_size, max_pages), -1, jnp.int32)
+    return PagedCache(store, table, jnp.zeros(batch_size, jnp.int32), full_pool(num_pages))

@@ -1,0 +1,48 @@
+"""The pages of each example as one run of slots."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn.caches.store import Store
+from jattn.pytree import pytree
+
+
+@pytree("store", "table")
+class Pages:
+    """The pages of each example one after the other, as a source of keys and values."""
+
+    store: Store
+    table: jax.Array
+
+    batch = property(lambda self: self.table.shape[:1])
+    num_heads = property(lambda self: self.store.num_heads)
+    value_dim = property(lambda self: self.store.value_dim)
+    unit = property(lambda self: self.store.slots)
+    slots = property(lambda self: self.table.shape[1] * self.store.slots)
+
+    def flat(self) -> "Pages":
+        """Itself: there is one batch axis."""
+        return self
+
+    def lies_ready(self, wide) -> bool:
+        """Never: pages have to be gathered."""
+        del wide
+        return False
+
+    def cut(self, start, size: int) -> Store:
+        """The slots from `start` on, copied out of their pages."""
+        blocks = lax.dynamic_slice_in_dim(
+            self.table, start // self.unit, size // self.unit, axis=1
+        )
+
+        def gather(x, axis):
+            x = jnp.take(x, jnp.maximum(blocks, 0), axis=0)  # B, pages and the axes of one
+            x = jnp.moveaxis(x, 1, axis - 1)
+            return x.reshape(*x.shape[: axis - 1], size, *x.shape[x.ndim + axis + 1 :])
+
+        return self.store.map(gather)
+
+    def vectors(self, dtype):
+        """All keys and values, BSKH and BSKD."""
+        return self.cut(0, self.slots).vectors(dtype)

@@ -1,0 +1,267 @@
+"""A rolling cache: the last tokens in a ring, and the first few.
+
+For masks that look back a window of tokens, and perhaps at the first ones, the sinks: its
+memory does not grow with the sequence. Where a token lies is arithmetic of its position p:
+
+    p < sinks     slot p, for ever
+    p ≥ sinks     slot sinks + (p − sinks) mod window
+
+A prompt may be longer than the window. Its queries see the slots as they were before it,
+and its own tokens as they came; the two are states, which `merge`. Only then is the ring
+written. So no token is overwritten before all queries that may see it have seen it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.api import attention_state
+from jattn.blocks.block_table import BlockTable
+from jattn.caches import asked, attend
+from jattn.caches.asked import of_each
+from jattn.caches.store import Store, blank, put_at, taken
+from jattn.masks import Mask, Pointwise, as_mask
+from jattn.pytree import pytree
+from jattn.state import State, merge, with_sink
+
+
+@pytree("store", "length", static=("window", "sinks"))
+class RollingCache:
+    """The last `window` tokens and the first `sinks`; `rolling` makes one.
+
+    It stands for all tokens that were appended, under the mask
+
+        (t ≥ s) & ((t − s < window) | (s < sinks))    and the one that is given
+
+    Attributes:
+        store: The vectors, in slots.
+        length: How many tokens were appended: one number, or one of each example.
+        window: How many keys a query sees, its own included.
+        sinks: How many of the first keys every query sees besides.
+    """
+
+    store: Store
+    length: jax.Array
+    window: int
+    sinks: int
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The axes of examples."""
+        return self.store.batch
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens are kept."""
+        return self.store.slots
+
+    @property
+    def key_position(self) -> jax.Array:
+        """The token in each slot, `S` or `BS`; −1 where there is none yet."""
+        slot = jnp.arange(self.capacity, dtype=jnp.int32)
+        slot = slot.reshape(*[1] * self.length.ndim, -1)
+        length = self.length[..., None]
+        behind = jnp.mod(length - 1 - slot, self.window)  # of the ring's last token
+        in_ring = length - 1 - behind
+        token = jnp.where(slot < self.sinks, slot, in_ring)
+        present = jnp.where(slot < self.sinks, slot < length, in_ring >= self.sinks)
+        return jnp.where(present, token, -1)
+
+    def append(self, key, value, *, count=None) -> "RollingCache":
+        """Adds T tokens, of each example only the first `count`; see `Cache.append`."""
+        key, value, count = self._checked("append", key, value, count)
+        return self._appended(key, value, count)
+
+    def attend(self, query, *, count=None, **options) -> jax.Array:
+        """Attends from one query that stands at the last token; see `Cache.attend`.
+
+        More queries have to see keys that their own tokens may have overwritten: `extend`.
+        """
+        where, T = "caches.attend", jnp.shape(query)[-3]
+        if T > 1:
+            raise ValueError(
+                f"{where}: {T} queries of a rolling cache must see {self.window} keys "
+                f"each, but it holds {self.window}; use `extend`."
+            )
+        query = asked.check_query(where, query, self.batch, self.store)
+        rows = self._count(where, count, T)
+        options = self._options(where, options)
+        return self._last(query, rows, options)
+
+    def extend(self, query, key, value, *, count=None, **options):
+        """Appends T tokens and attends from them, T of any size; see `Cache.extend`.
+
+        Args:
+            query: `BTNH`.
+            key: `BTKH`.
+            value: `BTKD`.
+            count: See `Cache.append`.
+            **options: Those of `jattn.attention`, but no bias or mask by column: columns
+                are slots here.
+
+        Returns:
+            The output, `BTND`, and the cache with the tokens.
+        """
+        where = "caches.extend"
+        key, value, count = self._checked("extend", key, value, count)
+        query = asked.check_query(where, query, self.batch, self.store)
+        options = self._options(where, options)
+        after = self._appended(key, value, count)
+        if query.shape[-3] == 1:
+            return after._last(query, count, options), after
+        return self._prompt(query, key, value, count, options), after
+
+    def take(self, indices) -> "RollingCache":
+        """Gives the examples `indices`, in this order."""
+        store = taken("caches.take", self.store, indices)
+        length = self.length
+        length = length if length.ndim == 0 else jnp.take(length, jnp.asarray(indices))
+        return dataclasses.replace(self, store=store, length=length)
+
+    def _checked(self, name, key, value, count):
+        where, store = f"caches.{name}", self.store
+        shapes = (store.num_heads, store.head_dim), (store.num_heads, store.value_dim)
+        tokens = {"key": (key, shapes[0]), "value": (value, shapes[1])}
+        key, value = asked.check_tokens(where, store, **tokens)
+        return key, value, self._count(where, count, key.shape[len(self.batch)])
+
+    def _count(self, where, count, T: int):
+        count = asked.check_count(where, count, self.length.shape, T)
+        return jnp.broadcast_to(jnp.asarray(count, jnp.int32), self.length.shape)
+
+    def _appended(self, key, value, count) -> "RollingCache":
+        T = key.shape[len(self.batch)]
+        start, end = (of_each(x, self.batch) for x in (self.length, self.length + count))
+        step = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * start.ndim, T)
+        p, end = start[..., None] + step, end[..., None]
+        slot = jnp.where(p < self.sinks, p, self.sinks + (p - self.sinks) % self.window)
+        # Of tokens that would share a slot, only the last is written.
+        kept = (p < end) & ((p < self.sinks) | (p >= end - self.window))
+        slot = jnp.where(kept, slot, self.capacity + step)
+        store = put_at(self.store, key, value, slot)
+        return dataclasses.replace(self, store=store, length=self.length + count)
+
+    def _seen(self, options) -> Mask:
+        """What a query may see, of tokens that are there: those before 0 are not."""
+        window, sinks = self.window, self.sinks
+
+        def near(b, n, t, s):
+            return (s >= 0) & (t >= s) & ((t - s < window) | (s < sinks))
+
+        mask = options.get("mask")
+        return Pointwise(near) if mask is None else Pointwise(near) & mask
+
+    def _last(self, query, count, options) -> jax.Array:
+        """Attends from a query at the last token of each example."""
+        last = self.length - 1
+        position = last if last.ndim == 0 else of_each(last, self.batch)[..., None]
+        given = options | {"query_position": position}
+        state = self._held(query, given)
+        seen = of_each(count, self.batch)[..., None, None, None] > 0
+        return jnp.where(seen, state.output, 0)
+
+    def _held(self, query, options) -> State:
+        """The state over what is in the slots."""
+        position = self.key_position
+        if position.ndim > 1:
+            position = jnp.broadcast_to(
+                position.reshape(*position.shape[:-1], *[1] * self._missing, -1),
+                (*self.batch, self.capacity),
+            )
+        given = options | {"mask": self._seen(options), "key_position": position}
+        end = jnp.minimum(jnp.max(self.length, initial=0), self.capacity)
+        return attend.attend_state("caches.extend", query, self.store, end, given)
+
+    @property
+    def _missing(self) -> int:
+        return len(self.batch) - self.length.ndim
+
+    def _prompt(self, query, key, value, count, options) -> jax.Array:
+        """Attends from new tokens to the slots as they were, and to each other."""
+        T = query.shape[-3]
+        sink, options = options.get("sink"), options | {"sink": None}
+        start = self.length
+        if start.ndim:
+            several = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * len(self.batch), T)
+            start = of_each(start, self.batch)[..., None] + several
+        options = options | {"query_position": start}
+        old = self._held(query, options)
+        if self.store.is_rounded:  # all queries see what is stored
+            alone = blank(self.batch, T, *self._sizes, self.store.dtype)
+            slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (*self.batch, T))
+            key, value = put_at(alone, key, value, slots).vectors(query.dtype)
+        mask = self._seen(options)
+        given = options | {"mask": mask, "key_position": start}
+        new = attention_state(query, key, value, **given)
+        output = with_sink(merge(old, new), sink).astype(query.dtype)
+        row = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * len(self.batch), T, 1, 1)
+        counted = row < of_each(count, self.batch)[..., None, None, None]
+        return jnp.where(counted, output, 0)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.store.num_heads, self.store.head_dim, self.store.value_dim
+
+    def _options(self, where: str, options) -> dict[str, Any]:
+        """The options, without those that lie along slots or say where tokens stand."""
+        asked.check_options(where, options)
+        refused = ("bias", "query_position", "key_position")
+        for name in refused:
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{where}: `{name}` must not be given to a rolling cache, whose slots "
+                    f"hold tokens in another order; use a function of positions."
+                )
+        mask = options.get("mask")
+        mask = mask.mask if isinstance(mask, BlockTable) else mask
+        mask = None if mask is None else as_mask(mask, where)
+        asked.check_pointwise(where, mask, options.get("modifier"))
+        return options | {"mask": mask}
+
+
+def rolling(
+    batch_size: int | tuple[int, ...],
+    window: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_head_dim: int | None = None,
+    *,
+    sinks: int = 0,
+    dtype: Any = "float32",
+    ragged: bool = False,
+) -> RollingCache:
+    """Makes a cache of the last `window` tokens, and of the first `sinks`.
+
+    Args:
+        batch_size: B, or several axes, or `()` for none.
+        window: How many keys a query sees, its own included; at least 1.
+        num_kv_heads: K.
+        head_dim: H.
+        value_head_dim: D; H by default.
+        sinks: How many of the first tokens are kept, and seen by every query. They keep
+            their own positions.
+        dtype: See `empty`.
+        ragged: Whether each example has a length of its own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kv = rolling(1, 2, 1, 2)
+        >>> key = jnp.zeros((1, 4, 1, 2))
+        >>> value = jnp.arange(4.0).reshape(1, 4, 1, 1) * jnp.ones(2)
+        >>> output, kv = kv.extend(key, key, value)  # each sees itself and the one before
+        >>> output[0, :, 0, 0]
+        Array([0. , 0.5, 1.5, 2.5], dtype=float32)
+    """
+    if window < 1 or sinks < 0:
+        raise ValueError(
+            f"caches.rolling: `window` must be at least 1 and `sinks` at least 0, got "
+            f"{window} and {sinks}; a window holds the query's own token."
+        )
+    batch = batch_size if isinstance(batch_size, tuple) else (batch_size,)
+    value_dim = head_dim if value_head_dim is None else value_head_dim
+    dtype = asked.check_dtype("caches.rolling", dtype)
+    store = blank(batch, window + sinks, num_kv_heads, head_dim, value_dim, dtype)
+    length = jnp.zeros(batch if ragged else (), jnp.int32)
+    return RollingCache(store, length, window, sinks)

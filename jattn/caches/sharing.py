@@ -1,0 +1,61 @@
+"""Pages that are taken, shared and copied: what happens to the table of a paged cache.
+
+An example's last page, where its next token goes, is its own unless it is full.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+def page_of(cache, position) -> jax.Array:
+    """The page that holds a position of each example, BT; −1 for none."""
+    block = position // cache.page_size
+    inside = block < cache.table.shape[1]
+    block = jnp.minimum(block, cache.table.shape[1] - 1)
+    return jnp.where(inside, jnp.take_along_axis(cache.table, block, axis=1), -1)
+
+
+@jax.jit  # one program where it is called outside of one
+def grown(cache, count):
+    """The cache with pages for more tokens, and which examples have all they need."""
+    owned, most = cache.owned, cache.table.shape[1]
+    needed = -(-(cache.length + count) // cache.page_size)
+    fits = needed <= most
+    wanted = jnp.where(fits & ~cache.over, jnp.maximum(needed - owned, 0), 0)
+    pool, start, granted = cache.pool.claim(wanted)
+    granted &= fits & ~cache.over
+    block = jnp.arange(most, dtype=jnp.int32)[None]
+    new = (block >= owned[:, None]) & (block < needed[:, None]) & granted[:, None]
+    place = start[:, None] + block - owned[:, None]
+    pages = jnp.where(new, cache.pool.page_of(place), -1)
+    table = jnp.where(new, pages, cache.table)
+    return dataclasses.replace(cache, table=table, pool=pool.owned(pages)), granted
+
+
+def copied(cache, whose, again):
+    """The examples `whose`, of which those that come `again` have a last page anew."""
+    table = jnp.take(cache.table, whose, axis=0)
+    pool = cache.pool.owned(table).released(cache.table)
+    length = jnp.take(cache.length, whose)
+    cache = dataclasses.replace(cache, table=table, pool=pool, length=length)
+    return with_own_last(cache, again)
+
+
+@jax.jit  # one program where it is called outside of one
+def with_own_last(cache, chosen):
+    """The cache in which chosen examples share no page that is not full."""
+    last = page_of(cache, cache.length[:, None])[:, 0]
+    shared = jnp.take(cache.pool.owners, last, mode="clip") > 1
+    shared &= chosen & (last >= 0) & (cache.length % cache.page_size > 0)
+    claimed, start, granted = cache.pool.claim(shared.astype(jnp.int32))
+    page = jnp.where(shared & granted, cache.pool.page_of(start), -1)
+    pool = claimed.released(jnp.where(shared, last, -1)).owned(page)
+    block = cache.length // cache.page_size
+    here = jnp.arange(cache.table.shape[1], dtype=jnp.int32)[None] == block[:, None]
+    table = jnp.where(here & shared[:, None], page[:, None], cache.table)
+    at = jnp.where(page >= 0, page, cache.num_pages)
+    copy = lambda x, _: x.at[at].set(jnp.take(x, last, axis=0, mode="clip"), mode="drop")
+    # Without a page of its own the example loses what was in the shared one.
+    return dataclasses.replace(cache, store=cache.store.map(copy), table=table, pool=pool)

@@ -1,0 +1,106 @@
+"""Tokens of any examples in one call: what a server has to do in each step.
+
+Some examples have prompts to read and others one token to decode. Their queries are one
+sequence, the slots of all pages another, and a mask says which belong together:
+
+    a query of example e sees a slot    if e owns its page, and the slot holds a token
+
+A page has the same place in the table of each example that owns it, as forks copy whole
+tables. So each slot has one position, and masks and modifiers of positions keep theirs.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.blocks.block_table import BlockTable
+from jattn.caches import asked
+from jattn.masks import Mask, as_mask
+from jattn.modifiers import Modifier, as_modifier
+from jattn.pytree import pytree
+
+
+@pytree("example", "page", "owns", "length", "mask")
+class OfTokens(Mask):
+    """A query sees the tokens of its own example, and of these what a mask allows.
+
+    Attributes:
+        example: Whose each query is, `T`; −1 for nobody's.
+        page: The page of each slot, `S`.
+        owns: Which pages each example has, `B × P`.
+        length: How many tokens each example has, `B`.
+        mask: A mask of positions, or None.
+    """
+
+    example: jax.Array
+    page: jax.Array
+    owns: jax.Array
+    length: jax.Array
+    mask: Mask | None
+
+    def aligned(self, sizes) -> Any:
+        """The example of each row, the page of each column, and what the mask reads."""
+        inner = () if self.mask is None else self.mask.aligned(sizes)
+        return self.example.reshape(1, 1, -1, 1), self.page.reshape(1, 1, 1, -1), inner
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """The page is the example's, the slot is filled, and the mask allows it."""
+        example, page, inner = elements
+        whose = jnp.maximum(example, 0)
+        seen = (example >= 0) & self.owns[whose, page] & (s < self.length[whose])
+        if self.mask is None:
+            return seen
+        return seen & self.mask.allows(whose, n, t, s, inner)
+
+
+@pytree("example", "modifier")
+class ModifierOfTokens(Modifier):
+    """A modifier that sees as b the example of each query."""
+
+    example: jax.Array
+    modifier: Modifier
+
+    def aligned(self, sizes) -> Any:
+        """The example of each row, and what the modifier reads."""
+        return self.example.reshape(1, 1, -1, 1), self.modifier.aligned(sizes)
+
+    def modify(self, logit, b, n, t, s, elements):
+        """Modifies as in the query's example."""
+        example, inner = elements
+        return self.modifier.modify(logit, jnp.maximum(example, 0), n, t, s, inner)
+
+
+def of_tokens(where: str, cache, example, options):
+    """The mask and the modifier of a call in which each query has an example of its own."""
+    mask, modifier = options.get("mask"), options.get("modifier")
+    mask = mask.mask if isinstance(mask, BlockTable) else mask
+    mask = None if mask is None else as_mask(mask, where)
+    modifier = None if modifier is None else as_modifier(modifier, where)
+    asked.check_pointwise(where, mask, modifier)
+    for name in ("bias", "query_position", "key_position"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{where}: `{name}` must not be given, for slots hold tokens of many "
+                f"examples in no order; use a function of positions."
+            )
+    table, num_pages, page_size = cache.table, cache.num_pages, cache.page_size
+    page = jnp.arange(num_pages, dtype=jnp.int32).repeat(page_size)
+    row = jnp.arange(table.shape[0], dtype=jnp.int32)[:, None]
+    own = jnp.where(table >= 0, table, num_pages)
+    owns = jnp.zeros((table.shape[0], num_pages), bool).at[row, own].set(True, mode="drop")
+    mask = OfTokens(example, page, owns, cache.length, mask)
+    if modifier is None:
+        return {"mask": mask}
+    return {"mask": mask, "modifier": ModifierOfTokens(example, modifier)}
+
+
+def slot_positions(cache) -> jax.Array:
+    """The position that each slot of the pool has in the examples that own it, `S`."""
+    table, num_pages, page_size = cache.table, cache.num_pages, cache.page_size
+    block = jnp.arange(table.shape[1], dtype=jnp.int32)[None]
+    own = jnp.where(table >= 0, table, num_pages)
+    first = jnp.zeros(num_pages, jnp.int32)
+    first = first.at[own].set(jnp.broadcast_to(block * page_size, own.shape), mode="drop")
+    step = jnp.arange(page_size, dtype=jnp.int32)
+    return (first[:, None] + step[None]).reshape(-1)

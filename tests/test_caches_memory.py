@@ -1,0 +1,50 @@
+"""Caches of a real size, by the chunks and programs that users get."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn import caches
+from jattn.masks import Causal
+
+S = 1024  # 128 at most alone, chunks of 256 to the half, then all at once
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_each_way_gives_attention_over_what_is_filled(dtype):
+    query, key, value = draw(0, 1, 2, 4, 8), draw(1, 1, S, 2, 8), draw(2, 1, S, 2, 8)
+    kv = caches.empty(1, S, 2, 8, dtype=dtype).append(key, value)
+    key, value = kv.key, kv.value
+    attend = jax.jit(lambda kv, query: kv.attend_state(query, mask=Causal()))
+    position = jax.jit(
+        lambda query, first: jattn.attention_state(
+            query, key, value, mask=Causal(), query_position=first, implementation="dense"
+        )
+    )
+    for length in (2, 128, 129, 256, 511, 513, 1024):
+        got = attend(kv.truncate(length), query)
+        want = position(query, jnp.int32(length - 2))
+        np.testing.assert_allclose(got.output, want.output, atol=1e-6)
+        np.testing.assert_allclose(got.logsumexp, want.logsumexp, atol=1e-6)
+
+
+def test_a_step_has_no_array_of_the_size_of_the_cache_but_the_cache():
+    kv, token = caches.empty(1, 8192, 4, 64), jnp.ones((1, 1, 4, 64))
+    step = lambda kv, token: kv.extend(token, token, token, mask=Causal())
+    program = jax.jit(step, donate_argnums=0).lower(kv, token).compile()
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes < 0.05 * sum(x.nbytes for x in jax.tree.leaves(kv))
+    for array in (kv.store.keys, kv.store.values):
+        assert memory.alias_size_in_bytes >= 2 * array.nbytes
+        # No instruction makes another: what has this shape is a parameter or an update.
+        shape = "f32[" + ",".join(map(str, array.shape)) + "]"
+        lines = [x.split(" = ")[1] for x in program.as_text().splitlines() if " = " in x]
+        made = {x.split("} ")[-1].split("(")[0] for x in lines if x.startswith(shape)}
+        in_place = {"parameter", "get-tuple-element", "dynamic-update-slice", "fusion"}
+        assert made <= in_place, made

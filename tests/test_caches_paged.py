@@ -1,0 +1,197 @@
+"""Paged caches: a state machine over forks and releases, and tokens of any examples."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+import jattn
+from jattn import caches
+from jattn.masks import Causal, Explicit, Lengths, as_mask
+from tests.helpers.small_chunks import small_chunks as small_chunks
+
+B, P, PAGE, MOST, N, K, H, D = 3, 9, 4, 5, 2, 1, 4, 3
+S, T = PAGE * MOST, 3
+LAMBDA = lambda b, n, t, s: (t >= s) & ((s + b) % 3 != n)
+
+append = jax.jit(lambda kv, *x: kv.append(*x[:2], count=x[2]))
+release = jax.jit(lambda kv, chosen: kv.release(chosen))
+fork = jax.jit(lambda kv, source, target: kv.fork(source, target))
+take = jax.jit(lambda kv, indices: kv.take(indices))
+truncate = jax.jit(lambda kv, length: kv.truncate(length))
+reserve = jax.jit(lambda kv, count: kv.reserve(count))
+attend = jax.jit(lambda kv, query: kv.attend(query, mask=LAMBDA))
+by_token = jax.jit(lambda kv, *x: kv.attend_tokens(*x, mask=LAMBDA))
+
+
+@jax.jit
+def definition(query, key, value, lengths):
+    mask = Lengths(lengths) & as_mask(LAMBDA)
+    position = lengths[:, None] - T + jnp.arange(T)[None]
+    return jattn.definition.attention(query, key, value, mask=mask, query_position=position)
+
+
+class Serving(RuleBasedStateMachine):
+    """A paged cache beside lists of tokens; None for an example that found no page."""
+
+    @initialize(seed=st.integers(0, 2**16))
+    def begin(self, seed):
+        self.random = np.random.default_rng(seed)
+        self.kv = caches.paged(P, PAGE, K, H, D, batch_size=B, max_pages=MOST)
+        self.tokens = [[] for _ in range(B)]
+
+    def draw(self, *shape):
+        return self.random.standard_normal(shape).astype("float32")
+
+    def forget_the_overflowed(self):
+        """Who asked for more than there was is marked, and nobody else; then emptied."""
+        owned = (np.asarray(self.kv.table) >= 0).sum(1) * PAGE
+        marked = np.asarray(self.kv.length) > owned
+        for b, tokens in enumerate(self.tokens):
+            assert marked[b] or len(tokens) == self.kv.length[b]
+        if marked.any():
+            assert np.isnan(attend(self.kv, self.draw(B, T, N, H))[marked]).all()
+            self.kv = release(self.kv, marked)
+            self.tokens = [
+                [] if gone else x for x, gone in zip(self.tokens, marked, strict=True)
+            ]
+        return marked
+
+    @rule(counts=st.tuples(*[st.integers(0, T)] * B))
+    def append(self, counts):
+        key, value = self.draw(B, T, K, H), self.draw(B, T, K, D)
+        free, owned = int(self.kv.num_free), (np.asarray(self.kv.table) >= 0).sum(1)
+        self.kv = append(self.kv, key, value, np.array(counts, np.int32))
+        want = []
+        for b, count in enumerate(counts):
+            self.tokens[b] = self.tokens[b] + [
+                (key[b, i], value[b, i]) for i in range(count)
+            ]
+            blocks = -(-len(self.tokens[b]) // PAGE)
+            need = max(blocks - owned[b], 0)
+            want.append(blocks > MOST or need > free)
+            free -= 0 if want[-1] else need
+        assert self.forget_the_overflowed().tolist() == want
+
+    @rule(chosen=st.tuples(*[st.booleans()] * B))
+    def release(self, chosen):
+        self.kv = release(self.kv, np.array(chosen))
+        self.tokens = [[] if x else y for x, y in zip(chosen, self.tokens, strict=True)]
+
+    @rule(source=st.integers(0, B - 1), copy=st.integers(0, B - 1))
+    def fork(self, source, copy):
+        self.kv = fork(self.kv, source, copy)
+        self.tokens[copy] = self.tokens[source]
+        self.forget_the_overflowed()
+
+    @rule(which=st.tuples(*[st.integers(0, B - 1)] * B))
+    def take(self, which):
+        self.kv = take(self.kv, np.array(which))
+        self.tokens = [self.tokens[b] for b in which]
+        self.forget_the_overflowed()
+
+    @rule(lengths=st.tuples(*[st.integers(0, S)] * B))
+    def truncate(self, lengths):
+        self.kv = truncate(self.kv, np.array(lengths))
+        self.tokens = [x[:n] for x, n in zip(self.tokens, lengths, strict=True)]
+        self.forget_the_overflowed()
+
+    @rule(count=st.integers(0, PAGE))
+    def reserve(self, count):
+        self.kv = reserve(self.kv, count)
+        marked = self.forget_the_overflowed()
+        room = np.asarray(self.kv.room)
+        assert (room[~marked] >= count).all()
+
+    def expected(self, query):
+        key, value = np.full((B, S, K, H), np.nan, "f"), np.full((B, S, K, D), np.nan, "f")
+        for b, pairs in enumerate(self.tokens):
+            for i, pair in enumerate(pairs):
+                key[b, i], value[b, i] = pair
+        lengths = np.array([len(x) for x in self.tokens], np.int32)
+        return np.asarray(definition(query, key, value, lengths)), lengths
+
+    @rule()
+    def attend(self):
+        query = self.draw(B, T, N, H)
+        want, lengths = self.expected(query)
+        np.testing.assert_allclose(attend(self.kv, query), want, atol=3e-6)
+        example = np.array([2, 0, 0, -1, 1, 2, 1, 0], np.int32)
+        row = np.array([0, 2, 1, 0, 2, 2, 0, 0], np.int32)
+        position = lengths[example] - T + row
+        got = np.asarray(by_token(self.kv, query[example, row], example, position))
+        wanted = np.where(example[:, None, None] < 0, 0, want[example, row])
+        np.testing.assert_allclose(got, wanted, atol=3e-6)
+
+    @invariant()
+    def no_page_is_lost(self):
+        if not hasattr(self, "kv"):
+            return
+        table, pool = np.asarray(self.kv.table), self.kv.pool
+        owners = np.bincount(table[table >= 0], minlength=P)
+        assert (owners == np.asarray(pool.owners)).all()
+        free = np.asarray(pool.free)[: int(pool.num_free)]
+        assert sorted(free) == np.flatnonzero(owners == 0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("examples", "steps"), [(5, 10), pytest.param(80, 30, marks=pytest.mark.slow)]
+)
+def test_any_sequence_of_calls_is_that_of_lists(examples, steps):
+    settings = hypothesis.settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    run_state_machine_as_test(Serving, settings=settings)
+
+
+def test_too_few_pages_are_an_error_where_that_is_known():
+    kv = caches.paged(2, PAGE, K, H, D, batch_size=2, max_pages=2)
+    key, value = jnp.ones((2, 5, K, H)), jnp.ones((2, 5, K, D))
+    with pytest.raises(ValueError, match=r"caches.append: examples \[1\] need more pages"):
+        kv.append(key, value)
+    with pytest.raises(ValueError, match=r"caches.reserve: examples \[0, 1\] need"):
+        kv.reserve(9)
+    assert kv.reserve(4).room.tolist() == [4, 4]
+    kv = kv.append(key, value, count=jnp.array([5, 0]))
+    with pytest.raises(ValueError, match="`Explicit` lies along slots"):
+        kv.attend_tokens(
+            jnp.ones((1, N, H)), [0], [4], mask=Explicit(jnp.ones((1, 8), bool))
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_gradients_and_rounded_pages(dtype):
+    draw = np.random.default_rng(0).standard_normal
+    query, key, value = (
+        jnp.asarray(draw((2, 6, heads, size)), jnp.float32)
+        for heads, size in ((N, H), (K, H), (K, D))
+    )
+
+    def total(make, query, key, value):
+        kv = make(dtype=dtype).append(key, value)
+        return jnp.sum(jnp.sin(kv.attend(query, mask=Causal())))
+
+    pages = functools.partial(caches.paged, 9, PAGE, K, H, D, batch_size=2, max_pages=3)
+    flat = functools.partial(caches.empty, 2, 12, K, H, D)
+    got, want = (
+        jax.jit(jax.value_and_grad(functools.partial(total, make), (0, 1, 2)))(
+            query, key, value
+        )
+        for make in (pages, flat)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-6), got, want)
