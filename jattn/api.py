@@ -81,6 +81,7 @@ def attention(
         ValueError: If an argument does not fit; the message says which, and what to do.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> query, key = jnp.zeros((1, 1, 2)), jnp.zeros((3, 1, 2))
         >>> value = jnp.array([[[0.0]], [[1.0]], [[5.0]]])
         >>> attention(query, key, value, mask=lambda b, n, t, s: s < 2)

@@ -10,6 +10,8 @@ import pytest
 import jattn
 from jattn import definition, masks, views
 from jattn.implementations import run as operation
+from jattn.implementations.blockwise import summaries
+from jattn.strongest import _strongest
 from jattn.testing import CASES, random_inputs
 
 TILE = (4, 4)  # small, so that small inputs have many
@@ -36,15 +38,15 @@ def exact(case, inputs):
 
 def in_small_tiles(query, key, views_of="ersa", k=3, *, sink=None, logsumexp=None, **rest):
     """The views that are asked for, each in tiles of 4 × 4."""
-    problem, arrays = views._pose("test", query, key, sink, logsumexp, **rest)
+    problem, arrays = views._pose("test", query, key, logsumexp, rest | {"sink": sink})
     if logsumexp is None:  # once for all
         state = operation.attention_state(problem, arrays[0])
         arrays = (*arrays[:2], state.logsumexp)
     runs = {
         "entropy": lambda: views._entropy(problem, False, arrays, TILE),
         "received": lambda: views._received(problem, False, arrays, TILE),
-        "strongest": lambda: list(views._strongest(problem, k, False, arrays, TILE)),
-        "average": lambda: views._strongest(problem, k, True, arrays, TILE),
+        "strongest": lambda: list(_strongest(problem, k, False, arrays, TILE)),
+        "average": lambda: _strongest(problem, k, True, arrays, TILE),
     }
     shaped = lambda x: jax.tree.map(lambda x: views._unflatten(x, problem), x)
     return {name: shaped(run()) for name, run in runs.items() if name[0] in views_of}
@@ -149,8 +151,8 @@ def test_logsumexp_is_taken_as_given():
 def test_of_equal_weights_the_first_key_wins(average):
     # Of the blocks of a window the middle ones are full, which other loops take first.
     query = jnp.zeros((32, 2, 1))
-    problem, arrays = views._pose("test", query, query, None, None, mask=masks.Window(9, 9))
-    indices, weights = views._strongest(problem, 3, average, arrays, TILE)
+    problem, arrays = views._pose("test", query, query, None, {"mask": masks.Window(9, 9)})
+    indices, weights = _strongest(problem, 3, average, arrays, TILE)
     first = np.maximum(np.arange(32) - 9, 0)
     last = np.minimum(np.arange(32) + 9, 31)
     rows = indices[0] if average else indices[0, :, 1]
@@ -290,7 +292,7 @@ def test_memory_is_linear(view):
 RUNS = {
     "entropy": views._entropy,
     "received": views._received,
-    "strongest": lambda problem, *rest: views._strongest(problem, 2, *rest),
+    "strongest": lambda problem, *rest: _strongest(problem, 2, *rest),
 }
 
 
@@ -302,10 +304,10 @@ def test_empty_tiles_are_skipped(monkeypatch, run):
         jax.debug.callback(lambda: visits.append(1))
         return original(*args)
 
-    original = views.views.products_of
-    monkeypatch.setattr(views.summaries, "products_of", counted)
+    original = summaries.products_of
+    monkeypatch.setattr(summaries, "products_of", counted)
     x = normal(64, 1, 3)
-    problem, arrays = views._pose("test", x, x, None, x[..., 0], mask=masks.Causal())
+    problem, arrays = views._pose("test", x, x, x[..., 0], {"mask": masks.Causal()})
     jax.block_until_ready(run(problem, False, arrays, (16, 16)))
     jax.effects_barrier()
     assert len(visits) == 10

@@ -213,16 +213,16 @@ class Attention(Operation):
         return blockwise.pull(active, primals, outputs, cotangents, spread)
 
     def _unspoiled(self, results, otherwise, arrays):
-        """Gives the results, or computes them by `otherwise` if one of them is NaN.
+        """Gives the results, or computes them by `otherwise` if one is not finite.
 
         The NaN may come from a pair that the mask hides. A kernel that `isolates` never
         lets such a NaN through, and without a mask no pair is hidden.
         """
         if self.problem.mask is None or self.kernel.isolates:
             return tuple(results)
-        # Only floating results can be NaN.
+        # Only floating results can be NaN or Inf.
         floating = [x for x in results if jnp.issubdtype(x.dtype, jnp.floating)]
-        spoiled = [jnp.any(jnp.isnan(x)) for x in floating]
+        spoiled = [~jnp.all(jnp.isfinite(x)) for x in floating]
         return cond_any(
             functools.reduce(jnp.logical_or, spoiled),
             lambda xs: tuple(otherwise(*xs)),

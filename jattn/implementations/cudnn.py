@@ -6,7 +6,7 @@ cuDNN is used. `refusal` says why it refuses a problem. It accepts:
     float16 and bfloat16, H = D a multiple of 8 up to 128, grouped heads; T and S even and
     at least 64; no mask, or for T = S `Causal()` or `Window(left, 0)`, alone or joined
 
-cuDNN lets a masked NaN or Inf reach the output. So with a mask, a result with a NaN is
+cuDNN lets a masked NaN or Inf reach the output. So with a mask, what is not finite is
 recomputed blockwise.
 
 cuDNN also computes the gradient of the output. Its backward pass needs statistics of the

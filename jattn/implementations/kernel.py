@@ -72,7 +72,7 @@ class Kernel(Implementation):
         4. `forward` and `backward` get prepared operands: dropout's random words are
            drawn, and arrays that depend on one side of a pair are aligned.
         5. Without a mask, a NaN or Inf spreads as in the definition. With a mask, it may
-           make any result NaN, and blockwise then computes the results again. `isolates`
+           make any result NaN or Inf; blockwise then computes them again. `isolates`
            says that a hidden NaN or Inf never changes a result; then nothing is computed
            again.
         6. `exact` says that top + log total is precise enough to start derivatives from.
