@@ -10,6 +10,7 @@ largest number, as in `jattn.testing`.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -180,10 +181,17 @@ FEW, MANY = (21, 90, (21, 40)), (90, 21, (40, 21))
 SHAPES = {"few on many": FEW, "many on few": MANY, "tiny tiles": (9, 14, (4, 4))}
 
 
+# The calls of one program go to one process, which compiles it once for all sizes.
+PROGRAMS = [
+    pytest.param(*x, id="-".join(x), marks=pytest.mark.xdist_group(f"exactness {x}"))
+    for x in itertools.product(
+        SHAPES, ["plain", "causal", "everything"], ["float32", "bfloat16"]
+    )
+]
+
+
 @pytest.mark.parametrize("size", LOGITS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", ["plain", "causal", "everything"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "options", "dtype"), PROGRAMS)
 def test_blockwise_is_as_exact_as_dense(shape, options, dtype, size):
     T, S, tile = SHAPES[shape]
     assert_as_exact_as_dense(Call(T, S, options, tile), "blockwise", size, dtype)
