@@ -15,6 +15,7 @@ from jattn.dropout import Dropout
 from jattn.implementations import dispatch
 from jattn.implementations.blockwise.plan import decided
 from jattn.meshes import across
+from jattn.shapes import unflatten_batch
 from jattn.state import State, with_sink
 
 __all__ = ["attention", "attention_state"]
@@ -57,10 +58,9 @@ def attention(
         key: `BSKH`, of the same dtype.
         value: `BSKD`, of the same dtype.
         mask: True = may attend: one of `jattn.masks`, a function (b, n, t, s) → bool of
-            scalars, or a Boolean array that broadcasts to BNTS; or a `block_table` of any
-            of these.
-            Inside `jax.shard_map` b and n count the examples and heads of one device;
-            `jattn.counted.counted_from` gives them their numbers in the whole batch.
+            scalars, or a Boolean array that broadcasts to BNTS; or the `block_table` of
+            such a mask. Inside `jax.shard_map` b and n count the examples and heads of one
+            device; `jattn.counted.counted_from` gives them their numbers in the whole.
         bias: Added to the logits after the modifier; floating, broadcasts to BNTS.
         modifier: One of `jattn.modifiers` or a function (logit, b, n, t, s) → logit.
         sink: A logit that only takes weight away: one per query head, or one for all.
@@ -176,8 +176,7 @@ def _attend(where, problem, operands, sink, implementation, whole: bool) -> Stat
     # so that masks with other numbers share one program.
     problem = problem if "cudnn" in names else dataclasses.replace(problem, named=None)
     state = _state(problem, names, operands, sink, whole)
-    unflatten = lambda x: x.reshape(*problem.sizes.batch, *x.shape[1:])
-    return jax.tree.map(unflatten, state)
+    return jax.tree.map(lambda x: unflatten_batch(x, problem.sizes), state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))

@@ -2,7 +2,6 @@
 
 import functools
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +12,12 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     rule,
-    run_state_machine_as_test,
 )
 
 import jattn
 from jattn import caches
 from jattn.masks import Causal, Explicit, Lengths, as_mask
+from tests.helpers import machines
 from tests.helpers.small_chunks import small_chunks as small_chunks
 
 B, P, PAGE, MOST, N, K, H, D = 3, 9, 4, 5, 2, 1, 4, 3
@@ -149,13 +148,7 @@ class Serving(RuleBasedStateMachine):
     ("examples", "steps"), [(5, 10), pytest.param(80, 30, marks=pytest.mark.slow)]
 )
 def test_any_sequence_of_calls_is_that_of_lists(examples, steps):
-    settings = hypothesis.settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    run_state_machine_as_test(Serving, settings=settings)
+    machines.run(Serving, examples, steps)
 
 
 def test_too_few_pages_are_an_error_where_that_is_known():

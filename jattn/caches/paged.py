@@ -45,42 +45,42 @@ class PagedCache:
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """The axis of examples."""
+        """Gives the axis of examples."""
         return self.table.shape[:1]
 
     @property
     def num_pages(self) -> int:
-        """How many pages all examples share."""
+        """Says how many pages all examples share."""
         return self.store.batch[0]
 
     @property
     def page_size(self) -> int:
-        """How many tokens a page holds."""
+        """Says how many tokens a page holds."""
         return self.store.slots
 
     @property
     def capacity(self) -> int:
-        """How many tokens an example can have."""
+        """Says how many tokens an example can have."""
         return self.table.shape[1] * self.page_size
 
     @property
     def room(self) -> jax.Array:
-        """How many more tokens fit into the pages that each example has."""
+        """Says how many more tokens fit into the pages that each example has."""
         return jnp.maximum(self.owned * self.page_size - self.length, 0)
 
     @property
     def num_free(self) -> jax.Array:
-        """How many pages are free."""
+        """Says how many pages are free."""
         return self.pool.num_free
 
     @property
     def owned(self) -> jax.Array:
-        """How many pages each example has, `B`."""
+        """Says how many pages each example has, `B`."""
         return jnp.sum(self.table >= 0, axis=1, dtype=jnp.int32)
 
     @property
     def over(self) -> jax.Array:
-        """Which examples have more tokens than their pages hold, `B`."""
+        """Says which examples have more tokens than their pages hold, `B`."""
         return self.length > self.owned * self.page_size
 
     def reserve(self, count) -> "PagedCache":
@@ -228,7 +228,7 @@ class PagedCache:
         return jnp.zeros(self.batch, bool).at[examples.reshape(-1)].set(True)
 
     def _checked(self, where: str, before) -> "PagedCache":
-        """The cache, or an error where it is known that pages were missing."""
+        """Gives the cache, or raises where it is known that pages were missing."""
         if not (is_known(self.length) and is_known(self.table)):
             return self
         missing = self.length > np.sum(np.asarray(self.table) >= 0, 1) * self.page_size

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def page_of(cache, position) -> jax.Array:
-    """The page that holds a position of each example, BT; −1 for none."""
+    """Gives the page that holds a position of each example, BT; −1 for none."""
     block = position // cache.page_size
     inside = block < cache.table.shape[1]
     block = jnp.minimum(block, cache.table.shape[1] - 1)
@@ -19,7 +19,7 @@ def page_of(cache, position) -> jax.Array:
 
 @jax.jit  # one program where it is called outside of one
 def grown(cache, count):
-    """The cache with pages for more tokens, and which examples have all they need."""
+    """Gives the cache with pages for more tokens, and which examples have all they need."""
     owned, most = cache.owned, cache.table.shape[1]
     needed = -(-(cache.length + count) // cache.page_size)
     fits = needed <= most
@@ -35,7 +35,7 @@ def grown(cache, count):
 
 
 def copied(cache, whose, again):
-    """The examples `whose`, of which those that come `again` have a last page anew."""
+    """Copies the examples `whose`; those that come `again` get a new last page."""
     table = jnp.take(cache.table, whose, axis=0)
     pool = cache.pool.owned(table).released(cache.table)
     length = jnp.take(cache.length, whose)
@@ -45,7 +45,7 @@ def copied(cache, whose, again):
 
 @jax.jit  # one program where it is called outside of one
 def with_own_last(cache, chosen):
-    """The cache in which chosen examples share no page that is not full."""
+    """Gives the cache in which chosen examples share no page that is not full."""
     last = page_of(cache, cache.length[:, None])[:, 0]
     shared = jnp.take(cache.pool.owners, last, mode="clip") > 1
     shared &= chosen & (last >= 0) & (cache.length % cache.page_size > 0)
