@@ -9,7 +9,7 @@ import jax
 from jax.typing import ArrayLike
 
 from jattn.call.options import Implementation, MaskLike, ModifierLike, PositionLike
-from jattn.call.pose import check_sink, pose
+from jattn.call.pose import by_name, check_sink, pose
 from jattn.call.problem import Operands, Problem, apart, asking_logsumexp
 from jattn.dropout import Dropout
 from jattn.implementations import dispatch
@@ -101,6 +101,7 @@ def attention(
         "dropout": dropout,
     }
     problem, operands = pose("attention", query, key, value, **options)
+    problem = by_name(problem, mask)
     return _attend("attention", problem, operands, sink, implementation, False).output
 
 
@@ -161,6 +162,7 @@ def attention_state(
     }
     where = "attention_state"
     problem, operands = pose(where, query, key, value, **options)
+    problem = by_name(problem, mask)
     return _attend(where, problem, operands, sink, implementation, True)
 
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jattn.blocks import of_call
 from jattn.blocks.kinds import EMPTY, PARTIAL, percent, spread
 from jattn.call.options import Implementation, Options, checked
-from jattn.call.pose import check_bias, check_sink, pose, pose_mask
+from jattn.call.pose import by_name, check_bias, check_sink, pose, pose_mask
 from jattn.call.problem import Operands, Problem, asking_logsumexp
 from jattn.implementations.dispatch import block_sizes, choose, refusals
 from jattn.meshes import across
@@ -152,6 +152,7 @@ def explain(
         ]
         query, key, value, sink, posable = tree.unflatten(filled)
         problem, _ = pose(where, query, key, value, **posable)
+        problem = by_name(problem, posable.get("mask"))
         sink = check_sink(where, sink, problem.sizes)
         problems.append(problem if sink is None else asking_logsumexp(problem))
 

@@ -135,7 +135,7 @@ def _pose(where, query, key, logsumexp, options):
     # cheap; the tile is decided before that, for the real sizes.
     problem = decided(problem, operands)
     sizes_without = dataclasses.replace(sizes, D=0)
-    problem = dataclasses.replace(problem, sizes=sizes_without, named=None)
+    problem = dataclasses.replace(problem, sizes=sizes_without)
     operands = operands._replace(value=operands.value[..., :0])
     if logsumexp is not None:
         logsumexp = check_array(where, "logsumexp", logsumexp)

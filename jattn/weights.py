@@ -1,6 +1,5 @@
 """The logits and the weights in full, T × S of them, or in some rows."""
 
-import dataclasses
 import functools
 from typing import Unpack
 
@@ -49,7 +48,6 @@ def attention_logits(
     # The values are not used, so the keys, which always fit, stand in for them.
     problem, operands = pose(where, query, key, key, **given)
     rows = _check_rows(where, rows, problem.sizes)
-    problem = dataclasses.replace(problem, named=None)
     return unflatten_batch(_logits(problem, operands, rows), problem.sizes)
 
 
@@ -91,7 +89,6 @@ def attention_weights(
     problem, operands = pose(where, query, key, key, **given)
     sink = check_sink(where, sink, problem.sizes)
     rows = _check_rows(where, rows, problem.sizes)
-    problem = dataclasses.replace(problem, named=None)
     return unflatten_batch(_weights(problem, operands, sink, rows), problem.sizes)
 
 

@@ -37,7 +37,7 @@ def posed(where: str, query, sizes: Sizes, options) -> tuple[Problem, Operands]:
     bias = options.get("bias")
     kept = ("rate", "shared", "precision")
     facts = {name: getattr(alone, name) for name in kept}
-    problem = dataclasses.replace(asking_logsumexp(problem), named=None, **facts)
+    problem = dataclasses.replace(asking_logsumexp(problem), **facts)
     operands = operands._replace(
         query=with_query.query,
         scale=with_query.scale,
