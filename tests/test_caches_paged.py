@@ -151,6 +151,19 @@ def test_any_sequence_of_calls_is_that_of_lists(examples, steps):
     machines.run(Serving, examples, steps)
 
 
+@pytest.mark.parametrize("copied", [lambda kv: kv.fork(0, 1), lambda kv: kv.take([0, 0])])
+@pytest.mark.parametrize("held", [0, 1, PAGE])
+def test_reserved_pages_stay_with_the_first(copied, held):
+    kv = caches.paged(8, PAGE, K, H, D, batch_size=2, max_pages=3)
+    key, value = jnp.ones((2, PAGE, K, H)), jnp.ones((2, PAGE, K, D))
+    kv = kv.append(key, value, count=jnp.array([held, 0])).reserve(jnp.array([PAGE, 0]))
+    kv = copied(kv)
+    again = jnp.stack([key[0], 2 * key[0]]), jnp.stack([value[0], 2 * value[0]])
+    kv = kv.append(*again, count=1)
+    got = kv.attend(jnp.ones((2, 1, N, H)), mask=lambda b, n, t, s: s == t)
+    np.testing.assert_array_equal(got, np.ones((2, 1, N, D)) * [[[[1]]], [[[2]]]])
+
+
 def test_too_few_pages_are_an_error_where_that_is_known():
     kv = caches.paged(2, PAGE, K, H, D, batch_size=2, max_pages=2)
     key, value = jnp.ones((2, 5, K, H)), jnp.ones((2, 5, K, D))

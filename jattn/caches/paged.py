@@ -181,6 +181,8 @@ class PagedCache:
     def fork(self, source, target) -> "PagedCache":
         """Makes examples `target` copies of examples `source`, which share their pages.
 
+        Pages that were reserved and hold no token yet stay with the source.
+
         Args:
             source: The number of an example, or several.
             target: As many others, which are emptied before.
@@ -204,8 +206,7 @@ class PagedCache:
         """Forgets all tokens after the first `length`, and frees pages beyond them."""
         length = asked.check_whole("caches.truncate", "length", length, self.batch)
         length = jnp.clip(length, 0, self.length)
-        block = jnp.arange(self.table.shape[1], dtype=jnp.int32)[None]
-        beyond = block * self.page_size >= length[:, None]
+        beyond = sharing.unused(self, length)
         pool = self.pool.released(jnp.where(beyond, self.table, -1))
         table = jnp.where(beyond, -1, self.table)
         cache = dataclasses.replace(self, pool=pool, table=table, length=length)
@@ -233,7 +234,6 @@ class PagedCache:
             return self
         missing = self.length > np.sum(np.asarray(self.table) >= 0, 1) * self.page_size
         if np.any(np.asarray(missing) & ~np.asarray(before)):
-            names = np.flatnonzero(missing).tolist()
             names, most = np.flatnonzero(missing).tolist(), self.table.shape[1]
             raise ValueError(
                 f"{where}: examples {names} need more pages than are free, or than the "

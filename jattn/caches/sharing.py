@@ -34,11 +34,18 @@ def grown(cache, count):
     return dataclasses.replace(cache, table=table, pool=pool.owned(pages)), granted
 
 
+def unused(cache, length) -> jax.Array:
+    """Says which pages hold no token where examples have `length` of them, B × max_pages."""
+    block = jnp.arange(cache.table.shape[1], dtype=jnp.int32)[None]
+    return block * cache.page_size >= length[:, None]
+
+
 def copied(cache, whose, again):
     """Copies the examples `whose`; those that come `again` get a new last page."""
-    table = jnp.take(cache.table, whose, axis=0)
+    table, length = (jnp.take(x, whose, axis=0) for x in (cache.table, cache.length))
+    # Pages that were reserved and hold nothing yet stay with the first: both would write.
+    table = jnp.where(again[:, None] & unused(cache, length), -1, table)
     pool = cache.pool.owned(table).released(cache.table)
-    length = jnp.take(cache.length, whose)
     cache = dataclasses.replace(cache, table=table, pool=pool, length=length)
     return with_own_last(cache, again)
 
