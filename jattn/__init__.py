@@ -20,6 +20,7 @@ Each module imports only from those above it:
 `blocks`        which blocks count: a mask evaluated over intervals
 `counted`       masks, modifiers and dropout of a whole, seen from one device's part
 `implementations`  who computes: dense, blockwise, kernels; and which one runs
+`context`       across devices: queries and keys along mesh axes, each device its part
 `weights`       the logits and weights themselves, or some rows of them
 `views`         a look at the weights of any length
 `strongest`     the strongest keys of each query
@@ -43,6 +44,8 @@ from typing import Any
 from jattn import counted, definition, masks, modifiers
 from jattn.api import attention, attention_state
 from jattn.blocks.block_table import BlockTable, block_table
+from jattn.context.merge import merge_over
+from jattn.context.place import Context
 from jattn.dropout import Dropout
 from jattn.explanation import Explanation, explain
 from jattn.state import EMPTY, State, merge
@@ -55,6 +58,7 @@ __version__ = "0.2.0"
 __all__ = [
     "EMPTY",
     "BlockTable",
+    "Context",
     "Dropout",
     "Explanation",
     "State",
@@ -71,6 +75,7 @@ __all__ = [
     "explain",
     "masks",
     "merge",
+    "merge_over",
     "modifiers",
     "strongest_keys",
 ]

@@ -11,6 +11,8 @@ from jax.typing import ArrayLike
 from jattn.call.options import Implementation, MaskLike, ModifierLike, PositionLike
 from jattn.call.pose import check_sink, pose
 from jattn.call.problem import Operands, Problem, apart, asking_logsumexp
+from jattn.context import shards
+from jattn.context.place import Context
 from jattn.dropout import Dropout
 from jattn.implementations import dispatch
 from jattn.implementations.blockwise.plan import decided
@@ -34,6 +36,7 @@ def attention(
     query_position: PositionLike | None = None,
     key_position: PositionLike | None = None,
     dropout: Dropout | None = None,
+    context: Context | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Attends from every query to the keys, and returns the weighted sums of values.
@@ -68,6 +71,8 @@ def attention(
             or `BT`; 0, 1, … by default. What masks and modifiers see as t.
         key_position: Likewise for the keys: `S` or `BS`; what they see as s.
         dropout: A `jattn.Dropout(rate, rng)`; `shared=True` drops alike in all heads.
+        context: A `jattn.Context(axis)`, where T and S lie along an axis of a mesh: the
+            devices then share the work. The result is the same without it.
         implementation: None chooses; a name runs that one or raises its reason.
 
     Returns:
@@ -96,7 +101,8 @@ def attention(
         "dropout": dropout,
     }
     problem, operands = pose("attention", query, key, value, **options)
-    return _attend("attention", problem, operands, sink, implementation, False).output
+    chosen = context, implementation
+    return _attend("attention", problem, operands, sink, *chosen, False).output
 
 
 @across("BTN. BTN")
@@ -113,6 +119,7 @@ def attention_state(
     query_position: PositionLike | None = None,
     key_position: PositionLike | None = None,
     dropout: Dropout | None = None,
+    context: Context | None = None,
     implementation: Implementation | None = None,
 ) -> State:
     """Attends like `attention`, and also returns the logsumexp of the logits.
@@ -136,6 +143,7 @@ def attention_state(
         query_position: See `attention`.
         key_position: See `attention`.
         dropout: See `attention`.
+        context: See `attention`.
         implementation: See `attention`.
 
     Returns:
@@ -156,22 +164,41 @@ def attention_state(
     }
     where = "attention_state"
     problem, operands = pose(where, query, key, value, **options)
-    return _attend(where, problem, operands, sink, implementation, True)
+    return _attend(where, problem, operands, sink, context, implementation, True)
 
 
-def _attend(where, problem, operands, sink, implementation, whole: bool) -> State:
+def _attend(where, problem, operands, sink, context, implementation, whole) -> State:
     """Chooses an implementation and runs it; a logsumexp is given where `whole`."""
     sink = check_sink(where, sink, problem.sizes)
     problem = asking_logsumexp(problem) if whole or sink is not None else problem
     name = dispatch.choose(where, problem, jax.default_backend(), implementation)
     names = dispatch.candidates(problem, name, implementation is not None)
+    if context is not None:
+        chosen = shards.choose_for(where, problem, operands, context, implementation)
+        problem = asking_logsumexp(problem) if whole else problem
+        state = _across(problem, *chosen, names, operands, sink, whole)
+        return _unflattened(problem, state)
     if name != "dense":
         problem = decided(problem, operands)
     # Only cuDNN's programs hold the mask's numbers; others are to share theirs.
     problem = problem if "cudnn" in names else dataclasses.replace(problem, named=None)
     state = _state(problem, names, operands, sink, whole)
+    return _unflattened(problem, state)
+
+
+def _unflattened(problem: Problem, state: State) -> State:
+    """The state with the batch axes that the inputs came with."""
     unflatten = lambda x: x.reshape(*problem.sizes.batch, *x.shape[1:])
     return jax.tree.map(unflatten, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 6))
+def _across(problem: Problem, place, turns, names, operands, sink, whole) -> State:
+    """Runs a call on the devices of a mesh."""
+    operands, spoil = apart(operands)
+    state = shards.attention_state(problem, operands, sink, place, names, turns)
+    logsumexp: Any = state.logsumexp if whole else None
+    return spoil(state._replace(logsumexp=logsumexp))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))

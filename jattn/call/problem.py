@@ -41,6 +41,9 @@ class Problem:
     # How many examples b counts before it starts again, where slices of a `vmap` joined
     # the batch.
     examples: int | None = None
+    # Whether these keys are a part of those that the rows see: then derivatives are given
+    # the output, maximum and sum of all keys, and must not compute them from the part.
+    part: bool = False
 
     @property
     def wide(self) -> jnp.dtype:

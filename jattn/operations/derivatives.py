@@ -21,6 +21,11 @@ class _Derivative(Operation):
         """More than the operation, as there is more to hold."""
         return 2 * self.operation.elements
 
+    @property
+    def collective(self):
+        """As the operation."""
+        return self.operation.collective
+
     def on(self, platform):
         """That of the operation for the platform."""
         return dataclasses.replace(self, operation=self.operation.on(platform))

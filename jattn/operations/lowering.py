@@ -18,9 +18,11 @@ def lower(context, *arrays, operation, platform=None):
     platform = platform or (context.platforms or module.platforms)[0]
     operation = operation.on("export" if exported else platform)
     spread = _is_spread(module.axis_context)
+    fast = functools.partial(operation.fast, spread=spread)
+    if operation.collective:  # what computes in it is bound, and so lowered by itself
+        return mlir.lower_fun(fast, multiple_results=True)(context, *arrays)
     if not spread:
         module = module.replace(axis_context=_alone(module.axis_context))
-    fast = functools.partial(operation.fast, spread=spread)
     # Inside, shapes are all that matters: not how the arrays lie on a mesh.
     plain = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
     context = context.replace(avals_in=plain, module_context=module)

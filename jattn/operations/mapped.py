@@ -47,6 +47,11 @@ class Mapped(Operation):
         return self.operation.names
 
     @property
+    def collective(self):
+        """As the operation."""
+        return self.operation.collective
+
+    @property
     def chunk(self):
         """How many slices run at once: as many as fit, for small ones gain by it."""
         if not isinstance(self.size, int):

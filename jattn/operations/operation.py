@@ -60,6 +60,15 @@ class Operation:
         """None, unless said otherwise."""
         return 0
 
+    @property
+    def collective(self) -> bool:
+        """Whether its devices send each other arrays: no, unless said otherwise.
+
+        Then it is compiled with types that say over which mesh axes values differ, for
+        the transpose of what makes a value differ is a sum over devices.
+        """
+        return False
+
     def types(self, *types) -> list:
         """The types of the outputs, as `jax.typeof` gives them, for the arguments'."""
         raise TypeError(f"{type(self).__name__} must define `types`")

@@ -63,6 +63,7 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     d_active = _zeros(layout, wanted)
     # A sum over all pairs, as each of these has, adds up what is wrong with δ.
     felt = wanted.scale or bool(jax.tree.leaves(d_active))
+    felt = felt and not layout.problem.part  # whose tiles have a part of δ only
 
     def one_head(head, carry):
         d_query, *carry = carry
