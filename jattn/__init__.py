@@ -44,6 +44,7 @@ from typing import Any
 from jattn import counted, definition, masks, modifiers
 from jattn.api import attention, attention_state
 from jattn.blocks.block_table import BlockTable, block_table
+from jattn.context.balance import balanced
 from jattn.context.merge import merge_over
 from jattn.context.place import Context
 from jattn.dropout import Dropout
@@ -69,6 +70,7 @@ __all__ = [
     "attention_received",
     "attention_state",
     "attention_weights",
+    "balanced",
     "block_table",
     "counted",
     "definition",

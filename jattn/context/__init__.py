@@ -10,5 +10,6 @@
 `turns`         how many turns of a ring the mask leaves anything to do
 `balance`       an order of tokens in which every device has as much to do
 `choose`        what each strategy moves and holds, why it refuses, and which one runs
+`account`       what a call on many devices moves, holds and does
 `shards`        a call cut into shards, and run on each device
 """

@@ -1,4 +1,4 @@
-"""Every device collects all keys, and again for each derivative: nothing gathered is kept."""
+"""Every device collects all keys, and again for each derivative: none of them is kept."""
 
 import dataclasses
 

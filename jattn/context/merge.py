@@ -52,7 +52,7 @@ def merge_over(state: State, axis) -> State:
 
 
 def varying(arrays, axes: frozenset[str]) -> list[jax.Array]:
-    """The arrays, made to vary over these mesh axes and over what one of them varies over."""
+    """The arrays, made to vary over these axes and over those that one of them does."""
     own = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = axes.union(*own)
     return [

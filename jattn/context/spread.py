@@ -81,7 +81,7 @@ class Spread(Operation):
         return self.inner.types(*types)
 
     def alike(self, arrays, like=()) -> list[jax.Array]:
-        """The arrays, all varying over the axis, and over what they and `like` vary over."""
+        """The arrays, made to vary over the axis and over what one of all does."""
         return varying([*arrays, *like], frozenset(self.axis))[: len(arrays)]
 
     def travelling(self, arrays) -> list[jax.Array]:
