@@ -13,6 +13,7 @@ from jattn.call.pose import check_sink, pose
 from jattn.call.problem import Operands, Problem, apart, asking_logsumexp
 from jattn.context import shards
 from jattn.context.place import Context
+from jattn.context.types import told_by_types
 from jattn.dropout import Dropout
 from jattn.implementations import dispatch
 from jattn.implementations.blockwise.plan import decided
@@ -22,6 +23,7 @@ from jattn.state import State, with_sink
 __all__ = ["attention", "attention_state"]
 
 
+@told_by_types
 @across("BTN.")
 def attention(
     query: ArrayLike,
@@ -105,6 +107,7 @@ def attention(
     return _attend("attention", problem, operands, sink, *chosen, False).output
 
 
+@told_by_types
 @across("BTN. BTN")
 def attention_state(
     query: ArrayLike,

@@ -15,6 +15,7 @@ from jattn.call.pose import check_bias, check_sink, pose, pose_mask
 from jattn.call.problem import Operands, Problem, asking_logsumexp
 from jattn.context.account import Devices, account, gathered
 from jattn.context.place import Context
+from jattn.context.types import told_by_types
 from jattn.implementations.dispatch import block_sizes, choose, refusals
 from jattn.meshes import across
 
@@ -108,6 +109,7 @@ class Explanation:
         )
 
 
+@told_by_types
 @across("")
 def explain(
     query: ArrayLike,

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jattn
 from jattn import Context, masks, testing
@@ -195,7 +196,7 @@ def test_inside_a_shard_map_over_the_batch():
         def part(query, key, value):
             return jattn.attention(query, key, value, context=context, **options)
 
-        spec = jax.sharding.PartitionSpec("data")
+        spec = P("data")
         whole = jax.shard_map(
             part, mesh=CUBE, in_specs=spec, out_specs=spec, axis_names={"data"}
         )
@@ -285,11 +286,8 @@ def test_rounding_does_not_grow_with_devices():
 
 
 def merged(state):
-    spec = jax.sharding.PartitionSpec("x")
     own = lambda state: jattn.merge_over(jax.tree.map(lambda x: x[0], state), "x")
-    return jax.shard_map(
-        own, mesh=MESH, in_specs=spec, out_specs=jax.sharding.PartitionSpec()
-    )(state)
+    return jax.shard_map(own, mesh=MESH, in_specs=P("x"), out_specs=P())(state)
 
 
 def test_merge_over_is_merge():
@@ -318,3 +316,25 @@ def test_decoding_over_a_cache_in_shards():
         one = value_and_grad(call, query[:, :1], key, value, 0)
         many = functools.partial(call, context=Context("x", mesh=MESH))
         close(value_and_grad(many, query[:, :1], key, value, 0), one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [P(None, "x"), P("y", "x"), P(None, ("y", "x"), None)])
+def test_explicit_types_are_the_context(spec):
+    """Nothing is said, nothing but ids gathered, and gradients lie as their arrays do."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.enable_x64(True):
+        *arrays, slopes, ids = documents_inputs()
+        want = expected()
+        with jax.set_mesh(mesh):
+            put = lambda x: jax.device_put(x, NamedSharding(mesh, spec))
+            slopes, ids = (
+                jax.device_put(x, NamedSharding(mesh, P())) for x in (slopes, ids)
+            )
+            got = value_and_grad(call_documents(), *map(put, arrays), slopes, ids)
+            whole = jax.typeof(put(arrays[0])).sharding.spec
+            assert jax.typeof(got[0]).sharding.spec == whole
+            assert all(jax.typeof(x).sharding.spec == whole for x in got[1][:3])
+            text = str(jattn.explain(*map(put, arrays)))
+        close(got, want)
+        assert "8 along" in text or "4 along" in text

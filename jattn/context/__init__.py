@@ -1,6 +1,7 @@
 """Attention across devices: queries and keys cut along mesh axes, each device its part.
 
 `place`         what a caller says of the mesh, and where the arrays of a call lie
+`types`         the context that types say, on a mesh with explicit axes
 `merge`         one state from those of many devices
 `ways`          what each operand does: it stays, it travels, or its columns are cut
 `spread`        an operation whose keys lie on many devices
