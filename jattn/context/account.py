@@ -144,8 +144,7 @@ def _work(problem: Problem, operands: Operands | None, place: Place) -> float | 
         return None
     devices = place.count(place.rows)
     sizes = problem.sizes
-    # No larger than a tile, and no block of two devices.
-    block_q, block_kv = (math.gcd(x // devices, 128) for x in (sizes.T, sizes.S))
+    block_q, block_kv = (_block(x, devices) for x in (sizes.T, sizes.S))
     kinds = of_call.block_table(problem, operands, block_q, block_kv)
     if isinstance(kinds, jax.core.Tracer):
         return None
@@ -154,6 +153,17 @@ def _work(problem: Problem, operands: Operands | None, place: Place) -> float | 
     live = np.broadcast_to(live, (*live.shape[:2], *counts))
     work = live.sum(axis=(0, 1, 3)).reshape(devices, -1).sum(axis=1)
     return float(work.max() / work.mean()) if work.any() else 1.0
+
+
+def _block(length: int, devices: int) -> int:
+    """How many tokens to look at as one: no two devices', and 1024 such at the most.
+
+    A table of more would cost more than it tells; 128 is what tiles are multiples of.
+    """
+    most = 128
+    while length > 1024 * most:
+        most *= 2
+    return math.gcd(length // devices, most)
 
 
 def gathered(query, key) -> list[tuple[str, str]]:

@@ -66,7 +66,7 @@ def balanced(length: int, devices: int, mask=None, block: int = 128):
     ranked = xp.argsort(-work, stable=True).reshape(-1, devices)
     back = np.arange(len(ranked))[:, None] % 2 == 1
     dealt = xp.sort(xp.where(back, ranked[:, ::-1], ranked), axis=0)
-    tokens = dealt.T.reshape(-1, 1) * block + np.arange(block)
+    tokens = dealt.T.reshape(-1, 1) * block + np.arange(block)[None]
     return jnp.asarray(tokens.reshape(-1).astype(np.int32))
 
 

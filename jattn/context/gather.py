@@ -29,6 +29,8 @@ class Gather(Spread):
         count = len(primals)
         arrays = self.alike((*primals, *outputs, *cotangents))
         primals, rest = arrays[:count], arrays[count:]
+        # Else XLA would find the keys that the forward pass gathered, and keep them.
+        primals = lax.optimization_barrier(primals)
         parts = iter(Pullback(self._whole(), active)(*self._gathered(primals), *rest))
         return [
             self._scattered(next(parts), way)
