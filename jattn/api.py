@@ -178,7 +178,7 @@ def _attend(where, problem, operands, sink, context, implementation, whole) -> S
     names = dispatch.candidates(problem, name, implementation is not None)
     if context is not None:
         chosen = shards.choose_for(where, problem, operands, context, implementation)
-        problem = asking_logsumexp(problem) if whole else problem
+        problem = dataclasses.replace(problem, named=None)  # share programs, as below
         state = _across(problem, *chosen, names, operands, sink, whole)
         return _unflattened(problem, state)
     if name != "dense":

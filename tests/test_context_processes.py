@@ -50,5 +50,9 @@ def test_ring_among_processes(count):
         subprocess.Popen([*command, str(me), str(port)], stderr=subprocess.PIPE, text=True)
         for me in range(count)
     ]
-    errors = [process.communicate(timeout=500)[1] for process in running]
+    try:
+        errors = [process.communicate(timeout=500)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0] * count, errors

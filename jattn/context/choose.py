@@ -72,23 +72,21 @@ def refusals(problem: Problem, place: Place, implementation) -> dict[str, str | 
     heads = problem.sizes.N // place.count(place.heads)
     inner = place.axis[-1:]
     count = place.count(inner)
-    parts = None
+    parts = rows = exchange = None
     if implementation in ("dense", "cudnn"):
         parts = f'needs a rule that parts share, which "{implementation}" has not.'
-    rows = parts
     if _is_decoding(problem, place):
         rows = (
             f"needs queries on every device, and there are T={problem.sizes.T} for "
             f"{place.devices} devices."
         )
-    exchange = rows if len(place.axis) > 1 or rows != parts else None
-    if exchange is None and implementation in ("dense", "cudnn"):
-        exchange = f'runs the operation of blocks only, and not "{implementation}".'
-    if exchange is None and heads % count:
+    if heads % count:
         exchange = (
             f"needs N={heads} query heads to be a multiple of the {count} devices of "
             f"{_written(inner)}."
         )
+    rows = rows or parts
+    exchange = rows or exchange
     return {"ring": rows, "gather": rows, "exchange": exchange, "merge": parts}
 
 
@@ -107,8 +105,9 @@ def choose(
     | heads divide, and it moves less, or on a GPU           | exchange               |
     | else                                                   | gather                 |
 
-    On a GPU an exchange has whole rows on each device, as its kernels want them. Where a
-    mask is traced its turns are not known, and count as all.
+    On a GPU the devices are behind a switch, where an exchange moves the least, and it has
+    whole rows on each device, as kernels want them. Where a mask is traced its turns are
+    not known, and count as all. The thresholds are judged, not measured.
 
     Raises:
         ValueError: If the named strategy refuses, or all do.
