@@ -23,7 +23,8 @@ def told_by_types(function):
     @functools.wraps(function)
     def told(*args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
-        if given.get("context") is None and given.get("implementation") != "dense":
+        whole_rows = given.get("implementation") in ("dense", "cudnn")
+        if given.get("context") is None and not whole_rows:
             context = _context(given.get("query"), given.get("key"))
             if context is not None:
                 kwargs = kwargs | {"context": context}
