@@ -16,6 +16,7 @@ from jattn import Context, balanced, masks
 from jattn.call.pose import pose
 from jattn.context.choose import MEMORY
 from jattn.context.turns import turns
+from tests.helpers.draws import normal
 
 DEVICES, T, N, K, H = 8, 1024, 8, 8, 16
 MESH = jax.make_mesh((DEVICES,), ("x",), axis_types=(AxisType.Auto,))
@@ -132,10 +133,7 @@ def test_turns_that_the_mask_leaves_empty_are_not_run():
 @pytest.mark.slow
 def test_traced_ids_bound_the_turns_in_one_compilation():
     context = Context("x", strategy="ring", mesh=MESH)
-    inputs = [
-        jax.random.normal(jax.random.key(i), (1, 64, heads, 4))
-        for i, heads in enumerate((2, 1, 1))
-    ]
+    inputs = [normal(i, (1, 64, heads, 4)) for i, heads in enumerate((2, 1, 1))]
 
     def both(ids, *inputs, **options):
         mask = lambda b, n, t, s: (t >= s) & (ids[t] == ids[s])
