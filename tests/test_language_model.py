@@ -24,6 +24,7 @@ from examples.language_model import (
     attending,
     checkpoints,
     packing,
+    placing,
     run,
     text,
     timing,
@@ -40,7 +41,8 @@ PLAN = Plan(steps=6, rows=2, length=24, rate=0.03)
 
 @pytest.fixture(autouse=True)
 def standard():
-    """The promotion of a user: that of optax is not strict."""
+    """The promotion of a user: that of optax is not strict. JAX has started."""
+    jax.devices()
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -58,11 +60,12 @@ def stream():
     return packing.Stream(documents(), PLAN.length, PLAN.rows, PLAN.seed)
 
 
-def losses(attend, steps=PLAN.steps):
+def losses(attend, steps=PLAN.steps, place=training.ONE_DEVICE):
     """The loss before each step."""
     model, optimizer = training.begin(SMALL, PLAN)
+    place.weights(model, optimizer)
     step, batches = training.make_step(attend), stream()
-    return [float(step(model, optimizer, batches[i])) for i in range(steps)]
+    return [float(step(model, optimizer, place.batch(batches[i]))) for i in range(steps)]
 
 
 @functools.cache
@@ -159,6 +162,14 @@ def test_losses_are_those_with_jax_nn_and_those_without_skipping():
         np.testing.assert_allclose(other, ours, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_losses_on_many_devices_are_those_on_one():
+    place = placing.place(4, PLAN.length)
+    assert place.mesh.size == 4
+    found = losses(place.attending, place=place)
+    np.testing.assert_allclose(found, losses(attending.within_documents), rtol=1e-5)
+
+
 def test_logits_with_a_cache_are_those_without():
     parts = (4, 1, 1, 4)
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 32, (2, sum(parts))))
@@ -239,7 +250,22 @@ def test_command_trains_writes_and_draws(tmp_path, capsys):
     assert there in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_command_goes_on_with_other_devices(tmp_path, capsys):
+    at_once = command(tmp_path / "one", "--steps", "4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "Stream", Interrupted)
+        stopped = command(tmp_path, "--steps", "4", "--devices", "2")
+    assert (at_once, stopped) == (0, 130)
+    assert command(tmp_path, "--steps", "4", "--devices", "4") == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step")]
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+
+
 REFUSALS = {
+    "--devices 3": "--length 64 must be a multiple of --devices 3",
+    "--devices 64": "--devices 64 are more than there are: 8",
     "--heads 3": "--width 8 must be a multiple of twice --heads 3",
     "--heads 4 --kv-heads 3": "--heads 4 must be a multiple of --kv-heads 3",
     "--steps 0": "argument --steps: must be a whole number above 0, got '0'",

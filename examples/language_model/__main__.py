@@ -100,6 +100,8 @@ SHOWING = (
     ("--layer", _count, "N", None, "in which layer; by default in the middle"),
     ("--rounds", _count, "N", 8,
      "batches for measuring a step with and without document skipping; 0 leaves it out"),
+    ("--devices", _whole, "N", 1,
+     "a part of each row on each of so many; on a CPU they share its cores"),
     ("--save-every", _positive, "SECONDS", 30.0, "a checkpoint at least so often"),
 )  # fmt: skip
 

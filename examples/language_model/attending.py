@@ -28,10 +28,10 @@ def document_mask(document):
     return lambda b, n, t, s: (t >= s) & (document[b, t] == document[b, s])
 
 
-def within_documents(document) -> Attend:
-    """Attends within documents: how the model learns."""
-    mask = document_mask(document)
-    return lambda layer, query, key, value: jattn.attention(query, key, value, mask=mask)
+def within_documents(document, **options) -> Attend:
+    """Attends within documents: how the model learns. Options are for `attention`."""
+    options["mask"] = document_mask(document)
+    return lambda layer, query, key, value: jattn.attention(query, key, value, **options)
 
 
 def watching(document, row: int, seen: list) -> Attend:

@@ -18,6 +18,7 @@ from examples.language_model import (
     checkpoints,
     packing,
     pictures,
+    placing,
     text,
     timing,
     training,
@@ -42,6 +43,7 @@ class Data(NamedTuple):
 
 def run(sizes: Sizes, plan: Plan, arguments: argparse.Namespace) -> int:
     """Trains or goes on, then shows what was learnt; 130 if it was stopped before."""
+    place = placing.place(arguments.devices, plan.length)
     data = prepare(sizes.vocabulary, plan)
     sizes = dataclasses.replace(sizes, vocabulary=len(data.tokens))
     prompt = data.tokens.encode(arguments.prompt)
@@ -58,13 +60,13 @@ def run(sizes: Sizes, plan: Plan, arguments: argparse.Namespace) -> int:
 
     model, optimizer = training.begin(sizes, plan)
     history = checkpoints.History(plan.steps)
-    judge = training.make_judge(data.validation)
+    judge = training.make_judge(data.validation, place)
     with checkpoints.Checkpoints(folder) as saved:
         saved.restore(model, optimizer, history)
         print(describe(data, sizes, plan, model, history))
-        training.train(
-            model, optimizer, data.stream, judge, history, saved, arguments.save_every
-        )
+        shown = history, saved, arguments.save_every
+        training.train(model, optimizer, data.stream, judge, *shown, place=place)
+    placing.back(model, optimizer)
     if history.done < plan.steps:
         print(
             f"language_model: stopped and saved after step {history.done}; the same "

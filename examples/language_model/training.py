@@ -16,7 +16,10 @@ from examples.language_model.attending import within_documents
 from examples.language_model.checkpoints import Checkpoints, History
 from examples.language_model.model import LanguageModel
 from examples.language_model.packing import Batch, Stream
+from examples.language_model.placing import OneDevice
 from examples.language_model.settings import Plan, Sizes
+
+ONE_DEVICE = OneDevice()
 
 
 def begin(sizes: Sizes, plan: Plan) -> tuple[LanguageModel, nnx.Optimizer]:
@@ -70,11 +73,13 @@ def make_step(attending) -> Callable[..., jax.Array]:
     return step
 
 
-def make_judge(validation: Batch) -> Callable[[LanguageModel], float]:
-    """A function that gives the mean loss over these rows."""
-    row_loss = nnx.jit(mean_loss)
+def make_judge(
+    validation: Batch, place: OneDevice = ONE_DEVICE
+) -> Callable[[LanguageModel], float]:
+    """Makes a function that gives the mean loss over these rows."""
+    row_loss = nnx.jit(lambda model, row: mean_loss(model, row, place.attending))
     rows = [
-        Batch(*(array[i : i + 1] for array in validation))
+        place.batch(Batch(*(array[i : i + 1] for array in validation)))
         for i in range(len(validation.tokens))
     ]
     return lambda model: float(np.mean([row_loss(model, row) for row in rows]))
@@ -89,16 +94,18 @@ def train(
     checkpoints: Checkpoints,
     save_every: float,
     judge_every: int = 50,
+    place: OneDevice = ONE_DEVICE,
 ) -> None:
     """Trains from where `history` ends, with a checkpoint at least every so many seconds.
 
     Ctrl-C and `kill` end it after the step at hand, and save.
     """
-    step = make_step(within_documents)
+    step = make_step(place.attending)
+    place.weights(model, optimizer)
     saved = time.monotonic()
     with Stopping() as stopping, _bar(history) as bar:
         while history.done < history.steps and not stopping.asked:
-            loss = float(step(model, optimizer, stream[history.done]))
+            loss = float(step(model, optimizer, place.batch(stream[history.done])))
             history.add(loss)
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
