@@ -10,6 +10,7 @@ faster way to get the same numbers. Its values and derivatives are tested agains
 page.
 """
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -191,37 +192,7 @@ def _attend_all(
     def everywhere(array):  # an aligned array, for each example, head and query
         return jnp.broadcast_to(array, sizes.BNTS)
 
-    def one(b, n, t, s, query, key, value, sink, elements):
-        mask_elements, modifier_elements, bias = elements
-        allowed = modify = drop = None
-        if mask is not None:
-            allows = lambda s, e: mask.allows(b, n, t, s, e)
-            allowed = jax.vmap(allows)(s, mask_elements)
-        if modifier is not None:
-            change = lambda x, s, e: modifier.modify(x, b, n, t, s, e).astype(wide)
-            modify = lambda scores: jax.vmap(change)(scores, s, modifier_elements)
-        if dropout is not None:
-            # A shared draw does not depend on b and n: it is the draw of b = 0, n = 0.
-            here = (0 * b, 0 * n) if dropout.shared else (b, n)
-            kept = keep(
-                words(dropout.rng, *here, t, side=0),
-                words(dropout.rng, *here, s, side=1),
-                dropout.rate,
-            )
-            drop = lambda weights: jnp.where(kept, weights / (1 - dropout.rate), 0)
-        kv_head = n // sizes.G  # the query heads of one group share a key/value head
-        return attend(
-            query,
-            key[:, kv_head],
-            value[:, kv_head],
-            mask=allowed,
-            bias=bias,
-            modifier=modify,
-            sink=sink,
-            scale=scale,
-            dropout=drop,
-        )
-
+    one = _of_one_query(sizes, mask, modifier, scale, dropout)
     over_queries = jax.vmap(one, (None, None, 0, None, 0, None, None, None, 0))
     over_heads = jax.vmap(over_queries, (None, 0, None, None, 1, None, None, 0, 0))
     over_examples = jax.vmap(over_heads, (0, None, 0, 0, 0, 0, 0, None, 0))
@@ -242,3 +213,44 @@ def _attend_all(
         jax.tree.map(everywhere, elements),
     )
     return jax.tree.map(lambda x: unflatten_batch(x, sizes), answer)
+
+
+def _of_one_query(sizes, mask, modifier, scale, dropout):
+    """Makes a function that attends from one query of one head of one example."""
+
+    def one(b, n, t, s, query, key, value, sink, elements):
+        mask_elements, modifier_elements, bias = elements
+        allowed = modify = drop = None
+        if mask is not None:
+            allows = lambda s, e: mask.allows(b, n, t, s, e)
+            allowed = jax.vmap(allows)(s, mask_elements)
+        if modifier is not None:
+            wide = wide_dtype(query.dtype)
+            change = lambda x, s, e: modifier.modify(x, b, n, t, s, e).astype(wide)
+            modify = lambda scores: jax.vmap(change)(scores, s, modifier_elements)
+        if dropout is not None:
+            drop = functools.partial(_drop, dropout, b, n, t, s)
+        kv_head = n // sizes.G  # the query heads of one group share a key/value head
+        return attend(
+            query,
+            key[:, kv_head],
+            value[:, kv_head],
+            mask=allowed,
+            bias=bias,
+            modifier=modify,
+            sink=sink,
+            scale=scale,
+            dropout=drop,
+        )
+
+    return one
+
+
+def _drop(dropout, b, n, t, s, weights):
+    """Drops weights; those that are kept grow so that the sum is expected to stay."""
+    # A shared draw does not depend on b and n: it is the draw of b = 0, n = 0.
+    here = (0 * b, 0 * n) if dropout.shared else (b, n)
+    of_query = words(dropout.rng, *here, t, side=0)
+    of_keys = words(dropout.rng, *here, s, side=1)
+    kept = keep(of_query, of_keys, dropout.rate)
+    return jnp.where(kept, weights / (1 - dropout.rate), 0)

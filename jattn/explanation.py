@@ -2,7 +2,7 @@
 
 import dataclasses
 import html
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -148,42 +148,52 @@ def explain(
             f'{where}: `platform` must be "cpu", "gpu" or "tpu", got {platform!r}.'
         )
     given = checked(where, options, Options)
-    sink = given.pop("sink", None)
-    leaves, tree = jax.tree.flatten((query, key, value, sink, given))
-    is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
+    problem = _posed(where, query, key, value, given)
+    operands = _decisive(where, problem, given)
+    found = _explain(where, problem, operands, platform, implementation)
+    if context is None:
+        return dataclasses.replace(found, gathered=tuple(gathered(query, key)))
+    devices = account(where, problem, operands, context, platform, implementation)
+    return dataclasses.replace(found, devices=devices)
+
+
+def _is_shape(leaf) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _posed(where: str, query, key, value, given: dict[str, Any]) -> Problem:
+    """Poses the problem of arrays of which some are mere shapes."""
+    leaves, tree = jax.tree.flatten((query, key, value, given))
     problems = []
 
     # Shapes are replaced by tracers of `eval_shape`, so `pose` runs without any numbers;
     # the list brings the problem out of the trace.
     def posed(shapes):
         shapes = iter(shapes)
-        filled = [
-            next(shapes) if shape else leaf
-            for leaf, shape in zip(leaves, is_shape, strict=True)
-        ]
-        query, key, value, sink, posable = tree.unflatten(filled)
+        filled = [next(shapes) if _is_shape(leaf) else leaf for leaf in leaves]
+        query, key, value, posable = tree.unflatten(filled)
+        sink = posable.pop("sink", None)
         problem, _ = pose(where, query, key, value, **posable)
         problem = by_name(problem, posable.get("mask"))
         sink = check_sink(where, sink, problem.sizes)
         problems.append(problem if sink is None else asking_logsumexp(problem))
 
-    shapes = [leaf for leaf, shape in zip(leaves, is_shape, strict=True) if shape]
-    jax.eval_shape(posed, shapes)
-    # Blocks can be found only if no array that decides them is a mere shape.
-    (problem,), operands = problems, None
-    bias = given.get("bias")
+    jax.eval_shape(posed, list(filter(_is_shape, leaves)))
+    (problem,) = problems
+    return problem
+
+
+def _decisive(where: str, problem: Problem, given: dict[str, Any]) -> Operands | None:
+    """Gives the operands that decide which blocks are skipped; None if one is a shape."""
     names = ("mask", "modifier", "query_position", "key_position")
-    decisive = {name: given.get(name) for name in names}
-    is_unknown = lambda x: isinstance(x, jax.ShapeDtypeStruct)
-    if not any(map(is_unknown, jax.tree.leaves(decisive))):
-        _, operands = pose_mask(where, problem.sizes, problem.dtype, **decisive)
-        if bias is not None and not is_unknown(bias):
-            operands = operands._replace(bias=check_bias(where, bias, problem.sizes))
-    found = _explain(where, problem, operands, platform, implementation)
-    if context is None:
-        return dataclasses.replace(found, gathered=tuple(gathered(query, key)))
-    devices = account(where, problem, operands, context, platform, implementation)
-    return dataclasses.replace(found, devices=devices)
+    decisive: dict[str, Any] = {name: given.get(name) for name in names}
+    if any(map(_is_shape, jax.tree.leaves(decisive))):
+        return None
+    _, operands = pose_mask(where, problem.sizes, problem.dtype, **decisive)
+    bias = given.get("bias")
+    if bias is None or _is_shape(bias):
+        return operands
+    return operands._replace(bias=check_bias(where, bias, problem.sizes))
 
 
 def _explain(

@@ -29,6 +29,7 @@ from jattn.call.problem import Operands, Problem
 from jattn.implementations.kernel import Kernel, Sums
 from jattn.mask import And
 from jattn.masks import Causal, Window
+from jattn.shapes import Sizes
 
 PLATFORMS = ("gpu", "cuda")  # JAX has two names for this platform
 
@@ -43,7 +44,6 @@ _WORDS = {
 
 @functools.lru_cache(maxsize=1024)
 def _objection(problem: Problem) -> str | None:
-    sizes = problem.sizes
     if problem.dtype.name not in ("bfloat16", "float16"):
         return f"takes bfloat16 and float16, got {problem.dtype}."
     for name, what in _WORDS.items():
@@ -60,6 +60,10 @@ def _objection(problem: Problem) -> str | None:
             f"rounds the weights to the dtype of the inputs, and the precision of "
             f"products is to be {problem.precision}."
         )
+    return _objection_to_sizes(problem.sizes) or _objection_to_mask(problem)
+
+
+def _objection_to_sizes(sizes: Sizes) -> str | None:
     if not sizes.are_known:
         return "needs sizes that are numbers; these are symbols."
     if 0 in (*sizes.BNTS, sizes.K):
@@ -73,6 +77,11 @@ def _objection(problem: Problem) -> str | None:
             f"takes even T and S from 64, as all its versions do for gradients, got "
             f"T={sizes.T} and S={sizes.S}."
         )
+    return None
+
+
+def _objection_to_mask(problem: Problem) -> str | None:
+    sizes = problem.sizes
     if problem.mask is None:
         return None
     if _words(problem) is None:

@@ -44,32 +44,14 @@ def tangent(layout: Layout, outputs, tangents: Operands):
 
     A tangent of None is zero. The maximum is a constant in derivatives.
     """
-    wide, scale = layout.problem.wide, layout.operands.scale
     by_query, _ = schedules(layout)
     _, top, total = outputs
     top = layout.queries(top)
-    terms = []
-    if tangents.query is not None:
-        terms.append(tangents.query.astype(wide) * scale)
-    if tangents.scale is not None:
-        terms.append(layout.operands.query.astype(wide) * tangents.scale)
-    d_query = layout.queries(sum(terms[1:], terms[0])) if terms else None
-    d_keys = tuple(
-        None if x is None else layout.keys(x.astype(wide))
-        for x in (tangents.key, tangents.value)
-    )
-    align = lambda x: None if x is None else layout.align(x)
-    d_active = Active(
-        align(tangents.bias),
-        tangents.modifier.captured,
-        tuple(map(align, tangents.modifier.aligned)),
-    )
+    d_query, d_keys, d_active = _laid_out(layout, tangents)
 
     def zeros(rows):
-        numbers, sums = (
-            jnp.zeros(rows, wide),
-            jnp.zeros((*rows, layout.problem.sizes.D), wide),
-        )
+        numbers = jnp.zeros(rows, layout.problem.wide)
+        sums = jnp.zeros((*rows, layout.problem.sizes.D), layout.problem.wide)
         return Sums(numbers, numbers, sums, sums, sums)
 
     def one_head(head, carry):
@@ -97,6 +79,25 @@ def tangent(layout: Layout, outputs, tangents: Operands):
     mean, d_output = map(layout.unqueries, results)
     inverse, _ = shared.row_factors(total)
     return inverse[..., None] * d_output, jnp.zeros_like(total), total * mean
+
+
+def _laid_out(layout: Layout, tangents: Operands):
+    """Gives the tangents of scaled queries, of keys and values, and of other arrays."""
+    wide = layout.problem.wide
+    terms = []
+    if tangents.query is not None:
+        terms.append(tangents.query.astype(wide) * layout.operands.scale)
+    if tangents.scale is not None:
+        terms.append(layout.operands.query.astype(wide) * tangents.scale)
+    d_query = layout.queries(sum(terms[1:], terms[0])) if terms else None
+    d_keys = tuple(
+        None if x is None else layout.keys(x.astype(wide))
+        for x in (tangents.key, tangents.value)
+    )
+    align = lambda x: None if x is None else layout.align(x)
+    aligned = tuple(map(align, tangents.modifier.aligned))
+    d_active = Active(align(tangents.bias), tangents.modifier.captured, aligned)
+    return d_query, d_keys, d_active
 
 
 class Sums(NamedTuple):
@@ -129,11 +130,7 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
             allowed = view.allowed()
             if layout.problem.modifier is not None:
                 products = shared.harmless(products, allowed)
-        d_products = jnp.zeros_like(products)
-        if d_query is not None:
-            d_products += dot("BKRH,BKSH->BKRS", d_query, key, wide)
-        if d_key is not None:
-            d_products += dot("BKRH,BKSH->BKRS", query, d_key, wide)
+        d_products = _of_products(query, key, d_query, d_key, products)
         d_active = _cut_active(layout, d_actives, T=i, S=j)
         chosen = view.active.where(d_active)
         d_active = jax.tree.map(lambda d, x: d.astype(x.dtype), d_active, chosen)
@@ -161,6 +158,16 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
         return Sums(total, mean + step, by_logits, by_values, output)
 
     return body
+
+
+def _of_products(query, key, d_query, d_key, products):
+    """Computes query′ · kₛ + scale · q · kₛ′, where the queries are scaled already."""
+    d_products = jnp.zeros_like(products)
+    if d_query is not None:
+        d_products += dot("BKRH,BKSH->BKRS", d_query, key, products.dtype)
+    if d_key is not None:
+        d_products += dot("BKRH,BKSH->BKRS", query, d_key, products.dtype)
+    return d_products
 
 
 def _cut_active(layout: Layout, active: Active, **at) -> Active:

@@ -14,6 +14,9 @@ Reference:
     Dao et al., 2022, arXiv:2205.14135, algorithm 4.
 """
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,6 +32,77 @@ from jattn.implementations.tpu.tiles import Tile, parts
 _VMEM = 60 * 2**20  # bytes: twice `kernel.RESIDENT` for d_query, and room for the blocks
 
 
+class Refs(NamedTuple):
+    """The memory that the kernel reads and writes, in the order of its arguments."""
+
+    inputs: tuple  # queries, keys, values, the cotangent of the output, row numbers
+    read: Any  # extras, as a tile reads them
+    d_query: Any
+    d_key: Any
+    d_value: Any
+    d_extras: tuple
+    key_sum: Any
+    value_sum: Any
+    key_transposed: Any
+    column_sums: tuple
+
+    def begin(self, extras) -> None:
+        """Clears what stays for a whole head."""
+        self.d_query[...] = jnp.zeros_like(self.d_query)
+        for extra, ref in zip(extras, self.d_extras, strict=True):
+            if extra.kind == "row":
+                ref[...] = jnp.zeros_like(ref)
+
+    def start(self) -> None:
+        """Clears what stays for a block of keys, and transposes the keys."""
+        # Transposed once for each key block, as the product for d_query needs it.
+        self.key_transposed[...] = self.inputs[1][0, 0].T
+        for ref in (self.key_sum, self.value_sum, *self.column_sums):
+            ref[...] = jnp.zeros_like(ref)
+
+    def finish(self, extras) -> None:
+        """Writes what was summed for a block of keys."""
+        self.d_key[0, 0] = self.key_sum[...].astype(self.d_key.dtype)
+        self.d_value[0, 0] = self.value_sum[...].astype(self.d_value.dtype)
+        for extra, ref, total in zip(extras, self.d_extras, self.into(extras), strict=True):
+            if extra.kind == "column":
+                ref[0, 0] = jnp.sum(total[...].T, axis=0, keepdims=True)
+
+    def into(self, extras) -> list:
+        """Gives the memory in which the cotangent of each extra is summed."""
+        sums = iter(self.column_sums)
+        return [
+            next(sums) if extra.kind == "column" else ref
+            for extra, ref in zip(extras, self.d_extras, strict=True)
+        ]
+
+
+class Extra(NamedTuple):
+    """Where the cotangent of a row or a column goes."""
+
+    kind: str
+    shape: tuple[int, int]
+    spec: Any
+
+
+def _extra(call: Call, like) -> Extra:
+    """Gives the place of the cotangent of an array with this shape."""
+    plan, what = call.plan, kind(like)
+    if what == "row":
+        many = plan.columns * (plan.queries if like.shape[2] > 1 else 1)
+        return Extra(what, (1, many), call.spec((1, 1, 1, many), _whole))
+    if what == "column":
+        at = lambda b, k, i, j: (b, k, 0, j)
+        spec = call.spec((1, 1, 1, plan.block_kv), at)
+        return Extra(what, (1, plan.block_kv * plan.keys), spec)
+    raise TypeError(f"backward: has no place for the cotangent of a {what}.")
+
+
+def _whole(b, k, i, j):
+    """Gives one block for a whole head: it stays in VMEM while blocks of queries pass."""
+    return b, k, 0, 0
+
+
 def backward(call: Call, wanted, arguments: Arguments):
     """Computes cotangents of queries, keys, values and wanted extras, in float32.
 
@@ -38,132 +112,75 @@ def backward(call: Call, wanted, arguments: Arguments):
     arrays share.
     """
     call = call.of(arguments)
-    sizes, plan = call.problem.sizes, call.plan
-    length, keys = plan.columns * plan.queries, plan.block_kv * plan.keys
-    wide, tree = jnp.float32, jax.tree.structure(arguments.extras)
-    shapes = [
-        like
-        for like, want in zip(
-            jax.tree.leaves(call.shapes), jax.tree.leaves(wanted), strict=True
-        )
-        if want
-    ]
-    kinds = [kind(like) for like in shapes]
-    # One block for the whole head: it stays in VMEM while blocks of queries pass.
-    whole = lambda b, k, i, j: (b, k, 0, 0)
-    extra_out, extra_specs, scratch = [], [], []
-    for like in shapes:
-        what = kind(like)
-        if what == "row":
-            many = length if like.shape[2] > 1 else plan.columns
-            extra_out.append((1, many))
-            extra_specs.append(call.spec((1, 1, 1, many), whole))
-        elif what == "column":
-            extra_out.append((1, keys))
-            at = lambda b, k, i, j: (b, k, 0, j)
-            extra_specs.append(call.spec((1, 1, 1, plan.block_kv), at))
-            scratch.append(pltpu.VMEM((plan.block_kv, LANES), wide))
-        else:
-            raise TypeError(f"backward: has no place for the cotangent of a {what}.")
-
-    def kernel(words, numbers, *refs):
-        # Arguments come in this order: inputs, extras, results, scratch memory.
-        given, refs = refs[:5], refs[5:]
-        read, refs = refs[: tree.num_leaves], refs[tree.num_leaves :]
-        read = jax.tree.unflatten(tree, read)
-        (d_query, d_key, d_value), refs = refs[:3], refs[3:]
-        d_extras, refs = refs[: len(shapes)], refs[len(shapes) :]
-        (key_sum, value_sum, key_transposed), sums = refs[:3], refs[3:]
-        word = call.word(words)
-        column_sums = iter(sums)
-        into = [
-            next(column_sums) if what == "column" else ref
-            for what, ref in zip(kinds, d_extras, strict=True)
-        ]
-
-        @pl.when(pl.program_id(2) == 0)
-        def _begin():
-            d_query[...] = jnp.zeros_like(d_query)
-            for what, ref in zip(kinds, d_extras, strict=True):
-                if what == "row":
-                    ref[...] = jnp.zeros_like(ref)
-
-        @pl.when(word & steps.FIRST != 0)
-        def _start():
-            # Transposed once for each key block, as the product for d_query needs it.
-            key_transposed[...] = given[1][0, 0].T
-            for ref in (key_sum, value_sum, *sums):
-                ref[...] = jnp.zeros_like(ref)
-
-        def block(masked):
-            j, i = steps.blocks(word)
-            state = (d_query, key_sum, value_sum, key_transposed, into)
-            _backward_block(call, (given, read, numbers), state, (i, j), (masked, wanted))
-
-        call.over_kinds(word, block)
-
-        @pl.when(word & steps.LAST != 0)
-        def _finish():
-            d_key[0, 0] = key_sum[...].astype(d_key.dtype)
-            d_value[0, 0] = value_sum[...].astype(d_value.dtype)
-            for what, ref, total in zip(kinds, d_extras, into, strict=True):
-                if what == "column":
-                    ref[0, 0] = jnp.sum(total[...].T, axis=0, keepdims=True)
-
-    heads = lambda size: call.spec(
-        (1, 1, plan.block_kv, size), lambda b, k, i, j: (b, k, j, 0)
-    )
+    H, D = call.problem.sizes.H, call.problem.sizes.D
+    flags = zip(jax.tree.leaves(call.shapes), jax.tree.leaves(wanted), strict=True)
+    extras = [_extra(call, like) for like, want in flags if want]
+    tree = jax.tree.structure(arguments.extras)
     return call.run(
-        kernel,
+        functools.partial(_kernel, call, wanted, extras, tree),
         arguments,
         (
-            call.query_spec(sizes.H),
-            call.key_spec(sizes.H),
-            call.key_spec(sizes.D),
-            call.query_spec(sizes.D),
+            call.query_spec(H),
+            call.key_spec(H),
+            call.key_spec(D),
+            call.query_spec(D),
             call.query_spec(5),
             call.extra_specs(arguments.extras),
         ),
         name="jattn_backward",
-        out_specs=(
-            call.spec((1, 1, sizes.H, length), whole),
-            heads(sizes.H),
-            heads(sizes.D),
-            *extra_specs,
-        ),
-        out_shape=[
-            call.result((sizes.H, length)),
-            call.result((keys, sizes.H)),
-            call.result((keys, sizes.D)),
-            *map(call.result, extra_out),
-        ],
-        scratch_shapes=[
-            pltpu.VMEM((plan.block_kv, sizes.H), wide),
-            pltpu.VMEM((plan.block_kv, sizes.D), wide),
-            pltpu.VMEM((sizes.H, plan.block_kv), call.problem.dtype),
-            *scratch,
-        ],
+        **_results(call, extras),
         semantics=("parallel", "parallel", "arbitrary"),
         vmem=_VMEM,
     )
 
 
-def _backward_block(call: Call, inputs, state, at, options):
-    """Adds the cotangents that come from the pairs of a query block and a key block."""
-    (query, key, value, d_output, rows), read, numbers = inputs
-    d_query, key_sum, value_sum, key_transposed, into = state
-    (i, j), (masked, wanted) = at, options
-    size, rate = numbers[0], call.problem.rate
-    plain = call.pairs.modifier is None and read.bias is None
+def _results(call: Call, extras) -> dict[str, Any]:
+    """Says what the kernel writes, and which memory it needs besides."""
+    (H, D), plan = (call.problem.sizes.H, call.problem.sizes.D), call.plan
+    length, keys = plan.columns * plan.queries, plan.block_kv * plan.keys
+    heads = lambda size: call.spec(
+        (1, 1, plan.block_kv, size), lambda b, k, i, j: (b, k, j, 0)
+    )
+    shapes = (H, length), (keys, H), (keys, D), *(extra.shape for extra in extras)
+    specs = call.spec((1, 1, H, length), _whole), heads(H), heads(D)
+    columns = sum(extra.kind == "column" for extra in extras)
+    return {
+        "out_specs": (*specs, *(extra.spec for extra in extras)),
+        "out_shape": [call.result(shape) for shape in shapes],
+        "scratch_shapes": [
+            pltpu.VMEM((plan.block_kv, H), jnp.float32),
+            pltpu.VMEM((plan.block_kv, D), jnp.float32),
+            pltpu.VMEM((H, plan.block_kv), call.problem.dtype),
+            *[pltpu.VMEM((plan.block_kv, LANES), jnp.float32)] * columns,
+        ],
+    }
 
-    def dot(x, y, across=0):
-        return lax.dot_general(
-            x,
-            y,
-            (((1,), (across,)), ((), ())),
-            precision=call.precision,
-            preferred_element_type=jnp.float32,
-        )
+
+def _kernel(call: Call, wanted, extras, tree, words, numbers, *memory):
+    """Adds the cotangents of one block to the sums; the first and last do more."""
+    given, memory = memory[:5], memory[5:]
+    read, memory = memory[: tree.num_leaves], memory[tree.num_leaves :]
+    d_query, d_key, d_value, *memory = memory
+    d_extras, memory = tuple(memory[: len(extras)]), memory[len(extras) :]
+    key_sum, value_sum, key_transposed, *sums = memory
+    read = jax.tree.unflatten(tree, read)
+    results = d_query, d_key, d_value, d_extras
+    refs = Refs(given, read, *results, key_sum, value_sum, key_transposed, tuple(sums))
+    word = call.word(words)
+    pl.when(pl.program_id(2) == 0)(lambda: refs.begin(extras))
+    pl.when(word & steps.FIRST != 0)(refs.start)
+
+    def block(masked):
+        _backward_block(call, refs, numbers, refs.into(extras), word, (masked, wanted))
+
+    call.over_kinds(word, block)
+    pl.when(word & steps.LAST != 0)(lambda: refs.finish(extras))
+
+
+def _backward_block(call: Call, refs: Refs, numbers, into, word, options):
+    """Adds the cotangents that come from the pairs of a query block and a key block."""
+    (query, key, value, d_output, _), (j, i) = refs.inputs, steps.blocks(word)
+    dot = functools.partial(_dot, call)
 
     def products(part):
         at = (0, 0, slice(None), part.columns)
@@ -179,50 +196,70 @@ def _backward_block(call: Call, inputs, state, at, options):
     for part, following in zip(todo, [*todo[1:], None], strict=True):
         logits, d_weights = coming
         if call.problem.dtype != jnp.float32:  # in float32 the queries are scaled already
-            logits = logits * size
+            logits = logits * numbers[0]
         if following is not None:
             coming = products(following)
-        tile = Tile(call, call.pairs, read, j, part)
-        pull = None
-        allowed = tile.allowed(call.has_padding) if masked else None
-        if not plain:
-            if call.pairs.modifier is not None:
-                logits = harmless(logits, allowed)
-            chosen, fill = _choose(tile.active, (wanted.modifier, wanted.bias))
-            logits, pull = jax.vjp(
-                lambda x, chosen, tile=tile, fill=fill: tile.logits(x, fill(chosen)),
-                logits,
-                chosen,
-            )
-        if allowed is not None:
-            logits = jnp.where(allowed, logits, -jnp.inf)
+        tile = Tile(call, call.pairs, refs.read, j, part)
+        found = _of_tile(call, tile, refs.inputs[4], logits, d_weights, options)
+        dropped, d_logits, d_chosen = found
+        _add(call, into, jax.tree.leaves(d_chosen), part, i)
         columns = (0, 0, slice(None), part.columns)
-        top, inverse, settled, delta, offset = (
-            rows[0, 0, which : which + 1, part.columns] for which in range(5)
-        )
-        # At most 1, even if the products were summed in another order than in forward.
-        exponentials = jnp.exp2(jnp.minimum(logits - top, 0) * LOG2_E)
-        weights = exponentials * inverse
-        kept, dropped = tile.kept(), weights
-        if kept is not None:
-            d_weights = jnp.where(kept, d_weights * (1 / (1 - rate)), 0)
-            dropped = jnp.where(kept, weights * (1 / (1 - rate)), 0)
-        # Where a weight is 1, vₛ · d_output = δ exactly; see `shared.row_factors`.
-        d_weights = jnp.where(exponentials > settled, delta, d_weights)
-        d_logits = weights * (d_weights - offset)
-        if pull is not None:
-            d_logits, d_chosen = pull(d_logits)
-            if allowed is not None:
-                d_logits = jnp.where(allowed, d_logits, 0)
-            _add(call, into, jax.tree.leaves(d_chosen), part, i)
         narrow = d_logits.astype(query.dtype)
-        value_sum[part.keys, :] += dot(
+        refs.value_sum[part.keys, :] += dot(
             dropped.astype(query.dtype), d_output[columns], across=1
         )
-        key_sum[part.keys, :] += dot(narrow, query[columns], across=1)
+        refs.key_sum[part.keys, :] += dot(narrow, query[columns], across=1)
         first = pl.multiple_of(i * call.plan.columns, LANES) + part.columns.start
         where = (0, 0, slice(None), pl.ds(first, part.shape[1]))
-        d_query[where] += dot(key_transposed[:, part.keys], narrow)
+        refs.d_query[where] += dot(refs.key_transposed[:, part.keys], narrow)
+
+
+def _dot(call: Call, x, y, across=0):
+    """Multiplies matrices, in float32, along the second axis of the first."""
+    return lax.dot_general(
+        x,
+        y,
+        (((1,), (across,)), ((), ())),
+        precision=call.precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _of_tile(call: Call, tile: Tile, rows, logits, d_weights, options):
+    """Computes the weights after dropout of a tile, and the cotangents of its logits.
+
+    Gives also the cotangents of the wanted arrays that the modifier and the bias read.
+    """
+    masked, wanted = options
+    allowed = tile.allowed(call.has_padding) if masked else None
+    pull = None
+    if call.pairs.modifier is not None or tile.read.bias is not None:
+        if call.pairs.modifier is not None:
+            logits = harmless(logits, allowed)
+        chosen, fill = _choose(tile.active, (wanted.modifier, wanted.bias))
+        logits, pull = jax.vjp(lambda x, y: tile.logits(x, fill(y)), logits, chosen)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    top, inverse, settled, delta, offset = (
+        rows[0, 0, which : which + 1, tile.part.columns] for which in range(5)
+    )
+    # At most 1, even if the products were summed in another order than in forward.
+    exponentials = jnp.exp2(jnp.minimum(logits - top, 0) * LOG2_E)
+    weights = exponentials * inverse
+    kept, dropped = tile.kept(), weights
+    if kept is not None:
+        grown = 1 / (1 - call.problem.rate)
+        d_weights = jnp.where(kept, d_weights * grown, 0)
+        dropped = jnp.where(kept, weights * grown, 0)
+    # Where a weight is 1, vₛ · d_output = δ exactly; see `shared.row_factors`.
+    d_weights = jnp.where(exponentials > settled, delta, d_weights)
+    d_logits = weights * (d_weights - offset)
+    if pull is None:
+        return dropped, d_logits, ()
+    d_logits, d_chosen = pull(d_logits)
+    if allowed is not None:
+        d_logits = jnp.where(allowed, d_logits, 0)
+    return dropped, d_logits, d_chosen
 
 
 def _choose(active, wanted):

@@ -12,6 +12,8 @@ matrix unit is busy meanwhile. Exponentials have the base 2, because the machine
 instruction for it: exp(x) = 2^(x · log₂ e).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,65 +33,56 @@ def forward(call: Call, arguments: Arguments):
     `inputs` are queries, transposed; keys; and values, transposed: B × K × D × S.
     """
     call = call.of(arguments)
-    sizes, columns, wide = call.problem.sizes, call.plan.columns, jnp.float32
+    (H, D), columns = (call.problem.sizes.H, call.problem.sizes.D), call.plan.columns
     length = columns * call.plan.queries
     tree = jax.tree.structure(arguments.extras)
-
-    def kernel(words, numbers, query, key, value, *rest):
-        refs = jax.tree.unflatten(tree, rest[: tree.num_leaves])
-        output, row_max, row_sum, top, total, sums = rest[tree.num_leaves :]
-        word = call.word(words)
-        size, exponent = numbers[0], numbers[1]
-
-        @pl.when(word & steps.FIRST != 0)
-        def _start():
-            top[...] = jnp.full_like(top, -jnp.inf)
-            total[...] = jnp.zeros_like(total)
-            sums[...] = jnp.zeros_like(sums)
-
-        state = (top, total, sums)
-
-        def block(masked, half=None):
-            _, j = steps.blocks(word)
-            inputs = (query, key, value, refs, size, exponent)
-            _forward_block(call, inputs, state, (j, half), masked)
-
-        call.over_kinds(word, block)
-
-        @pl.when(word & steps.LAST != 0)
-        def _finish():
-            empty = total[...] == 0
-            safe = jnp.where(empty, 1, total[...])
-            # Dropout's 1 / (1 − rate) is applied here, once for each row.
-            share = 1 / (safe * (1 - call.problem.rate))
-            output[0, 0] = sums[...] * share
-            row_max[0, 0] = jnp.where(empty, 0, top[...] * numbers[2])
-            row_sum[0, 0] = total[...]
-
     return call.run(
-        kernel,
+        functools.partial(_kernel, call, tree),
         arguments,
         (
-            call.query_spec(sizes.H),
-            call.key_spec(sizes.H),
-            call.key_spec(sizes.D, transposed=True),
+            call.query_spec(H),
+            call.key_spec(H),
+            call.key_spec(D, transposed=True),
             call.extra_specs(arguments.extras),
         ),
         name="jattn_forward",
-        out_specs=(call.query_spec(sizes.D), call.query_spec(1), call.query_spec(1)),
-        out_shape=(
-            call.result((sizes.D, length)),
-            call.result((1, length)),
-            call.result((1, length)),
-        ),
-        scratch_shapes=[
-            pltpu.VMEM((1, columns), wide),
-            pltpu.VMEM((1, columns), wide),
-            pltpu.VMEM((sizes.D, columns), wide),
-        ],
+        out_specs=(call.query_spec(D), call.query_spec(1), call.query_spec(1)),
+        out_shape=[call.result((size, length)) for size in (D, 1, 1)],
+        scratch_shapes=[pltpu.VMEM((size, columns), jnp.float32) for size in (1, 1, D)],
         semantics=("parallel", "parallel", "arbitrary"),
         vmem=_VMEM,
     )
+
+
+def _kernel(call: Call, tree, words, numbers, query, key, value, *rest):
+    """Adds one block to the sums; the first of a row clears them, the last divides."""
+    refs = jax.tree.unflatten(tree, rest[: tree.num_leaves])
+    output, row_max, row_sum, *state = rest[tree.num_leaves :]
+    top, total, sums = state
+    word = call.word(words)
+
+    @pl.when(word & steps.FIRST != 0)
+    def _start():
+        top[...] = jnp.full_like(top, -jnp.inf)
+        total[...] = jnp.zeros_like(total)
+        sums[...] = jnp.zeros_like(sums)
+
+    def block(masked, half=None):
+        _, j = steps.blocks(word)
+        inputs = (query, key, value, refs, numbers[0], numbers[1])
+        _forward_block(call, inputs, state, (j, half), masked)
+
+    call.over_kinds(word, block)
+
+    @pl.when(word & steps.LAST != 0)
+    def _finish():
+        empty = total[...] == 0
+        safe = jnp.where(empty, 1, total[...])
+        # Dropout's 1 / (1 − rate) is applied here, once for each row.
+        share = 1 / (safe * (1 - call.problem.rate))
+        output[0, 0] = sums[...] * share
+        row_max[0, 0] = jnp.where(empty, 0, top[...] * numbers[2])
+        row_sum[0, 0] = total[...]
 
 
 def _forward_block(call: Call, inputs, state, at, masked: bool):

@@ -43,7 +43,7 @@ class Tile:
     """Arrays that one part of a block reads beside its products."""
 
     def __init__(self, call, pairs: Pairs, refs: Extras, block, part: Part):
-        self.call, self.pairs, self.shape = call, pairs, part.shape
+        self.call, self.pairs, self.part, self.shape = call, pairs, part, part.shape
         first = block * call.plan.block_kv + part.keys.start
         self.key = first + lax.broadcasted_iota(jnp.int32, (self.shape[0], 1), 0)
         self.read = jax.tree.map(
