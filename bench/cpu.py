@@ -1,8 +1,8 @@
 """What was promised for the CPU, measured: `python -m bench.cpu [NAME …]`.
 
 Every ratio is the median over rounds in which all calls take turns, as in `bench.speed`.
-`peak` measures what the limit of a row is made of: its products at the rate of one large
-product, and its exponentials at the rate of one large array.
+The limit of a row is measured in the same turns; `bench.limits` says what it is. A row that
+seems to be faster than its limit ends the bench. `--threads 1` runs on one core.
 """
 
 import functools
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 import jattn
-from bench import candidates, measure, report, rows
+from bench import candidates, limits, measure, report, rows
 from jattn.masks import Causal, Window
 from jattn.modifiers import ALiBi, SoftCap
+from jattn.shapes import Sizes
 
 LONG = (  # the geometric mean is of these
     ("plain", (1, 2048, 8, 64)),
@@ -25,10 +26,26 @@ LONG = (  # the geometric mean is of these
     ("plain", (1, 4096, 4, 128)),
     ("causal", (1, 4096, 4, 128)),
 )
+CAUSAL = (("causal", (1, 1024, 8, 64)), ("causal", (1, 16384, 2, 64)))
+MASKED = (
+    ("documents", (1, 4096, 8, 64)),
+    ("window", (1, 4096, 8, 64)),
+    ("relative_bias", (1, 1024, 16, 64)),  # T5's
+)
+HALF = tuple(
+    (name, shape)
+    for shape in ((1, 4096, 8, 64), (1, 4096, 4, 128))
+    for name in ("plain", "causal")
+)
 SHORT = (
     ("plain", (4, 512, 8, 64)),
     ("causal", (4, 512, 8, 64)),
+    ("plain", (8, 256, 8, 64)),
+    ("causal", (8, 256, 8, 64)),
     ("plain", (32, 128, 8, 64)),
+    ("plain", (64, 64, 8, 32)),
+)
+QUERY = (
     ("one_query", (1, 1, 8, 64, 8, 8192)),
     ("one_query", (1, 1, 8, 64, 2, 8192)),
 )
@@ -41,40 +58,25 @@ SHAPES = (  # beside plain attention at (1, 4096, 8, 64), a flop's time
 BASE = (1, 4096, 8, 64)
 
 
-def rates() -> tuple[float, float]:
-    """Flops a second of a large product, and exponentials a second."""
-    square = jax.random.normal(jax.random.key(0), (2048, 2048))
-    product = functools.partial(jax.jit(jnp.dot), square, square)
-    exponential = functools.partial(jax.jit(jnp.exp), square)
-    calls = {"product": product, "exponential": exponential}
-    times = measure.interleave({n: measure.waiting(f) for n, f in calls.items()}, 3.0)
-    fastest = {name: min(taken) for name, taken in times.items()}
-    return 2 * 2048**3 / fastest["product"], square.size / fastest["exponential"]
-
-
-def limit(work: measure.Work, label: str) -> float:
-    """The seconds of all products and exponentials that a row needs, by `rates`."""
-    sizes = work.sizes
-    found = jattn.explain(*(work.inputs[x] for x in candidates.INPUTS), **work.options)
-    pairs = sizes.B * sizes.N * sizes.T * sizes.S
-    pairs *= (found.flops_visited or found.flops) / found.flops
-    both = label != "forward"
-    flops = 2 * pairs * (4 * sizes.H + 3 * sizes.D if both else sizes.H + sizes.D)
-    per_flop, per_exponential = _rates()
-    return flops / per_flop + (1 + both) * pairs / per_exponential
-
-
-_rates = functools.cache(rates)
-
-
 def peak() -> None:
     """The rates that limits are made of."""
-    product, exponential = _rates()
-    print(f"products {product / 1e9:.0f} Gflop/s, exponentials {exponential / 1e9:.1f} G/s")
+    for dtype in ("float32", "bfloat16"):
+        work = measure.pose(rows.find_case("plain"), rows.sizes_of(BASE), dtype)
+        made = limits.rates(work)
+        times = measure.interleave({name: rate.run for name, rate in made.items()}, 3.0)
+        speeds = (rate.operations / min(times[name]) / 1e9 for name, rate in made.items())
+        text = "along heads {:.0f} Gflop/s, along keys {:.0f}; exponentials {:.1f} G/s"
+        print(f"{dtype} products {text.format(*speeds)}", flush=True)
 
 
-def versus(table, dtype: str = "float32") -> dict[str, list[float]]:
-    """Each row beside the peers; how many times longer torch takes, by pass."""
+def versus(table, dtype: str = "float32", limited: bool = True) -> dict[str, list[float]]:
+    """Each row beside the peers; how many times longer torch takes, by pass.
+
+    Args:
+        table: Names of cases, and shapes.
+        dtype: Of the inputs.
+        limited: Whether products and exponentials limit the rows.
+    """
     ahead: dict[str, list[float]] = {label: [] for label in candidates.PASSES}
     for name, shape in table:
         work = measure.pose(rows.find_case(name), rows.sizes_of(shape), dtype)
@@ -83,19 +85,21 @@ def versus(table, dtype: str = "float32") -> dict[str, list[float]]:
         if not candidates.missing(["torch"]):
             makers["torch"] = candidates.torch
         made = {name: make(work) for name, make in makers.items()}
+        rates = limits.rates(work) if limited else {}
         for label in candidates.PASSES:
             runs = {key: one.passes[label].run for key, one in made.items() if one}
-            times = measure.interleave(runs, 5.0)
+            parts = {key: rate.run for key, rate in rates.items()}
+            times = measure.interleave(runs | parts, 5.0)
             ratios = {key: measure.ratio(times[key], times["jattn"]) for key in runs}
-            seconds = statistics.median(times["jattn"])
-            fraction = limit(work, label) / seconds
-            text = ", ".join(f"{k} {r:.2f} ×" for k, r in ratios.items() if k != "jattn")
             size = report.shape_text({x: getattr(work.sizes, x) for x in rows.LETTERS})
-            print(
-                f"{name:9} {size:32} {label:16} {1e3 * seconds:7.1f} ms "
-                f"{100 * fraction:3.0f} % of the limit; {text}",
-                flush=True,
-            )
+            row = f"{name:13} {size:32} {label:16}"
+            text = f"{1e3 * statistics.median(times['jattn']):7.1f} ms"
+            if limited:
+                least = limits.limit(work, label, rates, times)
+                share = limits.share(row, min(times["jattn"]), least)
+                text += f" {100 * share:3.0f} % of the limit"
+            peers = (f"{k} {r:.2f} ×" for k, r in ratios.items() if k != "jattn")
+            print(f"{row} {text}; {', '.join(peers)}", flush=True)
             ahead[label].append(ratios.get("torch", float("nan")))
     return ahead
 
@@ -108,14 +112,29 @@ def long() -> None:
     print(f"torch / jattn: geometric mean {mean:.2f}, least {min(ratios):.2f}")
 
 
+def causal() -> None:
+    """Causal rows of other lengths."""
+    versus(CAUSAL)
+
+
+def masked() -> None:
+    """Documents, a window, and the bias of T5."""
+    versus(MASKED)
+
+
 def short() -> None:
-    """Short sequences, and one query."""
+    """Short sequences."""
     versus(SHORT)
+
+
+def query() -> None:
+    """One query. Reading the keys is its limit, so no share is printed."""
+    versus(QUERY, limited=False)
 
 
 def bfloat16() -> None:
     """Half precision."""
-    versus((("plain", BASE),), "bfloat16")
+    versus(HALF, "bfloat16")
 
 
 def shapes() -> None:
@@ -129,7 +148,7 @@ def shapes() -> None:
     for label in candidates.PASSES:
         runs = {name: one.passes[label].run for name, one in made.items()}
         times = measure.interleave(runs, 10.0)
-        flops = {name: limit(work, label) for name, work in works.items()}
+        flops = {name: _flops(work.sizes, label) for name, work in works.items()}
         for name, _ in SHAPES:
             per_flop = measure.ratio(times[name], times[""]) / flops[name] * flops[""]
             print(f"{name:28} {label:16} {per_flop:.2f} × the time per flop", flush=True)
@@ -222,6 +241,12 @@ def longest() -> None:
     )
 
 
+def _flops(sizes: Sizes, label: str) -> int:
+    """Counts the operations of all products."""
+    pairs, both = sizes.B * sizes.N * sizes.T * sizes.S, label != "forward"
+    return 2 * pairs * (4 * sizes.H + 3 * sizes.D if both else sizes.H + sizes.D)
+
+
 def _chosen(work: measure.Work) -> str:
     return candidates.chosen(work).removeprefix("jattn ")
 
@@ -245,7 +270,10 @@ def _both(inputs, **given) -> measure.Pass:
 SECTIONS = {
     "peak": peak,
     "long": long,
+    "causal": causal,
+    "masked": masked,
     "short": short,
+    "query": query,
     "bfloat16": bfloat16,
     "shapes": shapes,
     "options": options,

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import jax
 
 import jattn
+from bench import processor
 from bench.candidates import PASSES, missing, num_cores
 
 LEGEND = """\
@@ -42,7 +43,7 @@ def header(dtype: str, peers, missing) -> dict:
     versions |= {name: importlib.metadata.version(name) for name in installed}
     device = jax.devices()[0]
     return {
-        "device": processor() if device.platform == "cpu" else device.device_kind,
+        "device": processor.describe() if device.platform == "cpu" else device.device_kind,
         "platform": device.platform,
         "cores": num_cores(),
         "python": platform.python_version(),
@@ -50,15 +51,6 @@ def header(dtype: str, peers, missing) -> dict:
         "dtype": dtype,
         "missing": list(missing),
     }
-
-
-def processor() -> str:
-    """What the processor calls itself, where it can be found out."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def opening(facts: dict) -> str:
@@ -178,12 +170,23 @@ def _finite(x):
 
 
 def chosen(program: str, description: str | None, sections, arguments) -> list[str]:
-    """Reads which sections of a bench are named; all of them where none is."""
+    """Reads which sections of a bench are named; all of them where none is.
+
+    Keeps to as many cores as `--threads` says, which has to be before JAX starts.
+    """
     parser = argparse.ArgumentParser(program, description=description, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(sections))
-    names = parser.parse_args(arguments).names or list(sections)
+    parser.add_argument("--threads", type=int, metavar="N", help="cores to use, on Linux")
+    chosen = parser.parse_args(arguments)
+    names = chosen.names or list(sections)
     if unknown := set(names) - set(sections):
         parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(sections)}")
+    if chosen.threads is not None:
+        if not hasattr(os, "sched_setaffinity"):
+            parser.error("--threads: this system cannot keep a program to some cores")
+        if not 1 <= chosen.threads <= num_cores():
+            parser.error(f"--threads: must be 1 to {num_cores()}, got {chosen.threads}")
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: chosen.threads])
     return names
 
 

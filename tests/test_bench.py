@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jattn
-from bench import candidates, measure, rows, speed
+from bench import candidates, limits, measure, processor, report, rows, speed
 from jattn import definition
 from jattn.implementations import dispatch
 
@@ -313,3 +313,56 @@ def test_torch_dtype_is_that_of_the_work():
     array = jnp.ones((1, 2, 3, 4), jnp.bfloat16)
     tensor = candidates._tensor(torch, "cpu", "bfloat16", array, heads_first=True)
     assert (tensor.dtype, tuple(tensor.shape)) == (torch.bfloat16, (1, 3, 2, 4))
+
+
+# Limits.
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [("plain", 64), ("causal", 36), ("window_open_to_the_left", 36), ("lengths", None)],
+)
+def test_a_limit_counts_the_pairs_that_the_mask_allows(name, pairs):
+    work = pose(name)
+    weights = jattn.attention_weights(
+        work.inputs["query"], work.inputs["key"], **work.options
+    )
+    counted = limits.allowed_pairs(work)
+    assert counted == int(jnp.sum(weights > 0))
+    assert pairs is None or counted == 2 * 4 * pairs  # B = 2, N = 4
+
+
+def test_a_limit_adds_products_and_exponentials():
+    work = pose("causal")
+    rates = {x: limits.Rate(lambda: None, 1.0) for x in ("inner", "outer", "exponential")}
+    times = {"inner": [2.0, 1.0], "outer": [10.0, 20.0], "exponential": [100.0]}
+    pairs = 2 * 4 * 36
+    forward = limits.limit(work, "forward", rates, times)
+    assert forward == pairs * (2 * 4 * 1.0 + 2 * 4 * 10.0 + 100.0)
+    both = limits.limit(work, "forward+backward", rates, times)
+    assert both == pairs * (6 * 4 * 1.0 + 8 * 4 * 10.0 + 2 * 100.0)
+
+
+def test_a_share_above_one_ends_the_bench_with_a_sentence():
+    assert limits.share("a row", 2.0, 1.0) == 0.5
+    with pytest.raises(
+        SystemExit, match=r"a row: 1000\.00 ms is less than the limit of 2000"
+    ):
+        limits.share("a  row", 1.0, 2.0)
+
+
+def test_rates_are_timed_and_positive():
+    made = limits.rates(pose("plain"))
+    times = measure.interleave({name: rate.run for name, rate in made.items()}, 0.0, 2)
+    assert limits.limit(pose("plain"), "forward", made, times) > 0
+
+
+def test_processor_has_a_name():
+    assert processor.name()
+    assert processor.describe().startswith(processor.name())
+
+
+def test_threads_are_checked(capsys):
+    with pytest.raises(SystemExit):
+        report.chosen("bench", None, {"peak": None}, ["--threads", "1000"])
+    assert "--threads: must be 1 to" in capsys.readouterr().err
