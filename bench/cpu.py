@@ -5,7 +5,6 @@ Every ratio is the median over rounds in which all calls take turns, as in `benc
 product, and its exponentials at the rate of one large array.
 """
 
-import argparse
 import functools
 import statistics
 import time
@@ -260,18 +259,7 @@ SECTIONS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures what is named, or everything."""
-    parser = argparse.ArgumentParser(
-        "python -m bench.cpu", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SECTIONS))
-    chosen = parser.parse_args(arguments).names or list(SECTIONS)
-    if unknown := set(chosen) - set(SECTIONS):
-        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
-    facts = report.header("float32", ["torch"], candidates.missing(["torch"]))
-    print(report.opening(facts).split("\n\n")[0])
-    for name in chosen:
-        print(f"\n{name}: {SECTIONS[name].__doc__}")
-        SECTIONS[name]()
+    report.run_sections("python -m bench.cpu", __doc__, SECTIONS, arguments)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Torch attends to the filled slice of heads-first arrays, the form that it is fas
 Every ratio is of medians over rounds in which all calls take turns, as in `bench.speed`.
 """
 
-import argparse
 import functools
 import statistics
 
@@ -35,7 +34,7 @@ def draw(*shape, dtype="float32"):
 
 
 def filled(shape, dtype="float32", ragged=False):
-    """A query and a full cache."""
+    """Makes a query and a full cache."""
     B, S, N, K, H = shape
     kind = dtype if dtype in ("float32", "bfloat16") else "float32"
     key, value = draw(B, S, K, H, dtype=kind), draw(B, S, K, H, dtype=kind)
@@ -44,7 +43,7 @@ def filled(shape, dtype="float32", ragged=False):
 
 
 def attending(query, kv, mask=None):
-    """A compiled call, and what it needs beside its arguments."""
+    """Gives a compiled call, and what it needs beside its arguments."""
     return measure.compiled(lambda kv, query: kv.attend(query, mask=mask), kv, query)
 
 
@@ -86,7 +85,7 @@ def compare(label: str, runs, base: str) -> None:
 
 
 def full() -> None:
-    """A full cache beside torch."""
+    """Times a full cache beside torch."""
     for shape in FULL:
         query, kv = filled(shape)
         runs = {"torch": torch_sdpa(shape, shape[1]), "jattn": attending(query, kv).run}
@@ -94,7 +93,7 @@ def full() -> None:
 
 
 def part() -> None:
-    """128 of 8192 tokens beside 8192, by one length and by many, and a mask."""
+    """Compares 128 of 8192 tokens with 8192, by one length, by many, and a mask."""
     far = lambda b, n, t, s: t - s < 4096
     for shape in LONG:
         for label, ragged, mask in (
@@ -116,7 +115,7 @@ def part() -> None:
 
 
 def formats() -> None:
-    """Rounded caches and those of 16 bits beside float32."""
+    """Times rounded caches and those of 16 bits beside float32."""
     for shape in (LONG[0], FULL[5]):
         runs = {}
         for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn", "int4"):
@@ -125,7 +124,7 @@ def formats() -> None:
 
 
 def step() -> None:
-    """What a donated step needs beside the cache, and whether it stays in place."""
+    """Shows what a donated step needs beside the cache, and if it stays in place."""
     for shape in LONG:
         query, kv = filled(shape)
         token = draw(shape[0], 1, *shape[3:])
@@ -141,7 +140,7 @@ def step() -> None:
 
 
 def append() -> None:
-    """The time to append in a loop, by the capacity."""
+    """Shows the time to append in a loop, by the capacity."""
     token = draw(1, 1, 8, 64)
     for dtype in ("float32", "int8"):
         runs = {}
@@ -166,7 +165,7 @@ def _donating(program, kv):
 
 
 def model() -> None:
-    """A token of a model of 135 million parameters, 64 tokens filled."""
+    """Times a token of a model of 135 million parameters, 64 tokens filled."""
     heads, kv_heads = 9, 3
     size = WIDTH // heads
     shapes = {
@@ -239,18 +238,7 @@ SECTIONS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures what is named, or everything."""
-    parser = argparse.ArgumentParser(
-        "python -m bench.decode", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SECTIONS))
-    chosen = parser.parse_args(arguments).names or list(SECTIONS)
-    if unknown := set(chosen) - set(SECTIONS):
-        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
-    facts = report.header("float32", ["torch"], candidates.missing(["torch"]))
-    print(report.opening(facts).split("\n\n")[0])
-    for name in chosen:
-        print(f"\n{name}: {SECTIONS[name].__doc__}")
-        SECTIONS[name]()
+    report.run_sections("python -m bench.decode", __doc__, SECTIONS, arguments)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The figures of a run, as lines of text and as JSON."""
 
+import argparse
 import contextlib
 import importlib.metadata
 import json
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 import jax
 
 import jattn
-from bench.candidates import PASSES, num_cores
+from bench.candidates import PASSES, missing, num_cores
 
 LEGEND = """\
 × jattn   time by that of jattn's own choice, marked *: above 1, jattn is faster
@@ -174,3 +175,23 @@ def _finite(x):
     if isinstance(x, list):
         return [_finite(y) for y in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def chosen(program: str, description: str | None, sections, arguments) -> list[str]:
+    """Reads which sections of a bench are named; all of them where none is."""
+    parser = argparse.ArgumentParser(program, description=description, allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(sections))
+    names = parser.parse_args(arguments).names or list(sections)
+    if unknown := set(names) - set(sections):
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(sections)}")
+    return names
+
+
+def run_sections(program: str, description: str | None, sections, arguments) -> None:
+    """Runs the named sections of a bench beside torch, under a line of what it runs on."""
+    names = chosen(program, description, sections, arguments)
+    facts = header("float32", ["torch"], missing(["torch"]))
+    print(opening(facts).split("\n\n")[0])
+    for name in names:
+        print(f"\n{name}: {sections[name].__doc__}")
+        sections[name]()

@@ -6,7 +6,6 @@ mask; of `jax.nn` and `torch` it is how many times faster jattn is than they are
 the equivalent dense mask.
 """
 
-import argparse
 import functools
 import importlib.util
 import statistics
@@ -18,6 +17,7 @@ import numpy as np
 
 import jattn
 from bench import measure
+from bench.report import chosen
 from jattn.masks import Causal, Window
 
 H = 64
@@ -189,15 +189,9 @@ NAMES = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures what is named, or everything."""
-    parser = argparse.ArgumentParser(
-        "python -m bench.tables", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
-    chosen = parser.parse_args(arguments).names or list(NAMES)
-    if unknown := set(chosen) - set(NAMES):
-        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    names = chosen("python -m bench.tables", __doc__, NAMES, arguments)
     print(f"jattn {jattn.__version__}, jax {jax.__version__}, {jax.devices()[0]}")
-    for name in chosen:
+    for name in names:
         NAMES[name]()
 
 

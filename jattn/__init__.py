@@ -20,6 +20,7 @@ Each module imports only from the modules above it:
 `blocks`        which blocks count: a mask evaluated over intervals
 `counted`       masks, modifiers and dropout of a whole call, seen from one device's part
 `implementations`  who computes: dense, blockwise, kernels; and which one runs
+`context`       across devices: queries and keys along mesh axes, each device its part
 `weights`       the logits and weights themselves, or some rows of them
 `views`         a look at the weights of any length
 `strongest`     the strongest keys of each query
@@ -44,6 +45,9 @@ from typing import Any
 from jattn import caches, counted, definition, masks, modifiers
 from jattn.api import attention, attention_state
 from jattn.blocks.block_table import BlockTable, block_table
+from jattn.context.balance import balanced
+from jattn.context.merge import merge_over
+from jattn.context.place import Context
 from jattn.dropout import Dropout
 from jattn.explanation import Explanation, explain
 from jattn.state import EMPTY, State, merge
@@ -56,6 +60,7 @@ __version__ = "0.2.0"
 __all__ = [
     "EMPTY",
     "BlockTable",
+    "Context",
     "Dropout",
     "Explanation",
     "State",
@@ -66,6 +71,7 @@ __all__ = [
     "attention_received",
     "attention_state",
     "attention_weights",
+    "balanced",
     "block_table",
     "caches",
     "counted",
@@ -73,6 +79,7 @@ __all__ = [
     "explain",
     "masks",
     "merge",
+    "merge_over",
     "modifiers",
     "strongest_keys",
 ]

@@ -9,17 +9,23 @@ import jax
 from jax.typing import ArrayLike
 
 from jattn.call.options import Implementation, MaskLike, ModifierLike, PositionLike
-from jattn.call.pose import check_sink, pose
+from jattn.call.pose import by_name, check_sink, pose
 from jattn.call.problem import Operands, Problem, apart, asking_logsumexp
+from jattn.context import shards
+from jattn.context.choose import settled
+from jattn.context.place import Context
+from jattn.context.types import told_by_types
 from jattn.dropout import Dropout
 from jattn.implementations import dispatch
 from jattn.implementations.blockwise.plan import decided
 from jattn.meshes import across
+from jattn.shapes import unflatten_batch
 from jattn.state import State, with_sink
 
 __all__ = ["attention", "attention_state"]
 
 
+@told_by_types
 @across("BTN.")
 def attention(
     query: ArrayLike,
@@ -34,6 +40,7 @@ def attention(
     query_position: PositionLike | None = None,
     key_position: PositionLike | None = None,
     dropout: Dropout | None = None,
+    context: Context | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Attends from every query to the keys, and returns the weighted sums of values.
@@ -57,10 +64,9 @@ def attention(
         key: `BSKH`, of the same dtype.
         value: `BSKD`, of the same dtype.
         mask: True = may attend: one of `jattn.masks`, a function (b, n, t, s) → bool of
-            scalars, or a Boolean array that broadcasts to BNTS; or a `block_table` of any
-            of these.
-            Inside `jax.shard_map` b and n count the examples and heads of one device;
-            `jattn.counted.counted_from` gives them their numbers in the whole batch.
+            scalars, or a Boolean array that broadcasts to BNTS; or the `block_table` of
+            such a mask. Inside `jax.shard_map` b and n count the examples and heads of one
+            device; `jattn.counted.counted_from` gives them their numbers in the whole.
         bias: Added to the logits after the modifier; floating, broadcasts to BNTS.
         modifier: One of `jattn.modifiers` or a function (logit, b, n, t, s) → logit.
         sink: A logit that only takes weight away: one per query head, or one for all.
@@ -71,6 +77,8 @@ def attention(
             `BS`; 0, 1, … by default. Masks and modifiers see positions of keys as s.
         dropout: A `jattn.Dropout(rate, rng)`; `shared=True` drops the same pairs in all
             examples and heads.
+        context: A `jattn.Context(axis)`, where T and S lie along an axis of a mesh: the
+            devices then share the work. The result is the same without it.
         implementation: None chooses one. A name runs that implementation, or raises the
             reason why it cannot run.
 
@@ -101,9 +109,12 @@ def attention(
         "dropout": dropout,
     }
     problem, operands = pose("attention", query, key, value, **options)
-    return _attend("attention", problem, operands, sink, implementation, False).output
+    problem = by_name(problem, mask)
+    chosen = context, implementation
+    return _attend("attention", problem, operands, sink, *chosen, False).output
 
 
+@told_by_types
 @across("BTN. BTN")
 def attention_state(
     query: ArrayLike,
@@ -118,6 +129,7 @@ def attention_state(
     query_position: PositionLike | None = None,
     key_position: PositionLike | None = None,
     dropout: Dropout | None = None,
+    context: Context | None = None,
     implementation: Implementation | None = None,
 ) -> State:
     """Attends like `attention`, and also returns the logsumexp of the logits.
@@ -141,6 +153,7 @@ def attention_state(
         query_position: See `attention`.
         key_position: See `attention`.
         dropout: See `attention`.
+        context: See `attention`.
         implementation: See `attention`.
 
     Returns:
@@ -161,23 +174,38 @@ def attention_state(
     }
     where = "attention_state"
     problem, operands = pose(where, query, key, value, **options)
-    return _attend(where, problem, operands, sink, implementation, True)
+    problem = by_name(problem, mask)
+    return _attend(where, problem, operands, sink, context, implementation, True)
 
 
-def _attend(where, problem, operands, sink, implementation, whole: bool) -> State:
+def _attend(where, problem, operands, sink, context, implementation, whole) -> State:
     """Chooses an implementation and runs it; gives a logsumexp only if `whole`."""
     sink = check_sink(where, sink, problem.sizes)
     problem = asking_logsumexp(problem) if whole or sink is not None else problem
     name = dispatch.choose(where, problem, jax.default_backend(), implementation)
     names = dispatch.candidates(problem, name, implementation is not None)
-    if name != "dense":
-        problem = decided(problem, operands)
     # Only cuDNN's programs hold the mask's numbers. Other programs take them as operands,
     # so that masks with other numbers share one program.
-    problem = problem if "cudnn" in names else dataclasses.replace(problem, named=None)
-    state = _state(problem, names, operands, sink, whole)
-    unflatten = lambda x: x.reshape(*problem.sizes.batch, *x.shape[1:])
+    if context is not None or "cudnn" not in names:
+        problem = dataclasses.replace(problem, named=None)
+    if context is not None:
+        asked = problem, operands, context, jax.default_backend(), implementation
+        chosen = settled(where, *asked)
+        state = _across(problem, *chosen, names, operands, sink, whole)
+    else:
+        problem = problem if name == "dense" else decided(problem, operands)
+        state = _state(problem, names, operands, sink, whole)
+    unflatten = lambda x: unflatten_batch(x, problem.sizes)
     return jax.tree.map(unflatten, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 6))
+def _across(problem: Problem, place, turns, names, operands, sink, whole) -> State:
+    """Runs a call on the devices of a mesh."""
+    operands, spoil = apart(operands)
+    state = shards.attention_state(problem, operands, sink, place, names, turns)
+    logsumexp: Any = state.logsumexp if whole else None
+    return spoil(state._replace(logsumexp=logsumexp))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))

@@ -21,7 +21,7 @@ from jattn.dropout import keep, words
 from jattn.mask import as_mask
 from jattn.modifiers import as_modifier
 from jattn.positions import check_range, positions, spread_positions
-from jattn.shapes import flatten_batch, measure, wide_dtype
+from jattn.shapes import flatten_batch, measure, unflatten_batch, wide_dtype
 from jattn.state import State
 
 __all__ = [
@@ -241,5 +241,4 @@ def _attend_all(
         jnp.broadcast_to(sink, (sizes.N,)).astype(wide),
         jax.tree.map(everywhere, elements),
     )
-    unflatten = lambda x: x.reshape(*sizes.batch, *x.shape[1:])
-    return jax.tree.map(unflatten, answer)
+    return jax.tree.map(lambda x: unflatten_batch(x, sizes), answer)

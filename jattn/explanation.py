@@ -11,8 +11,11 @@ from jax.typing import ArrayLike
 from jattn.blocks import of_call
 from jattn.blocks.kinds import EMPTY, PARTIAL, percent, spread
 from jattn.call.options import Implementation, Options, checked
-from jattn.call.pose import check_bias, check_sink, pose, pose_mask
+from jattn.call.pose import by_name, check_bias, check_sink, pose, pose_mask
 from jattn.call.problem import Operands, Problem, asking_logsumexp
+from jattn.context.account import Devices, account, gathered
+from jattn.context.place import Context
+from jattn.context.types import told_by_types
 from jattn.implementations.dispatch import block_sizes, choose, refusals
 from jattn.meshes import across
 
@@ -59,6 +62,8 @@ class Explanation:
         blocks: Which blocks are skipped; None where no block can be skipped.
         flops_visited: The part of `flops` in blocks that are not skipped; None if it is
             known only when the call runs.
+        devices: How devices share the call, where a `context` is given.
+        gathered: What XLA will gather, where arrays on several devices have none.
     """
 
     implementation: str
@@ -71,6 +76,8 @@ class Explanation:
     logits_bytes: int
     blocks: Blocks | None = None
     flops_visited: int | None = None
+    devices: Devices | None = None
+    gathered: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(f"{label:<16}{text}" for label, text in self._rows())
@@ -98,15 +105,18 @@ class Explanation:
         for name, sentence in self.refusals.items():
             if name != self.implementation:
                 rows.append((f"not {name}", sentence or "comes later in the order"))
-        return rows
+        across = [] if self.devices is None else self.devices.rows()
+        return [*rows, *across, *self.gathered]
 
 
+@told_by_types
 @across("")
 def explain(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     *,
+    context: Context | None = None,
     implementation: Implementation | None = None,
     platform: str | None = None,
     **options: Unpack[Options],
@@ -120,6 +130,7 @@ def explain(
         query: `BTNH`, an array or its shape and dtype.
         key: `BSKH`, likewise.
         value: `BSKD`, likewise.
+        context: See `attention`.
         implementation: See `attention`.
         platform: Where it would run: `"cpu"`, `"gpu"` or `"tpu"`; by default the platform
             on which JAX runs here. The device need not be present.
@@ -152,6 +163,7 @@ def explain(
         ]
         query, key, value, sink, posable = tree.unflatten(filled)
         problem, _ = pose(where, query, key, value, **posable)
+        problem = by_name(problem, posable.get("mask"))
         sink = check_sink(where, sink, problem.sizes)
         problems.append(problem if sink is None else asking_logsumexp(problem))
 
@@ -167,7 +179,11 @@ def explain(
         _, operands = pose_mask(where, problem.sizes, problem.dtype, **decisive)
         if bias is not None and not is_unknown(bias):
             operands = operands._replace(bias=check_bias(where, bias, problem.sizes))
-    return _explain(where, problem, operands, platform, implementation)
+    found = _explain(where, problem, operands, platform, implementation)
+    if context is None:
+        return dataclasses.replace(found, gathered=tuple(gathered(query, key)))
+    devices = account(where, problem, operands, context, platform, implementation)
+    return dataclasses.replace(found, devices=devices)
 
 
 def _explain(

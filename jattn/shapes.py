@@ -93,6 +93,11 @@ def measure(where: str, query, key, value) -> Sizes:
     return Sizes(tuple(batch), T=T, S=S, N=N, K=K, H=H, D=value.shape[-1])
 
 
+def unflatten_batch(array, sizes: Sizes):
+    """Splits the first axis, all examples, into the batch axes of the call."""
+    return array.reshape(*sizes.batch, *array.shape[1:])
+
+
 def flatten_batch(array: jax.Array, sizes: Sizes) -> jax.Array:
     """Gives the same array with one batch axis B in place of all its batch axes."""
     trailing = array.shape[len(sizes.batch) :]

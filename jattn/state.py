@@ -51,6 +51,10 @@ def merge(state: State, *states: State) -> State:
     that saw nothing (logsumexp −∞) changes nothing; where no part saw anything, the
     result is EMPTY again.
 
+    Each merge rounds the output to the dtype of the parts': in bfloat16 the error grows
+    with the number of parts. Give float32 outputs where there are many, or a `context`
+    to `attention`, which merges unrounded.
+
     Args:
         state: A state, output `…TND` and logsumexp `…TN`; or EMPTY; or the state of a
             sink, `State(0, sink)`, with one number or one per head, `N`.

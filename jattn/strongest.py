@@ -13,7 +13,8 @@ from jattn.implementations.blockwise import summaries
 from jattn.implementations.blockwise.strongest import strongest
 from jattn.meshes import across
 from jattn.operations.varying import locally
-from jattn.views import _normalizer, _pose, _unflatten
+from jattn.shapes import unflatten_batch
+from jattn.views import _normalizer, _pose
 
 
 class StrongestKeys(NamedTuple):
@@ -75,7 +76,7 @@ def strongest_keys(
         raise ValueError(f"{where}: `k` must be a Python integer above 0, got {k!r}.")
     problem, arrays = _pose(where, query, key, logsumexp, options)
     found = _strongest(problem, k, bool(average), arrays)
-    return StrongestKeys(*(_unflatten(x, problem) for x in found))
+    return StrongestKeys(*(unflatten_batch(x, problem.sizes) for x in found))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))

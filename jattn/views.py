@@ -23,7 +23,7 @@ from jattn.implementations.blockwise import summaries
 from jattn.implementations.blockwise.plan import decided
 from jattn.implementations.run import attention_state
 from jattn.meshes import across
-from jattn.shapes import flatten_batch
+from jattn.shapes import flatten_batch, unflatten_batch
 
 __all__ = ["attention_entropy", "attention_received"]
 
@@ -70,7 +70,7 @@ def attention_entropy(
     """
     _warn_of("attention_entropy", average)
     problem, arrays = _pose("attention_entropy", query, key, logsumexp, options)
-    return _unflatten(_entropy(problem, bool(average), arrays), problem)
+    return unflatten_batch(_entropy(problem, bool(average), arrays), problem.sizes)
 
 
 @across("BSN")
@@ -112,7 +112,7 @@ def attention_received(
     """
     _warn_of("attention_received", average)
     problem, arrays = _pose("attention_received", query, key, logsumexp, options)
-    return _unflatten(_received(problem, bool(average), arrays), problem)
+    return unflatten_batch(_received(problem, bool(average), arrays), problem.sizes)
 
 
 def _warn_of(where: str, average: bool) -> None:
@@ -135,7 +135,7 @@ def _pose(where, query, key, logsumexp, options):
     # cheap; the tile is decided before that, for the real sizes.
     problem = decided(problem, operands)
     sizes_without = dataclasses.replace(sizes, D=0)
-    problem = dataclasses.replace(problem, sizes=sizes_without, named=None)
+    problem = dataclasses.replace(problem, sizes=sizes_without)
     operands = operands._replace(value=operands.value[..., :0])
     if logsumexp is not None:
         logsumexp = check_array(where, "logsumexp", logsumexp)
@@ -180,7 +180,3 @@ def _received(problem: Problem, average: bool, arrays, tile=None):
     normalizer = summaries.closed(_normalizer(problem, operands, *arrays[1:]))
     received = summaries.received(problem, operands, normalizer, tile)
     return spoil(jnp.mean(received, axis=2) if average else received)
-
-
-def _unflatten(array: jax.Array, problem: Problem) -> jax.Array:
-    return array.reshape(*problem.sizes.batch, *array.shape[1:])

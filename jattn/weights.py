@@ -1,6 +1,5 @@
 """The logits and the weights in full, T × S of them, or in some rows."""
 
-import dataclasses
 import functools
 from typing import Unpack
 
@@ -14,7 +13,7 @@ from jattn.call.pose import check_sink, pose
 from jattn.call.problem import Operands, Problem, apart, select_rows
 from jattn.implementations import dense
 from jattn.meshes import across
-from jattn.shapes import Sizes
+from jattn.shapes import Sizes, unflatten_batch
 from jattn.state import State, with_sink
 
 __all__ = ["attention_logits", "attention_weights"]
@@ -49,8 +48,7 @@ def attention_logits(
     # The values are not used, so the keys, which always fit, stand in for them.
     problem, operands = pose(where, query, key, key, **given)
     rows = _check_rows(where, rows, problem.sizes)
-    problem = dataclasses.replace(problem, named=None)
-    return _unflatten(_logits(problem, operands, rows), problem.sizes)
+    return unflatten_batch(_logits(problem, operands, rows), problem.sizes)
 
 
 @across("BNTS")
@@ -91,8 +89,7 @@ def attention_weights(
     problem, operands = pose(where, query, key, key, **given)
     sink = check_sink(where, sink, problem.sizes)
     rows = _check_rows(where, rows, problem.sizes)
-    problem = dataclasses.replace(problem, named=None)
-    return _unflatten(_weights(problem, operands, sink, rows), problem.sizes)
+    return unflatten_batch(_weights(problem, operands, sink, rows), problem.sizes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -113,10 +110,6 @@ def _weights(problem: Problem, operands: Operands, sink, rows) -> jax.Array:
     # The weights are BNTS: heads come before queries, so the sink of each head is N1.
     sink = None if sink is None else sink[:, None]
     return spoil(with_sink(State(weights, logsumexp), sink))
-
-
-def _unflatten(array: jax.Array, sizes: Sizes) -> jax.Array:
-    return array.reshape(*sizes.batch, *array.shape[1:])
 
 
 def _check_rows(where: str, rows, sizes: Sizes):

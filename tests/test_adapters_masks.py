@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jattn.adapters.jax_nn import dot_product_attention
+from tests.helpers.draws import normal
 
-X = jax.random.normal(jax.random.key(0), (1, 2, 1, 4))
+X = normal(0, (1, 2, 1, 4))
 ADDED = {
     "least": np.array([0.0, np.finfo(np.float32).min], np.float32),
     "infinite": np.array([0.0, -np.inf], np.float32),

@@ -5,7 +5,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -180,10 +179,13 @@ def unsettled(monkeypatch):
 
 
 def test_what_is_timed_settles_first(monkeypatch):
+    now = [0.0]  # a clock that only the calls move, each by 3 ms
+    calls = lambda: now.__setitem__(0, now[0] + 0.003)
     monkeypatch.setattr(measure, "SETTLE", 0.01)
-    calls = []
-    measure.interleave({"a": lambda: (calls.append(1), time.sleep(0.003))}, 0, rounds=1)
-    assert len(calls) >= 1 + 3 + 1  # warming up, settling, timed
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    times = measure.interleave({"a": calls}, 0, rounds=1)
+    assert times == {"a": [pytest.approx(0.003)]}
+    assert now[0] == pytest.approx(0.003 * (1 + 4 + 1))  # warming up, settling, timed
 
 
 def test_every_candidate_runs_in_every_round_and_goes_first_in_its_turn():

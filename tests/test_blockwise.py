@@ -292,13 +292,14 @@ def test_export_with_symbolic_sizes_for_all_platforms():
 SHARDED = """
 import functools, sys, jax, jax.numpy as jnp, numpy as np, jattn
 from jax.sharding import NamedSharding, PartitionSpec
+from tests.helpers.draws import normal
 kind = getattr(jax.sharding.AxisType, sys.argv[1])
 mesh = jax.make_mesh((2, 2), ("b", "n"), axis_types=(kind, kind))
 put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("b", None, "n")))
 f = functools.partial(jattn.attention, implementation="blockwise")
 f = functools.partial(f, mask=jattn.masks.Causal())
 g = jax.jit(jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1, 2)))
-x = [jax.random.normal(jax.random.key(i), (4, 96, n, 8)) for i, n in enumerate((4, 2, 2))]
+x = [normal(i, (4, 96, n, 8)) for i, n in enumerate((4, 2, 2))]
 y = [put(a) for a in x]
 for function in (jax.jit(f), g):
     text = function.lower(*y).compile().as_text()

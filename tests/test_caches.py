@@ -4,7 +4,6 @@ import functools
 import time
 
 import chex
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +13,13 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     rule,
-    run_state_machine_as_test,
 )
 
 import jattn
 from jattn import caches
 from jattn.masks import Causal, Explicit, Lengths, Segments, Window, as_mask
 from jattn.modifiers import ALiBi, SoftCap
+from tests.helpers import machines
 from tests.helpers.small_chunks import small_chunks as small_chunks
 
 SLOW = pytest.mark.slow
@@ -178,14 +177,7 @@ class Sequences(RuleBasedStateMachine):
     ],
 )
 def test_any_sequence_of_calls_is_that_of_lists(dtype, examples, steps):
-    settings = hypothesis.settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    machine = type("Sequences", (Sequences,), {"dtype": dtype})
-    run_state_machine_as_test(machine, settings=settings)
+    machines.run(type("Sequences", (Sequences,), {"dtype": dtype}), examples, steps)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import functools
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +12,12 @@ from hypothesis.stateful import (
     initialize,
     invariant,
     rule,
-    run_state_machine_as_test,
 )
 
 import jattn
 from jattn import caches
 from jattn.masks import Causal, Explicit, Lengths, as_mask
+from tests.helpers import machines
 from tests.helpers.small_chunks import small_chunks as small_chunks
 
 B, P, PAGE, MOST, N, K, H, D = 3, 9, 4, 5, 2, 1, 4, 3
@@ -149,13 +148,20 @@ class Serving(RuleBasedStateMachine):
     ("examples", "steps"), [(5, 10), pytest.param(80, 30, marks=pytest.mark.slow)]
 )
 def test_any_sequence_of_calls_is_that_of_lists(examples, steps):
-    settings = hypothesis.settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    run_state_machine_as_test(Serving, settings=settings)
+    machines.run(Serving, examples, steps)
+
+
+@pytest.mark.parametrize("copied", [lambda kv: kv.fork(0, 1), lambda kv: kv.take([0, 0])])
+@pytest.mark.parametrize("held", [0, 1, PAGE])
+def test_reserved_pages_stay_with_the_first(copied, held):
+    kv = caches.paged(8, PAGE, K, H, D, batch_size=2, max_pages=3)
+    key, value = jnp.ones((2, PAGE, K, H)), jnp.ones((2, PAGE, K, D))
+    kv = kv.append(key, value, count=jnp.array([held, 0])).reserve(jnp.array([PAGE, 0]))
+    kv = copied(kv)
+    again = jnp.stack([key[0], 2 * key[0]]), jnp.stack([value[0], 2 * value[0]])
+    kv = kv.append(*again, count=1)
+    got = kv.attend(jnp.ones((2, 1, N, H)), mask=lambda b, n, t, s: s == t)
+    np.testing.assert_array_equal(got, np.ones((2, 1, N, D)) * [[[[1]]], [[[2]]]])
 
 
 def test_too_few_pages_are_an_error_where_that_is_known():

@@ -19,6 +19,7 @@ import jattn
 from jattn import caches
 from jattn.masks import Causal, Segments
 from jattn.modifiers import ALiBi
+from tests.helpers import machines
 from tests.helpers.small_chunks import small_chunks as small_chunks
 
 B, N, K, H, D, T, LONGEST = 2, 4, 2, 8, 6, 5, 40
@@ -108,13 +109,7 @@ class Rolling(RuleBasedStateMachine):
     ("examples", "steps"), [(4, 8), pytest.param(60, 20, marks=pytest.mark.slow)]
 )
 def test_any_sequence_of_calls_is_that_of_lists(examples, steps):
-    settings = hypothesis.settings(
-        max_examples=examples,
-        stateful_step_count=steps,
-        deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    run_state_machine_as_test(Rolling, settings=settings)
+    machines.run(Rolling, examples, steps)
 
 
 class OtherRolling(Rolling):

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jattn
-from jattn.call.pose import pose
+from jattn.call.pose import by_name, pose
 from jattn.call.problem import asking_logsumexp
 from jattn.implementations import cudnn
 from jattn.masks import Causal, Lengths, Window
@@ -100,7 +100,7 @@ def test_refuses_in_a_sentence(options, sentence):
 
 def test_refuses_other_platforms_tables_precisions_and_symbols():
     arrays = [jnp.zeros((B, T, heads, H), jnp.bfloat16) for heads in (N, K, K)]
-    problem, _ = pose("test", *arrays, mask=Causal())
+    problem = by_name(pose("test", *arrays, mask=Causal())[0], Causal())
     assert KERNEL.refusal(problem, "gpu") is KERNEL.refusal(problem, "cuda") is None
     for platform in ("cpu", "tpu", "rocm"):
         said = f"runs on NVIDIA GPUs only, and the platform is {platform}."
@@ -284,7 +284,7 @@ def test_words_mean_the_mask_in_jax_nn():
     def compared(*arrays):
         results = []
         for mask in masks:
-            words = cudnn._words(pose("test", *arrays, mask=mask)[0])
+            words = cudnn._words(by_name(pose("test", *arrays, mask=mask)[0], mask))
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
                 theirs = jax.nn.dot_product_attention(
                     *arrays, implementation="xla", **words

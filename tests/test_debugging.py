@@ -9,8 +9,9 @@ from jax.experimental import checkify, jet
 import jattn
 from jattn.masks import Causal, Lengths
 from jattn.modifiers import ALiBi, SoftCap
+from tests.helpers.draws import normal
 
-Q, K, V = (jax.random.normal(jax.random.key(i), (2, 6, 2, 8)) for i in range(3))
+Q, K, V = (normal(i, (2, 6, 2, 8)) for i in range(3))
 
 MODES = {
     "disable_jit": jax.disable_jit,

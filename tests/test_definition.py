@@ -1,6 +1,5 @@
 """The page that everything else is measured by."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ import pytest
 import jattn
 from jattn import definition
 from jattn.definition import attend, logsumexp, scores, softmax, weighted_sum
+from tests.helpers.draws import normal
 
 EMBEDDING = jnp.arange(1, 16, dtype=jnp.float32).reshape(5, 3) / 10
 QUERY = jnp.full(3, 0.5)
@@ -73,8 +73,8 @@ def test_large_scale_gives_the_value_of_the_best_key():
 
 
 def test_output_is_a_convex_combination_of_the_visible_values():
-    key = jax.random.normal(jax.random.key(0), (6, 3))
-    value = jax.random.normal(jax.random.key(1), (6, 2))
+    key = normal(0, (6, 3))
+    value = normal(1, (6, 2))
     mask = jnp.array([1, 0, 1, 1, 0, 1], bool)
     output = attend(QUERY, key, value, mask=mask).output
     assert np.all(output <= value[mask].max(0))
@@ -97,9 +97,9 @@ def test_masking_a_key_equals_leaving_it_out():
 
 
 def test_attention_is_attend_at_each_query():
-    query = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
-    key = jax.random.normal(jax.random.key(1), (2, 6, 2, 5))
-    value = jax.random.normal(jax.random.key(2), (2, 6, 2, 7))
+    query = normal(0, (2, 3, 4, 5))
+    key = normal(1, (2, 6, 2, 5))
+    value = normal(2, (2, 6, 2, 7))
     output = definition.attention(query, key, value)
     b, t, n = 1, 2, 3  # head 3 of 4 reads key/value head 1 of 2
     one = attend(query[b, t, n], key[b, :, 1], value[b, :, 1])

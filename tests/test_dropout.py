@@ -8,8 +8,9 @@ import pytest
 import jattn
 from jattn import Dropout
 from jattn.implementations import dispatch
+from tests.helpers.draws import normal
 
-QUERY = jax.random.normal(jax.random.key(0), (2, 6, 4, 8))
+QUERY = normal(0, (2, 6, 4, 8))
 
 
 def kept(query=QUERY, key=QUERY, rate=0.5, seed=1, **options):

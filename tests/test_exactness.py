@@ -10,6 +10,7 @@ largest number, as in `jattn.testing`.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jattn.implementations import run as operation
 from jattn.masks import Causal
 from jattn.state import State, with_sink
 from tests.helpers import emulated_tpu
+from tests.helpers.draws import normal
 
 pytestmark = pytest.mark.slow
 
@@ -180,10 +182,17 @@ FEW, MANY = (21, 90, (21, 40)), (90, 21, (40, 21))
 SHAPES = {"few on many": FEW, "many on few": MANY, "tiny tiles": (9, 14, (4, 4))}
 
 
+# The calls of one program go to one process, which compiles it once for all sizes.
+PROGRAMS = [
+    pytest.param(*x, id="-".join(x), marks=pytest.mark.xdist_group(f"exactness {x}"))
+    for x in itertools.product(
+        SHAPES, ["plain", "causal", "everything"], ["float32", "bfloat16"]
+    )
+]
+
+
 @pytest.mark.parametrize("size", LOGITS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", ["plain", "causal", "everything"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "options", "dtype"), PROGRAMS)
 def test_blockwise_is_as_exact_as_dense(shape, options, dtype, size):
     T, S, tile = SHAPES[shape]
     assert_as_exact_as_dense(Call(T, S, options, tile), "blockwise", size, dtype)
@@ -203,9 +212,7 @@ def test_kernels_are_as_exact_as_dense(options, dtype, size):
 @pytest.mark.parametrize("size", [1e4, 1e7, 1e8])
 @pytest.mark.parametrize(("T", "S"), [(40, 2500), (2500, 40), (3, 700)])
 def test_values_have_the_gradient_of_dense_at_any_size_of_logits(T, S, size):
-    query, key, value = (
-        jax.random.normal(jax.random.key(i), (1, n, 1, 8)) for i, n in enumerate((T, S, S))
-    )
+    query, key, value = (normal(i, (1, n, 1, 8)) for i, n in enumerate((T, S, S)))
 
     def gradient(implementation):
         attend = functools.partial(jattn.attention, implementation=implementation)
@@ -220,8 +227,8 @@ def test_values_have_the_gradient_of_dense_at_any_size_of_logits(T, S, size):
 @pytest.mark.parametrize("tile", [(16, 16), (37, 64)])
 @pytest.mark.parametrize("S", [5, 33, 64])
 def test_no_weight_is_above_one(S, tile):
-    query = 1e8 * jax.random.normal(jax.random.key(0), (1, 37, 1, 8))
-    key = jax.random.normal(jax.random.key(1), (1, S, 1, 8))
+    query = 1e8 * normal(0, (1, 37, 1, 8))
+    key = normal(1, (1, S, 1, 8))
     output = lambda v: by_blocks(tile, query, key, v).output
     _, pull = jax.vjp(output, jnp.ones((1, S, 1, 1)))
     (received,) = pull(jnp.ones((1, 37, 1, 1)))  # by each key; by all, one of each query
@@ -247,7 +254,7 @@ ATTEND = {
 @pytest.mark.parametrize("which", ATTEND)
 def test_infinite_derivatives_of_modifiers_at_masked_pairs_touch_nothing(which, name):
     modify, attend = MODIFIERS[name], ATTEND[which]
-    query, key, value = jnp.abs(jax.random.normal(jax.random.key(0), (3, 1, 9, 2, 8)))
+    query, key, value = jnp.abs(normal(0, (3, 1, 9, 2, 8)))
     key = key.at[:, -1].set(0)  # which no query sees
 
     def output(query, key, value, gain):

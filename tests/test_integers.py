@@ -7,6 +7,7 @@ import pytest
 
 import jattn
 from jattn.masks import Causal, Lengths, Prefix, Segments, Window
+from tests.helpers.draws import normal
 
 KEY = jnp.zeros((1, 2, 1, 4))
 FAR = 2**32
@@ -130,7 +131,7 @@ def test_ids_of_64_bits_with_x64():
 def test_ids_of_64_bits_are_compared_in_every_tile():
     ids = np.sort(np.random.default_rng(0).integers(0, 5, 2100)) * FAR
     with jax.enable_x64(True):
-        key = jax.random.normal(jax.random.key(0), (2100, 1, 8), jnp.float32)
+        key = normal(0, (2100, 1, 8), jnp.float32)
         mask = Segments(ids) & Causal()
         got = jattn.attention(key, key, key, mask=mask)
         want = jattn.attention(key, key, key, mask=Segments(ids // FAR) & Causal())

@@ -12,9 +12,10 @@ from jattn.buckets import distance, log_bucket
 from jattn.call.pose import pose
 from jattn.masks import Causal, Lengths, Prefix, Segments, Window
 from jattn.modifiers import RelativeBias, SoftCap
+from tests.helpers.draws import normal
 
 QUERY = jnp.ones((1, 6, 1, 4))
-KEY = jax.random.normal(jax.random.key(0), (1, 6, 1, 4))
+KEY = normal(0, (1, 6, 1, 4))
 
 
 def problem(**options):

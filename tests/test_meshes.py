@@ -13,19 +13,20 @@ import jattn
 from jattn import masks, modifiers
 from jattn.call.pose import pose
 from jattn.counted import counted_from
+from tests.helpers.draws import normal
 
 pytestmark = pytest.mark.slow
 
 P = PartitionSpec
 B, T, N, K, H = 4, 8, 4, 2, 8
 RNG = jax.random.key(0)
-QUERY = jax.random.normal(jax.random.key(1), (B, T, N, H))
-KEY, VALUE = (jax.random.normal(jax.random.key(i), (B, T, K, H)) for i in (2, 3))
-IDS = jax.random.randint(jax.random.key(4), (B, T), 0, 2)
+QUERY = normal(1, (B, T, N, H))
+KEY, VALUE = (normal(i, (B, T, K, H)) for i in (2, 3))
+IDS = jnp.asarray(np.random.default_rng(4).integers(0, 2, (B, T)), jnp.int32)
 LENGTHS = jnp.array([3, 8, 7, 1])
 SLOPES = jnp.linspace(0.1, 0.5, N)
-BIAS = jax.random.normal(jax.random.key(5), (B, N, T, T))
-TABLE = jax.random.normal(jax.random.key(6), (2 * T,))
+BIAS = normal(5, (B, N, T, T))
+TABLE = normal(6, (2 * T,))
 INPUTS = {"query": QUERY, "key": KEY, "value": VALUE}
 HELD = {
     "ids": IDS,

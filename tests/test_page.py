@@ -21,6 +21,7 @@ from jattn.pages.keeping import entries_of, threshold
 from jattn.pages.looks import Look, look
 from jattn.pages.packing import codes, packed, rounded, shares
 from jattn.pictures.numbers import allowed, pool
+from tests.helpers.draws import normal
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "because"]
 DECAY = lambda logit, b, n, t, s: logit - 0.1 * (n * (t - s)).astype(logit.dtype)
@@ -28,10 +29,8 @@ STEP = 1.1 / 65280  # roots are in steps of 1/65280: at most √w/65280 at the w
 
 
 def random_inputs(T=7, S=7, N=4, K=2, layers=2):
-    keys = jax.random.split(jax.random.key(0), 2 * layers)
-    draw = lambda key, *shape: 2 * jax.random.normal(key, shape)
-    queries = [draw(key, T, N, 8) for key in keys[:layers]]
-    return queries, [draw(key, S, K, 8) for key in keys[layers:]]
+    queries = [2 * normal(layer, (T, N, 8)) for layer in range(layers)]
+    return queries, [2 * normal(layers + layer, (S, K, 8)) for layer in range(layers)]
 
 
 class Read:

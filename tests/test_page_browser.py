@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,6 +9,7 @@ import jattn
 from jattn import page
 from jattn.masks import Causal, Window
 from tests.browser import needs_browser, opened
+from tests.helpers.draws import normal
 from tests.test_page import long_page
 
 pytestmark = needs_browser
@@ -27,7 +27,7 @@ PIECES = ["Ġthe", "Ġcat", "s", "Ċ", "▁a", "", "\x07", " "]
 def weights():
     """Layers × heads × T × S, and the page of them."""
     T = len(WORDS)
-    query, key = 2 * jax.random.normal(jax.random.key(3), (2, 3, T, 4, 8))
+    query, key = 2 * normal(3, (2, 3, T, 4, 8))
     layers = list(query), list(key)
     made = page.weights(*layers, WORDS, mask=Causal(), title="a & b")
     exact = [jattn.attention_weights(*x, mask=Causal()) for x in zip(*layers, strict=True)]

@@ -7,8 +7,9 @@ import numpy as np
 import jattn
 from jattn.api import _state
 from jattn.call.program import Index, trace
+from tests.helpers.draws import normal
 
-QUERY = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
+QUERY = normal(0, (1, 6, 2, 4))
 
 
 def program(function, **options):

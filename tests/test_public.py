@@ -18,12 +18,14 @@ PUBLIC = {
             "attention_state",
             "attention_weights",
             "BlockTable",
+            "Context",
+            "balanced",
             "block_table",
             "counted",
             "definition",
             "explain",
         ),
-        *("caches", "masks", "merge", "modifiers"),
+        *("caches", "masks", "merge", "merge_over", "modifiers"),
         *("StrongestKeys", "attention_entropy", "attention_received", "strongest_keys"),
     },
     "jattn.masks": {
@@ -70,13 +72,13 @@ def test_attention_and_attention_state_take_the_same_arguments():
     signature = inspect.signature(jattn.attention).parameters
     assert signature.keys() == inspect.signature(jattn.attention_state).parameters.keys()
     expected = "query key value mask bias modifier sink scale query_position key_position"
-    assert list(signature) == [*expected.split(), "dropout", "implementation"]
+    assert list(signature) == [*expected.split(), "dropout", "context", "implementation"]
 
 
 def test_definition_takes_the_options_of_attention():
     options = set(inspect.signature(jattn.definition._attend_all).parameters)
     public = set(inspect.signature(jattn.attention).parameters)
-    assert options == public - {"implementation"}
+    assert options == public - {"context", "implementation"}
 
 
 def test_import_starts_no_backend_and_loads_no_extra():

@@ -16,9 +16,10 @@ from jattn.blocks.kinds import EMPTY, FULL, PARTIAL, resize, spread
 from jattn.call.pose import pose
 from jattn.masks import Causal, Explicit, Lengths, Segments, Window
 from jattn.modifiers import ALiBi, Bias, SoftCap
+from tests.helpers.draws import normal
 
 T, B, N = 1100, 2, 2
-INPUTS = [jax.random.normal(jax.random.key(i), (B, T, N, 4)) for i in range(3)]
+INPUTS = [normal(i, (B, T, N, 4)) for i in range(3)]
 IDS = jnp.repeat(jnp.arange(11), 100)
 LENGTHS = jnp.array([300, 1030])
 attention = functools.partial(jattn.attention, implementation="blockwise")

@@ -12,6 +12,7 @@ import jattn
 from jattn.implementations.dispatch import DEFAULT_ORDER
 from jattn.masks import Causal, Segments
 from jattn.modifiers import ALiBi, SoftCap
+from tests.helpers.draws import normal
 
 rng = np.random.default_rng(0)
 QUERY = jnp.float32(rng.standard_normal((3, 5, 4, 8)))
@@ -253,10 +254,7 @@ def test_products_have_the_precision_that_is_asked_for(implementation):
 def test_vmapped_gradient_of_bfloat16_with_shared_keys(implementation):
     # XLA's CPU of jax 0.12 lacked a product that this took.
     shapes = (2, 2, 64, 4, 8), (2, 64, 2, 8)
-    query, key = (
-        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
-        for i, shape in enumerate(shapes)
-    )
+    query, key = (normal(i, shape, jnp.bfloat16) for i, shape in enumerate(shapes))
     total = lambda query: jnp.sum(
         jattn.attention(query, key, key, mask=Causal(), implementation=implementation)
     )

@@ -11,6 +11,7 @@ import jattn
 from jattn import definition, masks, views
 from jattn.implementations import run as operation
 from jattn.implementations.blockwise import summaries
+from jattn.shapes import unflatten_batch
 from jattn.strongest import _strongest
 from jattn.testing import CASES, random_inputs
 
@@ -48,7 +49,7 @@ def in_small_tiles(query, key, views_of="ersa", k=3, *, sink=None, logsumexp=Non
         "strongest": lambda: list(_strongest(problem, k, False, arrays, TILE)),
         "average": lambda: _strongest(problem, k, True, arrays, TILE),
     }
-    shaped = lambda x: jax.tree.map(lambda x: views._unflatten(x, problem), x)
+    shaped = lambda x: jax.tree.map(lambda x: unflatten_batch(x, problem.sizes), x)
     return {name: shaped(run()) for name, run in runs.items() if name[0] in views_of}
 
 

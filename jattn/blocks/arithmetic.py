@@ -171,6 +171,17 @@ def _truncated(a, b):
     return quotient + inexact.astype(quotient.dtype)
 
 
+def _as_result(op, x: Interval) -> Interval:
+    """Returns a number in the type of the result, as the function of JAX converts it.
+
+    A Python number is of 64 bits where these are on, beside positions of 32.
+    """
+    target = op.result.dtype
+    if x.lo.dtype == target or x.lo is not x.hi:
+        return x
+    return both(x, lambda a: a.astype(target))
+
+
 def _divisor(xp, op, x, y):
     """Returns a divisor that is never zero, and where the quotient is undefined."""
     bad = _holds_zero(y)
@@ -194,6 +205,7 @@ def _is_safe(x, y) -> bool:
 
 def _quotient(function):
     def apply_rule(xp, op, x, y):
+        x, y = _as_result(op, x), _as_result(op, y)
         if _is_safe(x, y):
             return point(function(x.lo, y.lo))
         y, bad = _divisor(xp, op, x, y)
@@ -217,6 +229,7 @@ def _remainder(quotient, ends):
     def apply_rule(xp, op, x, y):
         if is_float(op.result):
             return None
+        x, y = _as_result(op, x), _as_result(op, y)
         if _is_safe(x, y):
             return point(x.lo - quotient(x.lo, y.lo) * y.lo)
         y, bad = _divisor(xp, op, x, y)

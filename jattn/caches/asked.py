@@ -14,18 +14,18 @@ import numpy as np
 from jattn.arrays import check_array, check_integers, is_known
 from jattn.blocks.block_table import BlockTable
 from jattn.caches.rounding import LARGEST
+from jattn.call.options import Options
 from jattn.call.pose import check_bias, pose, pose_mask
 from jattn.call.problem import Operands, Problem, asking_logsumexp, drawn, index
 from jattn.masks import Explicit, Lengths, Mask, Segments, as_mask
 from jattn.modifiers import Bias
 from jattn.shapes import FLOATS, Sizes, wide_dtype
 
-OPTIONS = ("mask", "bias", "modifier", "sink", "scale", "query_position", "key_position")
-OPTIONS = (*OPTIONS, "dropout", "implementation")
+OPTIONS = (*Options.__annotations__, "implementation")
 
 
 def posed(where: str, query, sizes: Sizes, options) -> tuple[Problem, Operands]:
-    """The call without its keys and values; what lies along them has `sizes.S` slots."""
+    """Gives the call without keys and values; what lies along these has `sizes.S` slots."""
     wide = wide_dtype(query.dtype)
     one = (*sizes.batch, 1, sizes.K)
     key, value = (jnp.zeros((*one, size), query.dtype) for size in (sizes.H, sizes.D))
@@ -37,7 +37,7 @@ def posed(where: str, query, sizes: Sizes, options) -> tuple[Problem, Operands]:
     bias = options.get("bias")
     kept = ("rate", "shared", "precision")
     facts = {name: getattr(alone, name) for name in kept}
-    problem = dataclasses.replace(asking_logsumexp(problem), named=None, **facts)
+    problem = dataclasses.replace(asking_logsumexp(problem), **facts)
     operands = operands._replace(
         query=with_query.query,
         scale=with_query.scale,
@@ -50,7 +50,7 @@ def posed(where: str, query, sizes: Sizes, options) -> tuple[Problem, Operands]:
 
 
 def mask_of(where: str, options, seen: Mask) -> Mask:
-    """The mask of a call together with what is there to be seen."""
+    """Gives the mask of a call together with what is there to be seen."""
     mask = options.get("mask")
     mask = mask.mask if isinstance(mask, BlockTable) else mask
     return seen if mask is None else seen & as_mask(mask, where)
@@ -66,7 +66,7 @@ def check_options(where: str, options) -> None:
 
 
 def check_query(where: str, query, batch, store, dtype=None) -> jax.Array:
-    """A query `BTNH` that fits the tokens of a store."""
+    """Checks that a query `BTNH` fits the tokens of a store, and gives it."""
     query = check_array(where, "query", query)
     K, H = store.num_heads, store.head_dim
     fits = query.ndim == len(batch) + 3 and query.shape[: len(batch)] == batch
@@ -124,7 +124,7 @@ def check_tokens(where: str, store, *, batch=None, **tokens) -> list[jax.Array]:
 
 
 def check_count(where: str, count, shape: tuple[int, ...], T: int):
-    """How many of T tokens count, an int32 of `shape` or one for all; T where None.
+    """Says how many of T tokens count: an int32 of `shape`, or one; T for None.
 
     A number beyond T is refused where it is known, and else taken for T.
     """
@@ -148,7 +148,7 @@ def check_count(where: str, count, shape: tuple[int, ...], T: int):
 
 
 def check_whole(where: str, name: str, value, shape: tuple[int, ...] | None) -> jax.Array:
-    """Whole numbers as int32, one of each of `shape`; of any shape where that is None."""
+    """Checks whole numbers: int32, one of each of `shape`; of any shape for None."""
     value = jnp.asarray(check_integers(where, name, value), jnp.int32)
     if shape is None:
         return value
@@ -173,7 +173,7 @@ def check_pointwise(where: str, mask, modifier) -> None:
 
 
 def check_dtype(where: str, dtype) -> str:
-    """The name of a dtype that a cache can have."""
+    """Gives the name of a dtype that a cache can have."""
     name = str(dtype) if isinstance(dtype, str) else jnp.dtype(dtype).name
     known = (*FLOATS, *LARGEST)
     if name not in known:
@@ -185,7 +185,7 @@ def check_dtype(where: str, dtype) -> str:
 
 
 def of_each(number, batch: tuple[int, ...]) -> jax.Array:
-    """One number of each example, from one for all or for the first batch axes."""
+    """Gives one number of each example, from one for all or for the first axes."""
     number = jnp.asarray(number, jnp.int32)
     missing = len(batch) - number.ndim
     return jnp.broadcast_to(number.reshape(*number.shape, *[1] * missing), batch)

@@ -19,7 +19,7 @@ from jattn.call.problem import apart
 from jattn.implementations.run import state_of
 from jattn.masks import Lengths
 from jattn.meshes import across
-from jattn.shapes import Sizes
+from jattn.shapes import Sizes, unflatten_batch
 from jattn.state import State, with_sink
 
 # Up to so many queries the part that is filled is looked at without skipping more of it.
@@ -27,7 +27,7 @@ FEW = 16
 
 
 def attend_state(where: str, query, source, end, options, whole: bool = True) -> State:
-    """The state over the slots before `end` that the mask allows.
+    """Gives the state over the slots before `end` that the mask allows.
 
     Args:
         where: The public function, for messages.
@@ -67,7 +67,7 @@ def _attended(query, where: str, source, end, options, whole: bool) -> State:
 
 
 def from_last(where: str, source, length, query, count, options, whole: bool) -> State:
-    """The state of queries that stand at the last tokens of each example.
+    """Gives the state of queries that stand at the last tokens of each example.
 
     Args:
         where: The public function, for messages.
@@ -94,7 +94,7 @@ def from_last(where: str, source, length, query, count, options, whole: bool) ->
 
 
 def spoiled(state: State, overflowed) -> State:
-    """The state with NaN for examples that were appended more than fits.
+    """Gives the state with NaN for examples that were appended more than fits.
 
     A compiled program cannot raise, and must not be wrong in silence.
     """
@@ -107,7 +107,7 @@ def spoiled(state: State, overflowed) -> State:
 
 
 def sizes_of(query, source) -> Sizes:
-    """The letters of a call."""
+    """Gives the letters of a call."""
     *batch, T, N, H = query.shape
     K, S, D = source.num_heads, source.slots, source.value_dim
     return Sizes(tuple(batch), T=T, S=S, N=N, K=K, H=H, D=D)
@@ -115,19 +115,18 @@ def sizes_of(query, source) -> Sizes:
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _decoded(problem, operands, source, end, sink, whole) -> State:
-    """The state of posed queries, in one program."""
+    """Gives the state of posed queries, in one program."""
     operands, spoil = apart(operands)
     state = state_of(*decode.attend(problem, operands, source, end))
     output = with_sink(state, sink).astype(problem.dtype)
     # A query that sees nothing has −∞ here, which `jax.debug_infs` would report.
     logsumexp: Any = state.logsumexp if whole else None
     state = spoil(State(output, logsumexp))
-    unflatten = lambda x: x.reshape(*problem.sizes.batch, *x.shape[1:])
-    return jax.tree.map(unflatten, state)
+    return jax.tree.map(lambda x: unflatten_batch(x, problem.sizes), state)
 
 
 def _nothing(query, sizes: Sizes) -> State:
-    """The state of queries that see nothing."""
+    """Gives the state of queries that see nothing."""
     output = jnp.zeros((*query.shape[:-1], sizes.D), query.dtype)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     return State(output, jnp.full(query.shape[:-1], -jnp.inf, wide))

@@ -37,27 +37,27 @@ class Cache:
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """The axes of examples."""
+        """Gives the axes of examples."""
         return self.store.batch
 
     @property
     def capacity(self) -> int:
-        """How many tokens there is room for in all."""
+        """Says how many tokens there is room for in all."""
         return self.store.slots
 
     @property
     def room(self) -> jax.Array:
-        """How many more tokens fit, of the shape of `length`."""
+        """Says how many more tokens fit, of the shape of `length`."""
         return jnp.maximum(self.capacity - self.length, 0)
 
     @property
     def key(self) -> jax.Array:
-        """The keys, `BSKH`; what was not appended is 0 or old."""
+        """Gives the keys, `BSKH`; what was not appended is 0 or old."""
         return self.store.vectors(self._dtype)[0]
 
     @property
     def value(self) -> jax.Array:
-        """The values, `BSKD`, likewise."""
+        """Gives the values, `BSKD`; what was not appended is 0 or old."""
         return self.store.vectors(self._dtype)[1]
 
     @property
@@ -86,7 +86,7 @@ class Cache:
         return self.appended(where, key, value, count)
 
     def appended(self, where: str, key, value, count) -> "Cache":
-        """The cache with tokens that were checked, added for `where`."""
+        """Gives the cache with tokens that were checked, added for `where`."""
         T = key.shape[len(self.batch)]
         count = asked.check_count(where, count, self.length.shape, T)
         _check_room(where, self.length, count, T, self.capacity)

@@ -31,8 +31,9 @@ from jattn.call.problem import Operands, Problem, index
 from jattn.dropout import keep
 from jattn.implementations import shared
 from jattn.implementations.blockwise.whole_rows import by_rows
+from jattn.implementations.kernel import types_of_sums
 from jattn.operations.mapped import cond_any
-from jattn.operations.operation import Operation, restrict, retype
+from jattn.operations.operation import Operation, restrict
 
 # How many slots the shortest part has. One of 128 takes 0.1 ms, mostly of starting threads;
 # one of 256 a third longer.
@@ -45,7 +46,7 @@ LOGITS = 2**21
 
 
 def attend(problem: Problem, operands: Operands, source: Source, end):
-    """The output BTND and the maximum and the sum BTN, by one operation.
+    """Gives the output BTND and the maximum and the sum BTN, by one operation.
 
     Args:
         problem: The call.
@@ -66,39 +67,35 @@ class Decode(Operation):
 
     @property
     def outputs(self) -> int:
-        """Output, maximum and sum."""
+        """Counts output, maximum and sum."""
         return 3
 
     @property
     def elements(self) -> int:
-        """All logits, and the weights."""
+        """Gives all logits, and the weights."""
         B, N, T, S = self.problem.sizes.BNTS
         return 2 * B * N * T * S
 
     def types(self, *types):
-        """BTND, and twice BTN."""
-        B, N, T, _ = self.problem.sizes.BNTS
-        query, wide = types[0], self.problem.wide
-        spec = query.sharding.spec[:3]
-        output = retype(query, (B, T, N, self.problem.sizes.D), wide, (*spec, None))
-        return [output, *[retype(query, (B, T, N), wide, spec)] * 2]
+        """Gives BTND, and twice BTN."""
+        return types_of_sums(self.problem, types[0])
 
     def fast(self, *leaves, spread):
-        """By the parts that are filled."""
+        """Computes it by the parts that are filled."""
         del spread
         operands, source, end = self.tree.unflatten(leaves)
         with jax.default_matmul_precision(self.problem.precision):
             return _filled(self.problem, operands, source, _furthest(end))
 
     def reference(self, *leaves):
-        """A few whole rows at a time."""
+        """Computes it a few whole rows at a time."""
         operands, source, _ = self.tree.unflatten(leaves)
         with jax.default_matmul_precision(self.problem.precision):
             key, value = source.vectors(self.problem.wide)
             return by_rows(self.problem, operands._replace(key=key, value=value))
 
     def push(self, active, primals, outputs, tangents, spread):
-        """Through whole rows, which keep out what is masked."""
+        """Goes through whole rows, which keep out what is masked."""
         del outputs, spread
         return jax.jvp(*restrict(self.reference, active, primals), tuple(tangents))[1]
 
@@ -110,7 +107,7 @@ def _furthest(end):
 
 @_furthest.def_vmap
 def _(size, mapped, end):
-    """One end for all slices: JAX would run every branch if they differed."""
+    """Takes one end for all slices: JAX would run every branch if they differed."""
     del size, mapped
     return _furthest(jnp.max(end)), False
 
@@ -158,7 +155,7 @@ def _parts(problem, operands, source: Source, end, isolating: bool) -> _Sums:
 
 
 def _part_sizes(problem: Problem, source: Source) -> tuple[int, int]:
-    """How many slots the shortest part has, and a chunk: multiples of the source's unit."""
+    """Gives the slots of the shortest part and of a chunk, multiples of the unit."""
     rows = problem.sizes.B * problem.sizes.N * problem.sizes.T
     chunk = min(CHUNK, max(LOGITS // rows, 64))
     fit = lambda size: min(-(-size // source.unit) * source.unit, source.slots)
@@ -174,7 +171,7 @@ def _nothing(problem: Problem) -> _Sums:
 
 
 def _finished(problem: Problem, sums: _Sums):
-    """Output BTND, and maximum and sum BTN, of all parts."""
+    """Gives output BTND, and maximum and sum BTN, of all parts."""
     B, N, T, _ = problem.sizes.BNTS
     total = jnp.where(sums.total == 0, 1, sums.total)
     output = sums.output.reshape(B, N, T, -1) / total[..., None]
@@ -205,7 +202,7 @@ def _step(problem, operands, source: Source, isolating, sums: _Sums, first, size
 
 
 def _logits(problem: Problem, operands: Operands, store):
-    """The logits BNTS, and which of them count."""
+    """Gives the logits BNTS, and which of them count."""
     B, N, T, S = problem.sizes.BNTS
     at = index(problem, operands)
     query = operands.query.astype(problem.wide)
@@ -233,7 +230,7 @@ def _dropped(problem: Problem, operands: Operands, weights):
 
 
 def _sums(problem: Problem, store, weights, allowed):
-    """The values in proportion to the weights, BKRD; with care where `allowed` is given."""
+    """Gives the values in proportion to weights, BKRD; `allowed` isolates NaN."""
     B, N, T, S = problem.sizes.BNTS
     rows = lambda x: jnp.broadcast_to(x, (B, N, T, S)).reshape(B, store.num_heads, -1, S)
     weights, values = rows(weights), store.wide_values(problem.wide)

@@ -7,7 +7,7 @@ into the queries and the outputs instead, and then the cache alone is read:
     query · key       = [W_kᵀ q, q_r] · [c, r]
     Σ weight · value  = W_v Σ weight · c
 
-So it is attention with one key head, of which the value is the first part of the key. One
+So it is attention with one key head, and each value is the first part of its key. One
 array holds both.
 
 Reference:
@@ -38,27 +38,27 @@ class LatentCache:
 
     @property
     def length(self) -> jax.Array:
-        """How many tokens were appended: one number, or one of each example."""
+        """Says how many tokens were appended: one number, or one of each example."""
         return self.cache.length
 
     @property
     def capacity(self) -> int:
-        """How many tokens there is room for in all."""
+        """Says how many tokens there is room for in all."""
         return self.cache.capacity
 
     @property
     def room(self) -> jax.Array:
-        """How many more tokens fit."""
+        """Says how many more tokens fit."""
         return self.cache.room
 
     @property
     def latent(self) -> jax.Array:
-        """The latent vectors, `BSC`."""
+        """Gives the latent vectors, `BSC`."""
         return self.cache.value[..., 0, :]
 
     @property
     def rotary(self) -> jax.Array:
-        """The rotary keys, `BSR`."""
+        """Gives the rotary keys, `BSR`."""
         return self.cache.key[..., 0, self.cache.store.value_dim :]
 
     def append(self, latent, rotary, *, count=None) -> "LatentCache":

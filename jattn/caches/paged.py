@@ -45,42 +45,42 @@ class PagedCache:
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """The axis of examples."""
+        """Gives the axis of examples."""
         return self.table.shape[:1]
 
     @property
     def num_pages(self) -> int:
-        """How many pages all examples share."""
+        """Says how many pages all examples share."""
         return self.store.batch[0]
 
     @property
     def page_size(self) -> int:
-        """How many tokens a page holds."""
+        """Says how many tokens a page holds."""
         return self.store.slots
 
     @property
     def capacity(self) -> int:
-        """How many tokens an example can have."""
+        """Says how many tokens an example can have."""
         return self.table.shape[1] * self.page_size
 
     @property
     def room(self) -> jax.Array:
-        """How many more tokens fit into the pages that each example has."""
+        """Says how many more tokens fit into the pages that each example has."""
         return jnp.maximum(self.owned * self.page_size - self.length, 0)
 
     @property
     def num_free(self) -> jax.Array:
-        """How many pages are free."""
+        """Says how many pages are free."""
         return self.pool.num_free
 
     @property
     def owned(self) -> jax.Array:
-        """How many pages each example has, `B`."""
+        """Says how many pages each example has, `B`."""
         return jnp.sum(self.table >= 0, axis=1, dtype=jnp.int32)
 
     @property
     def over(self) -> jax.Array:
-        """Which examples have more tokens than their pages hold, `B`."""
+        """Says which examples have more tokens than their pages hold, `B`."""
         return self.length > self.owned * self.page_size
 
     def reserve(self, count) -> "PagedCache":
@@ -181,6 +181,8 @@ class PagedCache:
     def fork(self, source, target) -> "PagedCache":
         """Makes examples `target` copies of examples `source`, which share their pages.
 
+        Pages that were reserved and hold no token yet stay with the source.
+
         Args:
             source: The number of an example, or several.
             target: As many others, which are emptied before.
@@ -204,8 +206,7 @@ class PagedCache:
         """Forgets all tokens after the first `length`, and frees pages beyond them."""
         length = asked.check_whole("caches.truncate", "length", length, self.batch)
         length = jnp.clip(length, 0, self.length)
-        block = jnp.arange(self.table.shape[1], dtype=jnp.int32)[None]
-        beyond = block * self.page_size >= length[:, None]
+        beyond = sharing.unused(self, length)
         pool = self.pool.released(jnp.where(beyond, self.table, -1))
         table = jnp.where(beyond, -1, self.table)
         cache = dataclasses.replace(self, pool=pool, table=table, length=length)
@@ -228,12 +229,11 @@ class PagedCache:
         return jnp.zeros(self.batch, bool).at[examples.reshape(-1)].set(True)
 
     def _checked(self, where: str, before) -> "PagedCache":
-        """The cache, or an error where it is known that pages were missing."""
+        """Gives the cache, or raises where it is known that pages were missing."""
         if not (is_known(self.length) and is_known(self.table)):
             return self
         missing = self.length > np.sum(np.asarray(self.table) >= 0, 1) * self.page_size
         if np.any(np.asarray(missing) & ~np.asarray(before)):
-            names = np.flatnonzero(missing).tolist()
             names, most = np.flatnonzero(missing).tolist(), self.table.shape[1]
             raise ValueError(
                 f"{where}: examples {names} need more pages than are free, or than the "

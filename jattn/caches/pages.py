@@ -22,16 +22,16 @@ class Pages:
     slots = property(lambda self: self.table.shape[1] * self.store.slots)
 
     def flat(self) -> "Pages":
-        """Itself: there is one batch axis."""
+        """Gives itself: there is one batch axis."""
         return self
 
     def lies_ready(self, wide) -> bool:
-        """Never: pages have to be gathered."""
+        """Says no: pages have to be gathered."""
         del wide
         return False
 
     def cut(self, start, size: int) -> Store:
-        """The slots from `start` on, copied out of their pages."""
+        """Gives the slots from `start` on, copied out of their pages."""
         blocks = lax.dynamic_slice_in_dim(
             self.table, start // self.unit, size // self.unit, axis=1
         )
@@ -44,5 +44,5 @@ class Pages:
         return self.store.map(gather)
 
     def vectors(self, dtype):
-        """All keys and values, BSKH and BSKD."""
+        """Gives all keys and values, BSKH and BSKD."""
         return self.cut(0, self.slots).vectors(dtype)

@@ -1,7 +1,8 @@
 """Which pages are free, and how many own each, in arrays of a compiled program.
 
-A free list without a host. `free` is a stack of page numbers, of which the first
-`num_free` are free. `owners` counts who has a page, as several share a forked prompt.
+A free list without a host. `free` is a stack of page numbers; its first `num_free`
+numbers are those of free pages. `owners` counts who has a page, as several share a
+forked prompt.
 
     take n pages       the top n of the stack; each claimant's share begins where the sum
                        of the shares before it ends
@@ -49,7 +50,7 @@ class Pool:
         return dataclasses.replace(self, num_free=self.num_free - used), start, granted
 
     def page_of(self, place) -> jax.Array:
-        """The page at a place of the stack, counted from its top before a claim."""
+        """Gives the page at a place of the stack, counted from its top before a claim."""
         return jnp.take(self.free, self.num_free - 1 - place, mode="clip")
 
     def owned(self, pages) -> "Pool":
@@ -71,6 +72,6 @@ class Pool:
 
 
 def full_pool(num_pages: int) -> Pool:
-    """A pool in which all pages are free; page 0 is taken first."""
+    """Gives a pool in which all pages are free; page 0 is taken first."""
     free = jnp.arange(num_pages, dtype=jnp.int32)[::-1]
     return Pool(free, jnp.int32(num_pages), jnp.zeros(num_pages, jnp.int32))

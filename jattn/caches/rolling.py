@@ -49,17 +49,17 @@ class RollingCache:
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """The axes of examples."""
+        """Gives the axes of examples."""
         return self.store.batch
 
     @property
     def capacity(self) -> int:
-        """How many tokens are kept."""
+        """Says how many tokens are kept."""
         return self.store.slots
 
     @property
     def key_position(self) -> jax.Array:
-        """The token in each slot, `S` or `BS`; −1 where there is none yet."""
+        """Gives the token in each slot, `S` or `BS`; −1 where there is none yet."""
         slot = jnp.arange(self.capacity, dtype=jnp.int32)
         slot = slot.reshape(*[1] * self.length.ndim, -1)
         length = self.length[..., None]
@@ -144,7 +144,7 @@ class RollingCache:
         return dataclasses.replace(self, store=store, length=self.length + count)
 
     def _seen(self, options) -> Mask:
-        """What a query may see, of tokens that are there: those before 0 are not."""
+        """Says what a query may see, of tokens that are there: those before 0 are not."""
         window, sinks = self.window, self.sinks
 
         def near(b, n, t, s):
@@ -163,7 +163,7 @@ class RollingCache:
         return jnp.where(seen, state.output, 0)
 
     def _held(self, query, options) -> State:
-        """The state over what is in the slots."""
+        """Gives the state over what is in the slots."""
         position = self.key_position
         if position.ndim > 1:
             position = jnp.broadcast_to(
@@ -205,7 +205,7 @@ class RollingCache:
         return self.store.num_heads, self.store.head_dim, self.store.value_dim
 
     def _options(self, where: str, options) -> dict[str, Any]:
-        """The options, without those that lie along slots or say where tokens stand."""
+        """Gives the options that lie along no slots and say no positions."""
         asked.check_options(where, options)
         refused = ("bias", "query_position", "key_position")
         for name in refused:

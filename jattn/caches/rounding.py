@@ -25,7 +25,7 @@ def is_rounded(dtype: str) -> bool:
 
 
 def stored_type(dtype: str) -> Any:
-    """The dtype of the array that holds them.
+    """Gives the dtype of the array that holds them.
 
     Two numbers of int4 are one of uint8, and those of float8 are kept as bits. Those of 16
     bits are float32 on CPU. XLA:CPU would widen such arrays whole in each step, in 5 to 50
@@ -37,7 +37,7 @@ def stored_type(dtype: str) -> Any:
 
 
 def stored_size(dtype: str, size: int) -> int:
-    """How many numbers of the array hold a vector of `size`."""
+    """Says how many numbers of the array hold a vector of `size`."""
     return -(-size // 2) if dtype == "int4" else size
 
 
@@ -62,7 +62,7 @@ def rounded(vectors: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
 
 
 def numbers_of(stored: jax.Array, dtype: str, axis: int, size: int, wide):
-    """The rounded numbers as floating ones, in parts that follow each other on `axis`.
+    """Gives the rounded numbers as floats, in parts that follow on `axis`.
 
     Two parts are not joined: to multiply one after the other takes a fifth of the time.
     """
@@ -76,7 +76,7 @@ def numbers_of(stored: jax.Array, dtype: str, axis: int, size: int, wide):
 
 
 def _packed(numbers: jax.Array) -> jax.Array:
-    """Two numbers of 4 bits in one byte: the first half low, the second half high."""
+    """Packs two numbers of 4 bits in a byte: the first half low, the second high."""
     half = stored_size("int4", numbers.shape[-1])
     odd = 2 * half - numbers.shape[-1]
     numbers = jnp.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, odd)])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def page_of(cache, position) -> jax.Array:
-    """The page that holds a position of each example, BT; −1 for none."""
+    """Gives the page that holds a position of each example, BT; −1 for none."""
     block = position // cache.page_size
     inside = block < cache.table.shape[1]
     block = jnp.minimum(block, cache.table.shape[1] - 1)
@@ -19,7 +19,7 @@ def page_of(cache, position) -> jax.Array:
 
 @jax.jit  # one program where it is called outside of one
 def grown(cache, count):
-    """The cache with pages for more tokens, and which examples have all they need."""
+    """Gives the cache with pages for more tokens, and which examples have all they need."""
     owned, most = cache.owned, cache.table.shape[1]
     needed = -(-(cache.length + count) // cache.page_size)
     fits = needed <= most
@@ -34,18 +34,25 @@ def grown(cache, count):
     return dataclasses.replace(cache, table=table, pool=pool.owned(pages)), granted
 
 
+def unused(cache, length) -> jax.Array:
+    """Says which pages hold no token of examples of these lengths, B × max_pages."""
+    block = jnp.arange(cache.table.shape[1], dtype=jnp.int32)[None]
+    return block * cache.page_size >= length[:, None]
+
+
 def copied(cache, whose, again):
-    """The examples `whose`, of which those that come `again` have a last page anew."""
-    table = jnp.take(cache.table, whose, axis=0)
+    """Copies the examples `whose`; those that come `again` get a new last page."""
+    table, length = (jnp.take(x, whose, axis=0) for x in (cache.table, cache.length))
+    # Pages that were reserved and hold nothing yet stay with the first: both would write.
+    table = jnp.where(again[:, None] & unused(cache, length), -1, table)
     pool = cache.pool.owned(table).released(cache.table)
-    length = jnp.take(cache.length, whose)
     cache = dataclasses.replace(cache, table=table, pool=pool, length=length)
     return with_own_last(cache, again)
 
 
 @jax.jit  # one program where it is called outside of one
 def with_own_last(cache, chosen):
-    """The cache in which chosen examples share no page that is not full."""
+    """Gives the cache in which chosen examples share no page that is not full."""
     last = page_of(cache, cache.length[:, None])[:, 0]
     shared = jnp.take(cache.pool.owners, last, mode="clip") > 1
     shared &= chosen & (last >= 0) & (cache.length % cache.page_size > 0)

@@ -16,24 +16,24 @@ class Source(Protocol):
 
     @property
     def slots(self) -> int:
-        """How many tokens there is room for."""
+        """Says how many tokens there is room for."""
 
     @property
     def unit(self) -> int:
-        """How many slots are cut together."""
+        """Says how many slots are cut together."""
 
     def cut(self, start, size: int) -> Store:
-        """The slots from `start` on, a multiple of the unit, BKHS and BKSD."""
+        """Gives the slots from `start` on, a multiple of the unit, BKHS and BKSD."""
 
     def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
-        """All keys and values, BSKH and BSKD."""
+        """Gives all keys and values, BSKH and BSKD."""
 
     def lies_ready(self, wide) -> bool:
         """Says whether all slots can be multiplied where they lie."""
 
 
 def cut(problem: Problem, operands: Operands, start, size: int):
-    """The same call for the slots from `start` on."""
+    """Gives the same call for the slots from `start` on."""
     if size == problem.sizes.S:
         return problem, operands
     along = lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis)

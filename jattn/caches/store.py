@@ -47,27 +47,27 @@ class Store:
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """The axes before the heads."""
+        """Gives the axes before the heads."""
         return self.keys.shape[:-3]
 
     @property
     def num_heads(self) -> int:
-        """K."""
+        """Gives K."""
         return self.keys.shape[-3]
 
     @property
     def slots(self) -> int:
-        """S."""
+        """Gives S."""
         return self.keys.shape[-1]
 
     @property
     def is_rounded(self) -> bool:
-        """Whether the numbers have scales."""
+        """Says whether the numbers have scales."""
         return self.key_scales is not None
 
     @property
     def unit(self) -> int:
-        """How many slots are cut together."""
+        """Says how many slots are cut together."""
         return 1
 
     def lies_ready(self, wide) -> bool:
@@ -89,24 +89,24 @@ class Store:
         )
 
     def flat(self) -> "Store":
-        """The same with one batch axis."""
+        """Gives the same with one batch axis."""
         first = len(self.batch)
         return self.map(lambda x, _: x.reshape(-1, *x.shape[first:]))
 
     def cut(self, start, size: int) -> "Store":
-        """The slots from `start` on."""
+        """Gives the slots from `start` on."""
         if size == self.slots:
             return self
         return self.map(lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis))
 
     def wide_keys(self, wide) -> list[jax.Array]:
-        """The keys as they are multiplied, `…KHS` without their scales, in parts of H."""
+        """Gives the keys as they are multiplied, `…KHS` without scales, in parts of H."""
         if not self.is_rounded:
             return [self.keys.astype(wide)]
         return rounding.numbers_of(self.keys, self.dtype, -2, self.head_dim, wide)
 
     def wide_values(self, wide) -> list[jax.Array]:
-        """The values likewise, `…KSD` in parts of D; more than D where they are the keys.
+        """Gives the values, `…KSD` in parts of D; more than D where they are the keys.
 
         To cut the keys would copy them; what is too much is dropped from the product.
         """
@@ -117,7 +117,7 @@ class Store:
         return rounding.numbers_of(self.values, self.dtype, -1, self.value_dim, wide)
 
     def scales(self, wide) -> tuple[jax.Array, jax.Array] | None:
-        """The scales of keys and values, `…KS`; None where they are exact."""
+        """Gives the scales of keys and values, `…KS`; None where they are exact."""
         if self.key_scales is None:
             return None
         of_values = self.value_scales
@@ -127,7 +127,7 @@ class Store:
 
     @functools.partial(jax.jit, static_argnames="dtype")
     def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
-        """The keys `…SKH` and the values `…SKD` in the usual order, scaled."""
+        """Gives the keys `…SKH` and the values `…SKD` in the usual order, scaled."""
         wide = jnp.promote_types(dtype, jnp.float32) if self.is_rounded else dtype
         keys = jnp.concatenate(self.wide_keys(wide), -2)
         values = jnp.concatenate(self.wide_values(wide), -1)[..., : self.value_dim]
@@ -137,7 +137,7 @@ class Store:
         return keys.astype(dtype), values.astype(dtype)
 
     def exact(self, dtype) -> "Store":
-        """A store of the same vectors without scales."""
+        """Gives a store of the same vectors without scales."""
         keys, values = self.vectors(dtype)
         own = None if self.values is None else jnp.moveaxis(values, -3, -2)
         sizes = jnp.dtype(dtype).name, self.head_dim, self.value_dim
@@ -145,7 +145,7 @@ class Store:
 
 
 def blank(batch, slots, num_heads, head_dim, value_dim, dtype, shared=False) -> Store:
-    """A store of zeros; with `shared`, values are the first numbers of the keys."""
+    """Makes a store of zeros; with `shared`, values are the first numbers of keys."""
     dtype = jnp.dtype(dtype).name
     kind = rounding.stored_type(dtype)
     H, D = (rounding.stored_size(dtype, x) for x in (head_dim, value_dim))
@@ -200,7 +200,7 @@ def put_pairs(store: Store, key, value, pages, slots) -> Store:
 
 
 def taken(where: str, store: Store, indices) -> Store:
-    """The examples `indices` of a store with one batch axis."""
+    """Gives the examples `indices` of a store with one batch axis."""
     indices = check_integers(where, "indices", indices)
     if len(store.batch) != 1 or indices.ndim != 1:
         raise ValueError(
@@ -217,7 +217,7 @@ def taken(where: str, store: Store, indices) -> Store:
 
 
 def _as_stored(store: Store, key, value) -> Iterator[jax.Array]:
-    """What is to be written, as `Store.map` goes through the arrays: `…TK` and an axis."""
+    """Gives what to write as `Store.map` visits the arrays: `…TK` and an axis."""
     vectors = [x for x in (key, value) if x is not None]
     if not store.is_rounded:
         return iter([x.astype(store.keys.dtype) for x in vectors])

@@ -40,12 +40,12 @@ class OfTokens(Mask):
     mask: Mask | None
 
     def aligned(self, sizes) -> Any:
-        """The example of each row, the page of each column, and what the mask reads."""
+        """Gives each row's example, each column's page, and what the mask reads."""
         inner = () if self.mask is None else self.mask.aligned(sizes)
         return self.example.reshape(1, 1, -1, 1), self.page.reshape(1, 1, 1, -1), inner
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
-        """The page is the example's, the slot is filled, and the mask allows it."""
+        """Gives the page is the example's, the slot is filled, and the mask allows it."""
         example, page, inner = elements
         whose = jnp.maximum(example, 0)
         seen = (example >= 0) & self.owns[whose, page] & (s < self.length[whose])
@@ -62,7 +62,7 @@ class ModifierOfTokens(Modifier):
     modifier: Modifier
 
     def aligned(self, sizes) -> Any:
-        """The example of each row, and what the modifier reads."""
+        """Gives the example of each row, and what the modifier reads."""
         return self.example.reshape(1, 1, -1, 1), self.modifier.aligned(sizes)
 
     def modify(self, logit, b, n, t, s, elements):
@@ -72,7 +72,7 @@ class ModifierOfTokens(Modifier):
 
 
 def of_tokens(where: str, cache, example, options):
-    """The mask and the modifier of a call in which each query has an example of its own."""
+    """Makes the mask and modifier of a call whose queries have examples of their own."""
     mask, modifier = options.get("mask"), options.get("modifier")
     mask = mask.mask if isinstance(mask, BlockTable) else mask
     mask = None if mask is None else as_mask(mask, where)
@@ -96,7 +96,7 @@ def of_tokens(where: str, cache, example, options):
 
 
 def slot_positions(cache) -> jax.Array:
-    """The position that each slot of the pool has in the examples that own it, `S`."""
+    """Gives the position of each slot of the pool in the examples that own it, `S`."""
     table, num_pages, page_size = cache.table, cache.num_pages, cache.page_size
     block = jnp.arange(table.shape[1], dtype=jnp.int32)[None]
     own = jnp.where(table >= 0, table, num_pages)

@@ -58,7 +58,7 @@ def write_pairs(array: jax.Array, rows: jax.Array, indices, axes) -> jax.Array:
 
 
 def run_slots(start, count, T: int, capacity: int) -> jax.Array:
-    """Where each of T tokens goes, …T; each beyond the count has a slot beyond the last."""
+    """Says where each of T tokens goes, …T; beyond the count, beyond the last slot."""
     step = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * start.ndim, T)
     slots = start[..., None] + step
     return jnp.where((step < count[..., None]) & (slots < capacity), slots, capacity + step)

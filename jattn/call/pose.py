@@ -110,7 +110,6 @@ def pose_mask(
         modifier_program,
         0.0,
         blocks,
-        named=in_words(mask),
         given=frozenset({"positions"} if any(are_given) else ()),
     )
     inputs: dict[str, Any] = dict.fromkeys(
@@ -126,6 +125,11 @@ def pose_mask(
         fits=fits,
     )
     return problem, operands
+
+
+def by_name(problem: Problem, mask) -> Problem:
+    """Adds the mask as it was given, for an implementation that takes masks by name."""
+    return dataclasses.replace(problem, named=in_words(mask))
 
 
 def check_sink(where: str, sink, sizes: Sizes) -> jax.Array | None:

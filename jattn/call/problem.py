@@ -42,6 +42,9 @@ class Problem:
     # How many examples the caller's batch has, if the slices of a `vmap` joined it: b
     # starts again at 0 after so many.
     examples: int | None = None
+    # Whether these keys are a part of those that the rows see: then derivatives are given
+    # the output, maximum and sum of all keys, and must not compute them from the part.
+    part: bool = False
 
     @property
     def wide(self) -> jnp.dtype:

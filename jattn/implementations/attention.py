@@ -31,10 +31,11 @@ from jattn.implementations.kernel import (
     Sums,
     check_cotangents,
     check_sums,
+    types_of_sums,
 )
 from jattn.operations.join import Joined, Leading
 from jattn.operations.mapped import cond_any
-from jattn.operations.operation import Operation, retype
+from jattn.operations.operation import Operation
 
 
 def _precise(method):
@@ -122,12 +123,7 @@ class Attention(Operation):
 
     def types(self, *types):
         """Gives the types of the outputs: BTND for the output, BTN for the two sums."""
-        B, N, T, _ = self.problem.sizes.BNTS
-        query, wide = types[0], self.problem.wide
-        spec = query.sharding.spec[:3]
-        # The outputs are divided among devices as the queries are.
-        output = retype(query, (B, T, N, self.problem.sizes.D), wide, (*spec, None))
-        return [output, *[retype(query, (B, T, N), wide, spec)] * 2]
+        return types_of_sums(self.problem, types[0])
 
     @_precise
     def fast(self, *leaves, spread):

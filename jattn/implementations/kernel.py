@@ -7,6 +7,7 @@ import chex
 import jax
 
 from jattn.call.problem import Operands, Problem
+from jattn.operations.operation import retype
 from jattn.state import State
 
 
@@ -104,6 +105,15 @@ class Kernel(Implementation):
         return None
 
 
+def types_of_sums(problem: Problem, query) -> list:
+    """Gives the types of `Sums`, placed on devices as a query of this type is."""
+    B, N, T, _ = problem.sizes.BNTS
+    spec = query.sharding.spec[:3]
+    rows = retype(query, (B, T, N), problem.wide, spec)
+    output = retype(query, (B, T, N, problem.sizes.D), problem.wide, (*spec, None))
+    return [output, rows, rows]
+
+
 def check_sums(problem: Problem, sums: Sums) -> Sums:
     """Asserts that the results of a forward pass have the shapes and dtype of `Sums`."""
     B, N, T, _ = problem.sizes.BNTS
@@ -115,12 +125,8 @@ def check_sums(problem: Problem, sums: Sums) -> Sums:
 
 def check_cotangents(operands: Operands, results: Operands) -> Operands:
     """Asserts that each cotangent has the shape of its operand."""
-    is_none = lambda x: x is None
-    for x, result in zip(
-        jax.tree.leaves(operands),
-        jax.tree.structure(operands).flatten_up_to(results),
-        strict=True,
-    ):
-        if not is_none(result):
+    leaves = jax.tree.structure(operands).flatten_up_to(results)
+    for x, result in zip(jax.tree.leaves(operands), leaves, strict=True):
+        if result is not None:
             chex.assert_equal_shape([x, result])
     return results

@@ -31,6 +31,11 @@ class _Derivative(Operation):
         """Gives twice as many as `operation`: its values and their derivatives."""
         return 2 * self.operation.elements
 
+    @property
+    def collective(self):
+        """As the operation."""
+        return self.operation.collective
+
     def on(self, platform):
         """Gives the derivative of the operation for the platform."""
         return dataclasses.replace(self, operation=self.operation.on(platform))

@@ -6,6 +6,7 @@ import math
 
 import jax
 from jax.interpreters import mlir
+from jax.sharding import AbstractMesh, use_abstract_mesh
 
 
 def lower(context, *arrays, operation, platform=None):
@@ -18,13 +19,22 @@ def lower(context, *arrays, operation, platform=None):
     platform = platform or (context.platforms or module.platforms)[0]
     operation = operation.on("export" if exported else platform)
     spread = _is_spread(module.axis_context)
+    fast = functools.partial(operation.fast, spread=spread)
+    if operation.collective:  # what computes in it is bound, and so lowered by itself
+        with use_abstract_mesh(context.avals_in[0].sharding.mesh):
+            return mlir.lower_fun(fast, multiple_results=True)(context, *arrays)
     if not spread:
         module = module.replace(axis_context=_alone(module.axis_context))
-    fast = functools.partial(operation.fast, spread=spread)
     # Inside, only shapes and dtypes matter, not how the arrays lie on a mesh.
-    plain = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
-    context = context.replace(avals_in=plain, module_context=module)
-    return mlir.lower_fun(fast, multiple_results=True)(context, *arrays)
+    with use_abstract_mesh(_NOWHERE):
+        plain = [jax.core.ShapedArray(x.shape, x.dtype) for x in context.avals_in]
+        context = context.replace(avals_in=plain, module_context=module)
+        return mlir.lower_fun(fast, multiple_results=True)(context, *arrays)
+
+
+# No mesh: an array that is made has the one at hand in its type, and an equation of a
+# user's function that was traced on another mesh would refuse it.
+_NOWHERE = AbstractMesh((), ())
 
 
 def _alone(axes):

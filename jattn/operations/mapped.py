@@ -49,6 +49,11 @@ class Mapped(Operation):
         return self.operation.names
 
     @property
+    def collective(self):
+        """As the operation."""
+        return self.operation.collective
+
+    @property
     def chunk(self):
         """Gives how many slices run at once: as many as fit in BUDGET, at least one."""
         if not isinstance(self.size, int):

@@ -64,6 +64,15 @@ class Operation:
         """Gives about how many elements it holds at once; 0 by default."""
         return 0
 
+    @property
+    def collective(self) -> bool:
+        """Whether its devices send each other arrays: no, unless said otherwise.
+
+        Then it is compiled with types that say over which mesh axes values differ, for
+        the transpose of what makes a value differ is a sum over devices.
+        """
+        return False
+
     def types(self, *types) -> list:
         """Gives the outputs' types, as `jax.typeof` does, from the arguments' types."""
         raise TypeError(f"{type(self).__name__} must define `types`")

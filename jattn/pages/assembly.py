@@ -11,7 +11,7 @@ import numpy as np
 
 from jattn.pages.document import Page, document
 from jattn.pages.keeping import Entries, entries_of, kept, threshold
-from jattn.pages.looks import cell_of, look
+from jattn.pages.looks import cell_of, look, with_mean
 from jattn.pages.packing import bytes_of, codes, packed, rounded, shares
 
 __all__ = ["SCRIPTS", "attending", "fitted", "summed"]
@@ -81,7 +81,7 @@ def summed(kind: str, facts: dict[str, Any], layers: list[np.ndarray]) -> Page:
         The page.
     """
     heads = [layer.shape[1] for layer in layers]
-    slots = np.concatenate([_with_mean(layer.T) for layer in layers])
+    slots = np.concatenate([with_mean(layer.T) for layer in layers])
     found, arrays = _by_slot(kind, slots)
     of = f"Received by {_length(facts)}," if kind == "received" else "Entropy of"
     title = facts["title"] or f"{of} {_size(heads)}"
@@ -179,10 +179,6 @@ def _by_slot(name: str, numbers: np.ndarray) -> tuple[dict, dict]:
 def _written(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> Page:
     where, numbers = packed(arrays)
     return document("heads.html", SCRIPTS, {**facts, "arrays": where}, numbers)
-
-
-def _with_mean(heads: np.ndarray) -> np.ndarray:
-    return np.concatenate([heads, heads.mean(axis=0, keepdims=True)])
 
 
 def _slots(heads: list[int]) -> int:

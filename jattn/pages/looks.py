@@ -66,13 +66,13 @@ def look(query, key, k: int, options) -> Look:
     # they are searched separately.
     average = strongest_keys(query, key, k, average=True, **options)
     both = lambda heads, mean: np.concatenate([heads, np.asarray(mean).reshape(1, -1, k)])
-    by_head = lambda x: _with_mean(np.asarray(x).reshape(-1, N).T)
+    by_head = lambda x: with_mean(np.asarray(x).reshape(-1, N).T)
     return Look(
         both(indices, average.indices),
         both(weights, average.weights),
         by_head(attention_received(query, key, **options)),
         by_head(attention_entropy(query, key, **options)),
-        _with_mean(pictures),
+        with_mean(pictures),
     )
 
 
@@ -99,5 +99,6 @@ def _pictures(query, key, options):
     return state.logsumexp, np.add.reduceat(sums, starts, axis=1) / counts[:, None]
 
 
-def _with_mean(heads: np.ndarray) -> np.ndarray:
+def with_mean(heads: np.ndarray) -> np.ndarray:
+    """Gives what each head has, and after the last head their mean."""
     return np.concatenate([heads, heads.mean(axis=0, keepdims=True)])

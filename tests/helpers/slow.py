@@ -4,8 +4,8 @@
     python -m tests.helpers.slow durations.txt --seconds 2
 
 A test that takes more seconds than that enters `tests/slow.txt`, and then runs where
-`pytest -m slow` asks for it. A file's quickest test stays, whatever it takes, and so do
-those of KEPT, which marks some of its tests itself.
+`pytest -m slow` asks for it. The quickest test of a file of tests stays, whatever it takes,
+and so do those of KEPT, which marks some of its tests itself.
 """
 
 import argparse
@@ -35,8 +35,9 @@ def slow(found: dict[str, float], seconds: float) -> list[str]:
     """Picks the tests that take longer, but for the quickest of each file."""
     quickest: dict[str, str] = {}
     for name in sorted(found, key=found.__getitem__, reverse=True):
-        quickest[name.partition("::")[0]] = name
-    kept = set(quickest.values())
+        if name.startswith("tests/"):
+            quickest[name.partition("::")[0]] = name
+    kept = {*quickest.values(), "README.md::README.md"}
     long = (x for x, took in found.items() if took > seconds and x not in kept)
     return sorted(x for x in long if not x.startswith(KEPT))
 

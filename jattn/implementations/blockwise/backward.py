@@ -68,6 +68,7 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     d_active = _zeros(layout, wanted)
     # These cotangents sum over many pairs, so the rounding error of δ would add up.
     felt = wanted.scale or bool(jax.tree.leaves(d_active))
+    felt = felt and not layout.problem.part  # whose tiles have a part of δ only
 
     def one_head(head, carry):
         d_query, *carry = carry

@@ -39,7 +39,7 @@ def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
     for name in ("mask", "modifier"):
         program, arrays = getattr(problem, name), getattr(operands, name)
         if program is not None:
-            found = locally(_joint, (program,), arrays, at)
+            found = hoisted(program, arrays, at)
             if len(found.arrays.aligned) > len(arrays.aligned):
                 parts[name] = found
     if not parts or not problem.sizes.are_known:
@@ -49,6 +49,11 @@ def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
     arrays = {name: found.arrays for name, found in parts.items()}
     problem = dataclasses.replace(problem, blocks=blocks, settled=True, **programs)
     return problem, operands._replace(kinds=jnp.asarray(kinds), **arrays)
+
+
+def hoisted(program: Program, arrays: Arrays, at: Index) -> "_Joint":
+    """The program of what joins both sides of a pair, and the arrays that it reads."""
+    return locally(_joint, (program,), arrays, at)
 
 
 @pytree("arrays", static=("program",))

@@ -1,0 +1,61 @@
+"""One state from those of many devices, each of its own keys.
+
+    top       = max over devices of logsumexp
+    share     = exp(logsumexp − top)
+    logsumexp = top + log Σ share
+    output    = Σ share · output / Σ share
+
+One maximum and two sums, D + 2 numbers for each query and head, whatever the number of
+keys. The maximum is a constant to derivatives: what it adds, the sums take away.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn.shapes import wide_dtype
+from jattn.state import State
+
+__all__ = ["merge_over"]
+
+
+def merge_over(state: State, axis) -> State:
+    """Combines the states that the devices of a mesh axis have of their own keys.
+
+    Inside `jax.shard_map`, for queries that all of the devices have and keys that lie on
+    many, such as a cache in shards:
+
+        part = attention_state(query, key, value, mask=…, key_position=axis_index * S)
+        whole = merge_over(part, "context")
+
+    Args:
+        state: This device's state.
+        axis: The name of the mesh axis, or several.
+
+    Returns:
+        The state of all keys, the same on every device: the output in the dtype of the
+        parts', the logsumexp in float32 at least. Each part was rounded to that dtype once;
+        the merging itself rounds nothing.
+    """
+    dtype = state.output.dtype
+    wide = wide_dtype(dtype)
+    # A maximum has no derivative across devices, and needs none.
+    top = lax.pmax(lax.stop_gradient(state.logsumexp), axis)
+    top = jnp.where(top == -jnp.inf, 0, top)
+    share = jnp.exp(state.logsumexp - top)
+    sums = share, share[..., None] * state.output.astype(wide)
+    total, output = lax.psum(sums, axis)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    return State((output / total[..., None]).astype(dtype), logsumexp)
+
+
+def varying(arrays, axes: frozenset[str]) -> list[jax.Array]:
+    """Makes arrays vary over these axes and over all that any of them varies over."""
+    own = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = axes.union(*own)
+    return [
+        lax.pcast(x, tuple(union - mine), to="varying") if union - mine else x
+        for x, mine in zip(arrays, own, strict=True)
+    ]

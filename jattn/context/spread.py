@@ -1,0 +1,132 @@
+"""An operation whose keys lie on many devices: what ring and gather have in common.
+
+The whole is the merge of the parts, and each derivative of the whole is the sum over parts
+of the part's own rule, given the output, maximum and sum of the whole. So an operation
+around the one that exists serves every implementation, and needs no kernel of its own:
+
+    forward      keys come by, and parts merge                    keys travel
+    tangents     JAX's of the forward pass, part by part           and their tangents
+    cotangents   keys come by again, each part by its own rule     and their cotangents
+    further      JAX's of a plain loop over parts
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn.context.merge import varying
+from jattn.context.ways import CUT
+from jattn.implementations.kernel import Sums
+from jattn.operations.operation import Operation
+
+__all__ = ["Spread", "empty", "finish", "join"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread(Operation):
+    """Attention of this device's queries to the keys of all devices of a mesh axis.
+
+    Attributes:
+        inner: The operation for some of the keys, as many as a device has.
+        axis: The mesh axis.
+        devices: How many it has.
+        ways: What each argument does: see `ways`.
+    """
+
+    inner: Any
+    axis: tuple[str, ...]
+    devices: int
+    ways: tuple
+
+    @property
+    def outputs(self):
+        """Asks the operation on each part."""
+        return self.inner.outputs
+
+    @property
+    def linear_in(self):
+        """Asks the operation on each part."""
+        return self.inner.linear_in
+
+    @property
+    def names(self):
+        """Asks the operation on each part."""
+        return self.inner.names
+
+    @property
+    def elements(self):
+        """Asks the operation on each part."""
+        return self.inner.elements
+
+    @property
+    def collective(self):
+        """Says that the devices send each other keys."""
+        return True
+
+    @property
+    def wide(self):
+        """Gives the precision of sums."""
+        return self.inner.problem.wide
+
+    @property
+    def columns(self) -> int:
+        """Counts the keys of a device."""
+        return self.inner.problem.sizes.S
+
+    def types(self, *types):
+        """Asks the operation on each part."""
+        return self.inner.types(*types)
+
+    def alike(self, arrays, like=()) -> list[jax.Array]:
+        """Makes the arrays vary over the axis and over all that any of them varies over."""
+        return varying([*arrays, *like], frozenset(self.axis))[: len(arrays)]
+
+    def travelling(self, arrays) -> list[jax.Array]:
+        """Picks the arrays that travel."""
+        pairs = zip(arrays, self.ways, strict=True)
+        return [x for x, way in pairs if isinstance(way, int)]
+
+    def at(self, arrays, travelling, source) -> list[jax.Array]:
+        """Gives the arguments for the keys at hand, which are of the device `source`."""
+        travelling = iter(travelling)
+        found = []
+        for x, way in zip(arrays, self.ways, strict=True):
+            if isinstance(way, int):
+                x = next(travelling)
+            elif way == CUT:
+                x = lax.dynamic_slice_in_dim(x, source * self.columns, self.columns, 3)
+            found.append(x)
+        return found
+
+
+def empty(sums: Sums) -> Sums:
+    """Gives sums over no key yet, of the shapes and types of these."""
+    top = jnp.full(sums.top.shape, jnp.finfo(sums.top.dtype).min, sums.top.dtype)
+    output, total = (jnp.zeros(x.shape, x.dtype) for x in (sums.output, sums.total))
+    return Sums(output, top, total)
+
+
+def join(so_far: Sums, part: Sums) -> Sums:
+    """Adds a part; the output is a sum, not divided by the total yet.
+
+        top = max(a.top, b.top)      total = Σ total · exp(own top − top), likewise output
+
+    Neither part is rounded to the dtype of the inputs: only the end is.
+    """
+    least = jnp.finfo(part.top.dtype).min
+    own = lax.stop_gradient(jnp.where(part.total == 0, least, part.top))
+    top = jnp.maximum(so_far.top, own)
+    before, share = jnp.exp(so_far.top - top), part.total * jnp.exp(own - top)
+    total = so_far.total * before + share
+    output = so_far.output * before[..., None] + share[..., None] * part.output
+    return Sums(output, top, total)
+
+
+def finish(sums: Sums) -> Sums:
+    """Divides by the total: the sums of all keys, 0 where there was none."""
+    nothing = sums.total == 0
+    output = sums.output / jnp.where(nothing, 1, sums.total)[..., None]
+    return Sums(output, jnp.where(nothing, 0, sums.top), sums.total)

@@ -1,0 +1,80 @@
+"""A ring compiled for TPUs that are not there: each transfer has a kernel beside it."""
+
+import importlib.util
+import os
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jattn
+from jattn import Context, masks
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="needs libtpu: pip install 'jax[tpu]'",
+    ),
+    pytest.mark.xdist_group("libtpu"),
+]
+STARTS = r"\s*(?:ROOT )?(%\S+) = .* collective-permute-start\("
+DONE = r" collective-permute-done\((?:\([^)]*\) )?(%\S+?)[),]"
+
+
+def chips():
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_LOG_DIR": "disabled",
+    }.items():
+        os.environ.setdefault(variable, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
+    return Mesh(np.array(described.devices).reshape(-1), ("x",))
+
+
+def transfers(program):
+    """Of each transfer: how many numbers it sends, and whether a kernel runs meanwhile."""
+    lines, started, found = program.as_text().splitlines(), {}, []
+    for i, line in enumerate(lines):
+        if match := re.match(STARTS, line):
+            started[match[1]] = i
+        elif match := re.search(DONE, line):
+            between = lines[started[match[1]] + 1 : i]
+            size = re.search(r"= \w+\[([\d,]*)\]", line)[1]
+            beside = any("tpu_custom_call" in x for x in between)
+            found.append((np.prod([int(x) for x in size.split(",")]), beside))
+    return found
+
+
+@pytest.mark.parametrize("derivative", [False, True])
+def test_each_transfer_has_a_kernel_beside_it(derivative):
+    mesh = chips()
+    place = NamedSharding(mesh, P(None, "x"))
+    arrays = [
+        jax.ShapeDtypeStruct((1, 16384, heads, 128), jnp.bfloat16, sharding=place)
+        for heads in (8, 2, 2)
+    ]
+    context = Context("x", strategy="ring", mesh=mesh)
+
+    def loss(*inputs):
+        output = jattn.attention(*inputs, mask=masks.Causal(), context=context)
+        return jnp.sum(output.astype(jnp.float32) ** 2)
+
+    call = jax.grad(loss, (0, 1, 2)) if derivative else loss
+    program = jax.jit(call).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
+    sent = [beside for size, beside in transfers(program) if size == 1024 * 2 * 128]
+    # Going backward the last hop takes cotangents home, when all work is done.
+    assert sent.count(True) == (6 if derivative else 2)
+    assert sent.count(False) == (2 if derivative else 0)
