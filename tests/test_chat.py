@@ -38,6 +38,11 @@ def params():
 
 
 @functools.cache
+def one_by_one():
+    return {**params(), "layers": model.listed(params()["layers"])}
+
+
+@functools.cache
 def prompts():
     random = np.random.default_rng(1)
     return [random.integers(32, size=size).tolist() for size in (5, 11, 3)]
@@ -67,7 +72,7 @@ def written_alone(prompt, most=MOST, ends=frozenset()):
 
 def writer(size=3, drawing=None, page=4, kv=None, pages=None, dtype="float32"):
     kv = layers.empty(TINY, size, 32, dtype, page=page, pages=pages) if kv is None else kv
-    return writing.Writer(params(), TINY, kv, drawing or Sampling(), piece=4)
+    return writing.Writer(one_by_one(), TINY, kv, drawing or Sampling(), piece=4)
 
 
 def test_logits_are_as_stored():

@@ -9,7 +9,7 @@ import contextlib
 import sys
 from typing import Any
 
-from examples.chat.options import check, parser
+from examples.chat.options import check, keep_programs, parser
 from examples.chat.refusal import Refusal
 
 
@@ -31,16 +31,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def loaded(arguments: argparse.Namespace):
-    """The weights and the tokenizer that were asked for."""
+    """Gives the weights and the tokenizer that were asked for."""
     from examples.chat import weights
     from examples.chat.tokens import Tokenizer
 
+    keep_programs(arguments.programs)
     model = weights.load(weights.find(arguments.weights), arguments.dtype)
     return model, Tokenizer(model.metadata)
 
 
 def cache_dtype(arguments: argparse.Namespace) -> Any:
-    """The dtype of keys and values: that of the weights, unless they are rounded."""
+    """Gives the dtype of keys and values: that of the weights, unless they are rounded."""
     return "int8" if arguments.cache == "int8" else arguments.dtype
 
 
@@ -64,7 +65,7 @@ def talk(arguments: argparse.Namespace) -> int:
 
 
 def made_writer(arguments: argparse.Namespace, model, batch: int):
-    """A writer with an empty cache for so many texts."""
+    """Makes a writer with an empty cache for so many texts."""
     from examples.chat import layers
     from examples.chat.sampling import Sampling
     from examples.chat.writing import Writer
@@ -79,7 +80,7 @@ def made_writer(arguments: argparse.Namespace, model, batch: int):
 
 
 def answer(conversation, words: str) -> bool:
-    """Prints an answer as it comes; whether Ctrl-C stopped it."""
+    """Prints an answer as it comes, and says whether Ctrl-C stopped it."""
     from examples.chat.conversation import Interrupted
 
     with Interrupted() as stopped:

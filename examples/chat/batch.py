@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Makes the options of the command."""
     made = empty_parser("python -m examples.chat.batch", __doc__)
     made.add_argument("prompts", help="a file with a prompt in each line")
     made.add_argument(
@@ -95,7 +95,7 @@ def save(server, requests, tokenizer, prompts, out: pathlib.Path) -> None:
 
 
 def made_writer(arguments: argparse.Namespace, model):
-    """A writer over a pool of pages."""
+    """Makes a writer over a pool of pages."""
     from examples.chat import layers
     from examples.chat.sampling import Sampling
     from examples.chat.writing import Writer
@@ -109,7 +109,7 @@ def made_writer(arguments: argparse.Namespace, model):
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a file that are not empty."""
+    """Reads the lines of a file that are not empty."""
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -118,7 +118,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def answered(out: pathlib.Path, prompts: list[str]) -> set[int]:
-    """The numbers of the prompts that have an answer; half a line at the end is removed.
+    """Gives the numbers of prompts with an answer, and removes half a line at the end.
 
     Raises:
         Refusal: If the file holds something else, or answers to other prompts.

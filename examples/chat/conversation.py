@@ -78,7 +78,7 @@ class Conversation:
             self._tell(len(self.tokens) - before, self.writer.calls - calls, *times)
 
     def _take_in(self, words: str) -> int:
-        """Adds a turn of the user; how many tokens the answer may have."""
+        """Adds a turn of the user, and says how many tokens the answer may have."""
         said = {"role": "user", "content": self.tokenizer.without_signs(words)}
         text = self.tokenizer.write([*self.messages, said])
         if not text.startswith(self.text):  # a template that writes old turns differently
@@ -93,7 +93,7 @@ class Conversation:
         return min(self.most, room)
 
     def _room(self, length: int) -> int:
-        """How many tokens an answer may have after so many tokens."""
+        """Says how many tokens an answer may have after so many tokens."""
         if self.capacity is None:
             return self.most
         if length > self.capacity:
@@ -104,7 +104,7 @@ class Conversation:
         return self.capacity + 1 - length  # the last token of an answer is not stored
 
     def _answer(self, most: int, stopped: Callable) -> Iterator[int]:
-        """The tokens of an answer; `unread` says at each which are not in the cache."""
+        """Gives an answer's tokens; `unread` says at each which are not in the cache."""
         unread, ends = self.tokens[-self.unread :], self.tokenizer.ends
         if self.writer.batch > 1:
             yield from self._best(unread, most, stopped)
@@ -121,7 +121,7 @@ class Conversation:
                 yield int(step.tokens[0])
 
     def _best(self, unread: list[int], most: int, stopped: Callable) -> Iterator[int]:
-        """The likeliest of several answers."""
+        """Gives the likeliest of several answers."""
         ends = self.tokenizer.ends
         found = several.continuations(self.writer, unread, ends, most, stopped)
         # The best answer is read again with the next question: the first example keeps the
@@ -147,13 +147,16 @@ class Conversation:
             self.text += self.tokenizer.spelling[stream.tokens[-1]]
 
     def _tell(self, count: int, calls: int, first: float, seconds: float) -> None:
+        self.report = f"{count} tokens in {calls} calls of the model"
+        if self.writer.batch > 1:  # all answers were written before the best was given
+            self.report += f", for the best of {self.writer.batch} in {seconds:.1f} s"
+            return
         speed = (count - 1) / (seconds - first) if count > 1 and seconds > first else 0.0
-        self.report = f"{count} tokens in {calls} calls of the model, "
-        self.report += f"{speed:.1f} a second, the first after {first:.1f} s"
+        self.report += f", {speed:.1f} a second, the first after {first:.1f} s"
 
 
 class Interrupted:
-    """While it is entered, Ctrl-C is noted and stops nothing by itself.
+    """A context in which Ctrl-C is noted and stops nothing by itself.
 
     A cache is used up by the call that extends it, so no call may be torn.
     """
@@ -169,7 +172,7 @@ class Interrupted:
         signal.signal(signal.SIGINT, self._before)
 
     def __call__(self) -> bool:
-        """Whether Ctrl-C was pressed."""
+        """Says whether Ctrl-C was pressed."""
         return self.noted
 
     def _note(self, *_):

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 import jattn
 from examples.chat import layers, model
@@ -40,14 +41,14 @@ class Tree(NamedTuple):
     parents: list[int]  # the number of a node; −1 for the root's
 
     def depths(self) -> list[int]:
-        """How many ancestors each node has."""
+        """Says how many ancestors each node has."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
         return depths
 
     def ancestors(self) -> np.ndarray:
-        """Which nodes each node sees, itself and its ancestors: `TT`."""
+        """Says which nodes each node sees, itself and its ancestors: `TT`."""
         seen = np.eye(len(self.tokens), dtype=bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
@@ -96,8 +97,7 @@ def _grow(tree: Tree, branch: Iterable[int], most: int) -> None:
         node = found[0] if found else len(tree.tokens) - 1
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "sampling"), donate_argnames=("kv",))
-def verify(params, kv, tokens, parents, depth, seen, rng, *, sizes, sampling):
+def verify(params, kv, tokens, parents, depth, seen, rng, *, sizes: Sizes, sampling):
     """Draws a token at each node, and appends the path of right guesses to the cache.
 
     Args:
@@ -115,15 +115,24 @@ def verify(params, kv, tokens, parents, depth, seen, rng, *, sizes, sampling):
         The tokens that were drawn at the nodes `T`, the numbers of the nodes on the path in
         order `T`, how many these are, and the cache.
     """
-    T = tokens.size
+    alone = {name: params[name] for name in ("embedding", "norm")}
+    x, made, turn, position = _begin(alone, sizes, kv, tokens, depth)
+    attend = Partial(_attend, sizes, seen)
+    x, (kv, made) = model.through(params["layers"], sizes, x, (kv, made), turn, attend)
+    return _end(alone, sizes, kv, x, made, tokens, parents, position, rng, sampling)
+
+
+@jax.jit
+def _begin(params, sizes: Sizes, kv, tokens, depth):
     position = layers.lengths(kv, sizes) + depth
-    made = jnp.zeros((2, sizes.layers, T, sizes.kv_heads, sizes.head_size))
-    made = made.astype(params["embedding"].dtype)
-    attend = _attending(sizes, seen)
-    x, (_, made) = model.hidden(
-        params, sizes, tokens[None], position[None], (kv, made), attend
-    )
-    logits = model.logits(params, x)[0]
+    x, turn = model.begin(params, sizes, tokens[None], position[None])
+    shape = 2, sizes.layers, tokens.size, sizes.kv_heads, sizes.head_size
+    return x, jnp.zeros(shape, x.dtype), turn, position
+
+
+@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnames=("kv",))
+def _end(params, sizes, kv, x, made, tokens, parents, position, rng, sampling):
+    logits = model.logits(params, model.norm(x[0], params["norm"], sizes.epsilon))
     drawing = jax.vmap(lambda logits, place: draw(logits, rng, place, sampling)[0])
     drawn = drawing(logits, position + 1)
     right = _right(tokens, parents, drawn)
@@ -132,24 +141,20 @@ def verify(params, kv, tokens, parents, depth, seen, rng, *, sizes, sampling):
     return drawn, path, count, kv.append(key, value, count=count)
 
 
-def _attending(sizes: Sizes, seen) -> model.Attend:
+def _attend(sizes: Sizes, seen, carry, layer, query, key, value):
     """Attends to the cache and to the tree, and keeps the tree's keys and values."""
-
-    def attend(carry, layer, query, key, value):
-        kv, made = carry
-        zero = jnp.zeros((), jnp.int32)
-        past, _ = layers.of_layer(kv, sizes, layer, zero, 1)
-        tree = jattn.attention_state(query, key, value, mask=seen)
-        output = jattn.merge(past.attend_state(query), tree).output
-        new = jnp.concatenate([key, value])[:, None]  # 2, one layer, T, K, H
-        made = jax.lax.dynamic_update_slice(made, new, (zero, layer, zero, zero, zero))
-        return output, (kv, made)
-
-    return attend
+    kv, made = carry
+    zero = jnp.zeros((), jnp.int32)
+    past, _ = layers.of_layer(kv, sizes, layer, zero, 1)
+    tree = jattn.attention_state(query, key, value, mask=seen)
+    output = jattn.merge(past.attend_state(query), tree).output
+    new = jnp.concatenate([key, value])[:, None]  # 2, one layer, T, K, H
+    made = jax.lax.dynamic_update_slice(made, new, (zero, layer, zero, zero, zero))
+    return output, (kv, made)
 
 
 def _right(tokens, parents, drawn) -> jax.Array:
-    """Which nodes are on the path: the root, and each that its right parent has drawn."""
+    """Says which nodes are on the path: the root, and what a right parent has drawn."""
     right = [jnp.ones((), bool)]
     for node in range(1, tokens.size):  # a few, and each after its parent
         parent = parents[node]
@@ -196,7 +201,7 @@ def write(
 
 
 def verified(writer: Writer, tree: Tree, rng, size: int) -> list[int]:
-    """Calls the model once; what it draws along the path of right guesses."""
+    """Calls the model once, and gives what it draws along the path of right guesses."""
     nodes, more = len(tree.tokens), size + 1 - len(tree.tokens)
     alone = list(range(nodes, size + 1))  # no nodes: their own parents, and right for none
     seen = np.eye(size + 1, dtype=bool)

@@ -1,4 +1,4 @@
-"""One cache for all layers, in the carry of the scan over them.
+"""One cache for all layers, which each of them reads and changes in its turn.
 
 A cache of each layer in a stack would be cut out and put back at each step, which takes the
 time of its capacity. So all layers share one paged cache, in which **each layer of each
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from examples.chat.model import Attend, Sizes
 from jattn import caches
@@ -59,19 +60,19 @@ def rolling(
 
 
 def lengths(kv, sizes: Sizes) -> jax.Array:
-    """How many tokens each example has, `B`: as many in the first layer as in all."""
+    """Says how many tokens each example has, `B`: as many in the first layer as in all."""
     return kv.length.reshape(sizes.layers, -1)[0]
 
 
 def of_all(kv, sizes: Sizes, examples) -> jax.Array:
-    """The numbers that examples have in the paged cache, all layers of them."""
+    """Gives the numbers that examples have in the paged cache, all layers of them."""
     B = kv.batch[0] // sizes.layers
     layer = jnp.arange(sizes.layers, dtype=jnp.int32)[:, None]
     return (layer * B + jnp.atleast_1d(jnp.asarray(examples, jnp.int32))[None]).reshape(-1)
 
 
 def reserved(kv, sizes: Sizes, first, count):
-    """The cache with pages for `count` more tokens of the examples from `first` on."""
+    """Gives the cache with pages for `count` more tokens of examples from `first` on."""
     if isinstance(kv, RollingCache):
         return kv
     more = jnp.zeros((sizes.layers, kv.batch[0] // sizes.layers), jnp.int32)
@@ -83,28 +84,27 @@ def reserved(kv, sizes: Sizes, first, count):
 
 def extending(sizes: Sizes, first, count) -> Attend:
     """Attends to a layer's tokens after `count` more of the examples from `first` on."""
+    return Partial(_extend, sizes, first, count)
 
-    def attend(kv, layer, query, key, value):
-        kind = _in_pages if isinstance(kv, PagedCache) else _in_stack
-        return kind(kv, layer, query, key, value)
 
-    def _in_pages(kv, layer, query, key, value):
-        one, row = of_layer(kv, sizes, layer, first, query.shape[0])
-        output, one = one.extend(query, key, value, count=count, mask=Causal())
-        length = jax.lax.dynamic_update_slice_in_dim(kv.length, one.length, row, 0)
-        return output, dataclasses.replace(kv, store=one.store, length=length)
+def _extend(sizes: Sizes, first, count, kv, layer, query, key, value):
+    if isinstance(kv, RollingCache):
+        return _in_stack(count, kv, layer, query, key, value)
+    one, row = of_layer(kv, sizes, layer, first, query.shape[0])
+    output, one = one.extend(query, key, value, count=count, mask=Causal())
+    length = jax.lax.dynamic_update_slice_in_dim(kv.length, one.length, row, 0)
+    return output, dataclasses.replace(kv, store=one.store, length=length)
 
-    def _in_stack(kv, layer, query, key, value):
-        one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, False), kv)
-        output, one = one.extend(query, key, value, count=count)
-        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, layer, 0)
-        return output, jax.tree.map(put, kv, one)
 
-    return attend
+def _in_stack(count, kv, layer, query, key, value):
+    one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, False), kv)
+    output, one = one.extend(query, key, value, count=count)
+    put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, layer, 0)
+    return output, jax.tree.map(put, kv, one)
 
 
 def of_layer(kv: PagedCache, sizes: Sizes, layer, first, batch: int):
-    """The cache as one layer of some examples sees it, and the first row that it has.
+    """Gives the cache as one layer of some examples sees it, and the first row it has.
 
     Its pages were reserved, so appending to it takes none.
     """

@@ -3,6 +3,8 @@
 import argparse
 import importlib.util
 import math
+import os
+import pathlib
 from collections.abc import Iterable
 
 from examples.chat.refusal import Refusal
@@ -11,7 +13,7 @@ NEEDED = ("gguf", "tokenizers", "jinja2")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Makes the options of the command."""
     made = empty_parser("python -m examples.chat", description)
     made.add_argument("question", nargs="*", help="what to answer; each in quotes")
     add_options(made, MODEL + TALKING)
@@ -19,7 +21,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def empty_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser without options, with the defaults in its help."""
+    """Makes a parser without options, with the defaults in its help."""
     return argparse.ArgumentParser(
         prog=name,
         description=description,
@@ -61,23 +63,38 @@ def check_installed(names: Iterable[str]) -> None:
         raise Refusal(f"{', '.join(missing)} missing; pip install '.[chat]'.")
 
 
+def keep_programs(folder: str | None) -> None:
+    """Lets JAX keep what it compiles in a folder, so that the next start need not wait.
+
+    The environment variable `JAX_COMPILATION_CACHE_DIR` goes before the default.
+    """
+    import jax
+
+    if folder is None and jax.config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = folder or str(pathlib.Path(home) / "jattn" / "programs")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def whole(text: str) -> int:
-    """A whole number above 0."""
+    """Reads a whole number above 0."""
     return _number(int, text, lambda x: x >= 1, "a whole number above 0")
 
 
 def count(text: str) -> int:
-    """A whole number from 0 on."""
+    """Reads a whole number from 0 on."""
     return _number(int, text, lambda x: x >= 0, "a whole number from 0 on")
 
 
 def positive(text: str) -> float:
-    """A number from 0 on."""
+    """Reads a number from 0 on."""
     return _number(float, text, lambda x: 0 <= x < math.inf, "a number from 0 on")
 
 
 def share(text: str) -> float:
-    """A number above 0 and up to 1."""
+    """Reads a number above 0 and up to 1."""
     return _number(float, text, lambda x: 0 < x <= 1, "a number above 0 and up to 1")
 
 
@@ -108,4 +125,5 @@ MODEL = (
     ("--seed", count, "N", 0, "decides what is drawn"),
     ("--length", whole, "N", 256, "tokens of an answer at most"),
     ("--piece", whole, "N", 64, "tokens of a prompt that are read at once"),
+    ("--programs", str, "FOLDER", None, "where compiled programs are kept; else ~/.cache"),
 )

@@ -43,7 +43,7 @@ def draw(logits, rng, position, sampling: Sampling) -> tuple[jax.Array, jax.Arra
 
 
 def least(logits, top_p: float) -> jax.Array:
-    """The smallest logit among the likeliest that have the probability `top_p` together.
+    """Finds the smallest logit of the likeliest, of probability `top_p` together.
 
     Holtzman et al., 2020, arXiv:1904.09751.
     """

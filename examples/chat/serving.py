@@ -40,7 +40,7 @@ class Server:
         self.pages = writer.kv.num_pages // writer.sizes.layers  # of each layer
 
     def pages_for(self, prompt: list[int]) -> int:
-        """How many pages of each layer a request needs; the last token is not stored."""
+        """Says how many pages of each layer a request needs; its last token is not stored."""
         return -(-(len(prompt) + self.most - 1) // self.writer.kv.page_size)
 
     def check(self, prompts: Iterable[list[int]]) -> None:
@@ -111,7 +111,7 @@ class Server:
         return len(request.answer) >= self.most or request.answer[-1] in self.ends
 
     def _leaving(self) -> list[Request]:
-        """The requests that have ended; their examples and pages are free again."""
+        """Frees examples and pages of the requests that have ended, and gives these."""
         over = [r is not None and bool(r.answer) and self._ended(r) for r in self.slots]
         if not any(over):
             return []

@@ -55,7 +55,7 @@ def share(writer: Writer, source: int, targets: Iterable[int]) -> None:
 
 
 def _collected(steps: Iterable[Drawn]) -> list[tuple[list[int], list[float]]]:
-    """The tokens of each text until it ended, and the logarithms of their probabilities."""
+    """Collects each text's tokens until it ended, and their logarithmic probabilities."""
     texts: list[tuple[list[int], list[float]]] = []
     for step in steps:
         texts = texts or [([], []) for _ in step.tokens]

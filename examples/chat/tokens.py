@@ -52,19 +52,19 @@ class Tokenizer:
         return ImmutableSandboxedEnvironment().from_string(self._template)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, in which a sign such as <|im_end|> is one token."""
+        """Gives the tokens of a text, in which a sign such as <|im_end|> is one token."""
         return self._encoding.encode(text).ids
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens, without signs."""
+        """Gives the text of tokens, without signs."""
         return self._encoding.decode(list(tokens))
 
     def write(self, messages: list[dict[str, str]], answer: bool = True) -> str:
-        """A conversation as one text; with `answer`, up to where the model answers."""
+        """Writes a conversation as one text; with `answer`, up to where the model answers."""
         return self._page.render(messages=messages, add_generation_prompt=answer)
 
     def without_signs(self, text: str) -> str:
-        """What a user typed, with signs taken out, so that nobody can fake a turn."""
+        """Takes signs out of what a user typed, so that nobody can fake a turn."""
         before = None
         while before != text:  # taking one out may leave another: "<|im_<|im_end|>end|>"
             before = text
@@ -73,13 +73,13 @@ class Tokenizer:
         return text
 
     def question(self, text: str) -> list[int]:
-        """The tokens of a conversation that begins with a question."""
+        """Gives the tokens of a conversation that begins with a question."""
         asked = [{"role": "user", "content": self.without_signs(text)}]
         return self.encode(self.write(asked))
 
 
 class Streamed:
-    """The text of tokens that come one by one; a letter of several tokens comes whole."""
+    """A text whose tokens come one by one; a letter of several tokens comes whole."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokens: list[int] = []
@@ -87,7 +87,7 @@ class Streamed:
         self._tokenizer = tokenizer
 
     def add(self, token: int) -> str:
-        """What the token adds to the text that can be shown."""
+        """Gives what the token adds to the text that can be shown."""
         self.tokens.append(token)
         text = self._tokenizer.decode(self.tokens)
         if text.endswith("�"):  # the first bytes of a letter

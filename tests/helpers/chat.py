@@ -40,7 +40,7 @@ NAMES = {
 
 
 def tiny_weights(sizes: Sizes = TINY) -> dict:
-    """Random weights, the same everywhere; attention is neither flat nor sharp."""
+    """Draws weights, the same everywhere; attention is neither flat nor sharp."""
     random = np.random.default_rng(0)
 
     def draw(shape):
@@ -51,7 +51,7 @@ def tiny_weights(sizes: Sizes = TINY) -> dict:
 
 
 def reference(sizes: Sizes, weights: dict, tokens) -> np.ndarray:
-    """The logits by numpy in float64, one token and one head at a time."""
+    """Computes the logits by numpy in float64, one token and one head at a time."""
     wide = jax.tree.map(np.float64, weights)
     H, group = sizes.head_size, sizes.heads // sizes.kv_heads
     norm = lambda x, weight: (
@@ -83,7 +83,7 @@ def reference(sizes: Sizes, weights: dict, tokens) -> np.ndarray:
 
 
 def llama(sizes: Sizes, weights: dict):
-    """The same model in torch."""
+    """Makes the same model in torch."""
     import torch
     import transformers
 
@@ -115,7 +115,7 @@ def llama(sizes: Sizes, weights: dict):
 
 
 def real_llama(path: pathlib.Path):
-    """The model of a GGUF file in torch, read by transformers itself."""
+    """Reads the model of a GGUF file in torch, by transformers itself."""
     import torch
     import transformers
 
@@ -125,7 +125,7 @@ def real_llama(path: pathlib.Path):
 
 
 def logits(model, tokens) -> np.ndarray:
-    """The logits after each token, by torch."""
+    """Computes the logits after each token, by torch."""
     import torch
 
     with torch.no_grad():
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def tiny() -> list[list[float]]:
-    """Some logits of the tiny model."""
+    """Computes some logits of the tiny model."""
     rows = reference(TINY, tiny_weights(), TINY_TOKENS)[[0, 5, 11], :8]
     return [[round(float(x), 5) for x in row] for row in rows]
 
