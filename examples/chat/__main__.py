@@ -6,6 +6,7 @@ one it is a conversation: /reset begins a new one, Ctrl-C stops an answer, Ctrl-
 
 import argparse
 import contextlib
+import pathlib
 import sys
 from typing import Any
 
@@ -47,8 +48,11 @@ def cache_dtype(arguments: argparse.Namespace) -> Any:
 
 def talk(arguments: argparse.Namespace) -> int:
     """Answers what was asked, or converses."""
+    from examples.chat import look
     from examples.chat.conversation import Conversation
 
+    if arguments.look:
+        look.check(arguments.look)
     model, tokenizer = loaded(arguments)
     if len(arguments.question) > 1:
         return answer_all(arguments, model, tokenizer)
@@ -59,9 +63,25 @@ def talk(arguments: argparse.Namespace) -> int:
         capacity=None if arguments.window else arguments.capacity,
         draft=arguments.draft,
     )
-    if arguments.question:
-        return 130 if answer(conversation, arguments.question[0]) else 0
-    return converse(conversation)
+    if not arguments.question:
+        return converse(conversation)
+    stopped = answer(conversation, arguments.question[0])
+    if arguments.look:
+        save_page(arguments.look, conversation, model)
+    return 130 if stopped else 0
+
+
+def save_page(path: str, conversation, model) -> None:
+    """Writes what every head attends to, over the question and the answer."""
+    from examples.chat import look
+
+    of_model = model.params, model.sizes
+    title = conversation.messages[0]["content"]
+    title = title if len(title) <= 60 else f"{title[:59]}…"
+    made = look.page_of(*of_model, conversation.tokenizer, conversation.tokens, title)
+    made.save(path)
+    megabytes = pathlib.Path(path).stat().st_size / 1e6
+    print(f"{path}: {len(conversation.tokens)} tokens, {megabytes:.1f} MB", file=sys.stderr)
 
 
 def made_writer(arguments: argparse.Namespace, model, batch: int):

