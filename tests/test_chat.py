@@ -11,12 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.chat import batch, drafts, layers, model, sampling, several, weights, writing
+import jattn
+from examples.chat import (
+    batch,
+    devices,
+    drafts,
+    gguf_file,
+    heads,
+    layers,
+    look,
+    model,
+    sampling,
+    several,
+    weights,
+    writing,
+)
 from examples.chat.__main__ import main
 from examples.chat.conversation import Conversation, Interrupted
 from examples.chat.refusal import Refusal
 from examples.chat.sampling import Sampling
 from examples.chat.serving import Request, Server
+from jattn.masks import Causal
 from tests.helpers import chat
 
 TINY, STORED = chat.TINY, json.loads(chat.STORED.read_text())
@@ -39,7 +54,8 @@ def params():
 
 @functools.cache
 def one_by_one():
-    return {**params(), "layers": model.listed(params()["layers"])}
+    layer = lambda i: jax.tree.map(lambda x: x[i], params()["layers"])
+    return {**params(), "layers": [layer(i) for i in range(TINY.layers)]}
 
 
 @functools.cache
@@ -82,6 +98,7 @@ def test_logits_are_as_stored():
 
 
 @needs_torch
+@pytest.mark.slow
 def test_logits_are_those_of_transformers_with_the_same_random_weights():
     theirs = chat.logits(chat.llama(TINY, chat.tiny_weights()), chat.TINY_TOKENS)
     ours = _whole()(params(), jnp.asarray([chat.TINY_TOKENS + [0] * 20], jnp.int32))
@@ -99,6 +116,7 @@ def test_the_length_of_a_piece_changes_no_word():
     assert answer == [written_alone(prompts()[1])]
 
 
+@pytest.mark.slow
 def test_a_window_that_holds_all_changes_no_word():
     kv = layers.rolling(TINY, 1, 32, 2)
     answer = several.answers(writer(kv=kv), prompts()[1:2], set(), MOST)
@@ -188,6 +206,40 @@ def test_top_p_draws_only_from_the_likeliest():
     assert set(drawn(1.0)(rngs).tolist()) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_words_on_several_devices_are_those_of_one(number):
+    on = devices.mesh(number)
+    w = writer(1)
+    w.params = devices.spread_weights(w.params, TINY, on)
+    w.kv = devices.spread_cache(w.kv, TINY, on)
+    (answer,) = several.answers(w, prompts()[1:2], set(), MOST)
+    assert answer == [*written_alone(prompts()[1])]
+    gate, keys = w.params["layers"][0]["gate"], w.kv.store.keys
+    assert gate.addressable_shards[0].data.shape == (24 // number, 16)
+    # 2 key heads: one for each of two devices, but both on each of three
+    assert keys.addressable_shards[0].data.shape[1] == (1 if number == 2 else 2)
+
+
+def test_more_devices_than_there_are_are_refused():
+    with pytest.raises(Refusal, match="--devices 99: there are 8; ask for no more"):
+        devices.mesh(99)
+
+
+def test_a_look_shows_the_weights_of_every_head():
+    expected = np.zeros((2, 4, 12, 12))
+    chat.reference(TINY, chat.tiny_weights(), chat.TINY_TOKENS, expected)
+    queries, keys = look.queries_keys(params(), TINY, chat.TINY_TOKENS)
+    looks = jax.vmap(lambda *pair: jattn.attention_weights(*pair, mask=Causal()))
+    np.testing.assert_allclose(looks(queries, keys), expected, atol=1e-4)
+
+
+def test_a_page_is_refused_where_it_cannot_be_written(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing" / "x.html"):
+        with pytest.raises(Refusal, match="--look"):
+            look.check(str(path))
+    look.check(str(tmp_path / "x.html"))
+
+
 def test_the_order_of_rows_in_the_file_is_undone():
     rows = np.arange(8)[:, None]  # two heads of size 4; pairs lie side by side
     assert weights.unpermuted(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
@@ -239,7 +291,7 @@ def conversation(**options):
     return Conversation(lambda: writer(1), Letters(), most=4, capacity=32, **options)
 
 
-@pytest.mark.parametrize("draft", [0, 3])
+@pytest.mark.parametrize("draft", [0, 4])
 def test_a_conversation_keeps_in_its_cache_what_was_said(draft):
     talk = conversation(draft=draft)
     for words in ("AB", "CDC"):
@@ -297,7 +349,8 @@ def test_served_answers_are_written_and_only_missing_ones_are_served(tmp_path):
         left = [
             Request(i, Letters().encode(x)) for i, x in enumerate(words) if i not in before
         ]
-        batch.save(Server(writer(2), {31}, 3), left, Letters(), words, out)
+        server = Server(writer(4, pages=14), {31}, 3)  # as above: no other program
+        batch.save(server, left, Letters(), words, out)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted(line["number"] for line in lines) == [0, 1, 2]
     assert {line["prompt"] for line in lines} == set(words)
@@ -309,6 +362,7 @@ def test_served_answers_are_written_and_only_missing_ones_are_served(tmp_path):
         ("--temperature -1", "must be a number from 0 on"),
         ("--best-of 4 x", "needs a --temperature above 0"),
         ("--window 8 --draft 2 x", "--window goes with one question"),
+        ("--look x.html", "--look goes with one question"),
         ("--best-of 2 --draft 2 --temperature 1 x", "--draft goes with one answer"),
     ],
 )
@@ -375,6 +429,33 @@ def test_the_real_model_is_that_of_transformers():
     w = writing.Writer(real().params, real().sizes, kv)
     (found,) = several.answers(w, [question], set(), 32)
     assert found == text[-32:]
+
+
+@needs_weights
+@pytest.mark.slow
+def test_the_file_is_read_as_gguf_reads_it():
+    import gguf
+
+    metadata, tensors = gguf_file.read(weights.find())
+    reader = gguf.GGUFReader(weights.find())
+    names = set(reader.fields) - {"GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"}
+    assert names == set(metadata)
+    for name in ("general.name", "llama.rope.freq_base", "tokenizer.chat_template"):
+        assert metadata[name] == reader.fields[name].contents()
+    for tensor in reader.tensors[:5]:
+        exact = gguf.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(tensors[tensor.name].array(), exact)
+
+
+@needs_weights
+@pytest.mark.slow
+def test_the_real_model_has_the_heads_that_docs_looking_names():
+    found = heads.shares(real().params, real().sizes)
+    first, before, _, after = found
+    assert first[18, 8] > 0.99
+    assert before[16, 0] > 0.85
+    assert after[18, 6] > 0.8
+    assert after.argmax() == 18 * 9 + 6
 
 
 @needs_weights

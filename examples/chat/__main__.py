@@ -33,11 +33,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def loaded(arguments: argparse.Namespace):
     """Gives the weights and the tokenizer that were asked for."""
-    from examples.chat import weights
+    from examples.chat import devices, weights
     from examples.chat.tokens import Tokenizer
 
     keep_programs(arguments.programs)
+    devices.ask_for(arguments.devices)
     model = weights.load(weights.find(arguments.weights), arguments.dtype)
+    if arguments.devices > 1:
+        on = devices.mesh(arguments.devices)
+        params = devices.spread_weights(model.params, model.sizes, on)
+        model = model._replace(params=params)
     return model, Tokenizer(model.metadata)
 
 
@@ -87,14 +92,23 @@ def save_page(path: str, conversation, model) -> None:
 def made_writer(arguments: argparse.Namespace, model, batch: int):
     """Makes a writer with an empty cache for so many texts."""
     from examples.chat import layers
-    from examples.chat.sampling import Sampling
-    from examples.chat.writing import Writer
 
     dtype = cache_dtype(arguments)
     if arguments.window:
         kv = layers.rolling(model.sizes, batch, arguments.window, arguments.sinks, dtype)
     else:
         kv = layers.empty(model.sizes, batch, arguments.capacity, dtype)
+    return writer_of(arguments, model, kv)
+
+
+def writer_of(arguments: argparse.Namespace, model, kv):
+    """Makes a writer over a cache, on as many devices as were asked for."""
+    from examples.chat import devices
+    from examples.chat.sampling import Sampling
+    from examples.chat.writing import Writer
+
+    if arguments.devices > 1:
+        kv = devices.spread_cache(kv, model.sizes, devices.mesh(arguments.devices))
     sampling = Sampling(arguments.temperature, arguments.top_p)
     return Writer(model.params, model.sizes, kv, sampling, arguments.seed, arguments.piece)
 

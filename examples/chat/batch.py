@@ -9,7 +9,7 @@ import json
 import pathlib
 import sys
 
-from examples.chat.__main__ import cache_dtype, loaded
+from examples.chat.__main__ import cache_dtype, loaded, writer_of
 from examples.chat.options import (
     MODEL,
     NEEDED,
@@ -97,15 +97,12 @@ def save(server, requests, tokenizer, prompts, out: pathlib.Path) -> None:
 def made_writer(arguments: argparse.Namespace, model):
     """Makes a writer over a pool of pages."""
     from examples.chat import layers
-    from examples.chat.sampling import Sampling
-    from examples.chat.writing import Writer
 
     most = min(arguments.pages * layers.PAGE, model.sizes.context)
     kv = layers.empty(
         model.sizes, arguments.at_once, most, cache_dtype(arguments), pages=arguments.pages
     )
-    sampling = Sampling(arguments.temperature, arguments.top_p)
-    return Writer(model.params, model.sizes, kv, sampling, arguments.seed, arguments.piece)
+    return writer_of(arguments, model, kv)
 
 
 def read_prompts(path: str) -> list[str]:

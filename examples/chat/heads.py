@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-USED = ("--weights", "--dtype", "--seed", "--programs")
+USED = ("--weights", "--dtype", "--seed", "--programs", "--devices")
 
 
 def shares(params, sizes, seed: int = 0) -> np.ndarray:

@@ -79,12 +79,6 @@ def stacked(layers: list[dict]) -> dict:
     return jax.tree.map(lambda *each: jnp.stack(each), *layers)
 
 
-def listed(layers: dict) -> list[dict]:
-    """Lists the weights of each layer."""
-    number = len(layers["query"])
-    return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(number)]
-
-
 def hidden(params, sizes: Sizes, tokens, position, kv, attend: Attend):
     """Gives what the last layer says of each token.
 
@@ -179,11 +173,8 @@ def norm(x, weight, epsilon: float) -> jax.Array:
     """Divides by the root of the mean square, in float32, and multiplies by the weight."""
     wide = x.astype(jnp.float32)
     square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(square + epsilon)).astype(x.dtype) * _rows(weight, x)
-
-
-def _rows(weight, x) -> jax.Array:
-    return weight.reshape(*[1] * (x.ndim - 1), -1)
+    unit = (wide * jax.lax.rsqrt(square + epsilon)).astype(x.dtype)
+    return unit * weight.reshape(*[1] * (x.ndim - 1), -1)
 
 
 def angles(position, sizes: Sizes) -> tuple[jax.Array, jax.Array]:

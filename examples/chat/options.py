@@ -128,5 +128,6 @@ MODEL = (
     ("--seed", count, "N", 0, "decides what is drawn"),
     ("--length", whole, "N", 256, "tokens of an answer at most"),
     ("--piece", whole, "N", 64, "tokens of a prompt that are read at once"),
+    ("--devices", whole, "N", 1, "lay weights and cache along so many devices"),
     ("--programs", str, "FOLDER", None, "where compiled programs are kept; else ~/.cache"),
 )

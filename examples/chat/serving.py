@@ -40,7 +40,7 @@ class Server:
         self.pages = writer.kv.num_pages // writer.sizes.layers  # of each layer
 
     def pages_for(self, prompt: list[int]) -> int:
-        """Says how many pages of each layer a request needs; its last token is not stored."""
+        """Says how many pages of each layer a request needs, its last token not stored."""
         return -(-(len(prompt) + self.most - 1) // self.writer.kv.page_size)
 
     def check(self, prompts: Iterable[list[int]]) -> None:

@@ -60,7 +60,7 @@ class Tokenizer:
         return self._encoding.decode(list(tokens))
 
     def write(self, messages: list[dict[str, str]], answer: bool = True) -> str:
-        """Writes a conversation as one text; with `answer`, up to where the model answers."""
+        """Writes a conversation as one text; with `answer`, as far as the model's turn."""
         return self._page.render(messages=messages, add_generation_prompt=answer)
 
     def without_signs(self, text: str) -> str:

@@ -50,8 +50,11 @@ def tiny_weights(sizes: Sizes = TINY) -> dict:
     return jax.tree.map(draw, shapes(sizes), is_leaf=lambda x: isinstance(x, tuple))
 
 
-def reference(sizes: Sizes, weights: dict, tokens) -> np.ndarray:
-    """Computes the logits by numpy in float64, one token and one head at a time."""
+def reference(sizes: Sizes, weights: dict, tokens, attended=None) -> np.ndarray:
+    """Computes the logits by numpy in float64, one token and one head at a time.
+
+    The weights of attention go into `attended`, layers × heads × queries × keys.
+    """
     wide = jax.tree.map(np.float64, weights)
     H, group = sizes.head_size, sizes.heads // sizes.kv_heads
     norm = lambda x, weight: (
@@ -75,6 +78,8 @@ def reference(sizes: Sizes, weights: dict, tokens) -> np.ndarray:
             logits = k[: t + 1, n // group] @ q[t, n] / np.sqrt(H)
             e = np.exp(logits - logits.max())
             output[t, n] = e / e.sum() @ v[: t + 1, n // group]
+            if attended is not None:
+                attended[layer, n, t, : t + 1] = e / e.sum()
         x = x + output.reshape(len(x), -1) @ w["output"].T
         y = norm(x, w["hidden_norm"])
         gate = y @ w["gate"].T
