@@ -5,6 +5,7 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jattn.arrays import check_array
@@ -124,7 +125,9 @@ def _check_rows(where: str, rows, sizes: Sizes):
             f"{rows.dtype}{list(rows.shape)}."
         )
     if not isinstance(rows, jax.core.Tracer) and rows.size:
-        low, high = int(rows.min()), int(rows.max())
+        # Asked of NumPy: inside `jit`, what JAX computes of known numbers is not known.
+        known = np.asarray(rows)
+        low, high = int(known.min()), int(known.max())
         if low < -sizes.T or high >= sizes.T:
             raise ValueError(
                 f"{where}: `rows` must be within the T={sizes.T} queries, got {low}…{high}."

