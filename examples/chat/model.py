@@ -5,9 +5,9 @@
     x ← x + perceptron(norm(x))
     logits = norm(x) · embedding
 
-Where the weights of all layers are stacked, `through` scans over them. On a CPU a scan would
-copy each layer out of the stack, in each step. There the layers are a list, and the program
-of one layer is called for each of them.
+Where the weights of all layers are stacked, `through` scans over them. On a CPU a scan
+would copy each layer out of the stack, in each step. There the layers are a list, and the
+program of one layer is called for each of them.
 
 The functions know nothing of caches. They hand queries, keys and values to a function
 
