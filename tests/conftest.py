@@ -1,6 +1,7 @@
 """The sternest settings that JAX has, for every test; docstrings keep a user's."""
 
 import pathlib
+import zlib
 
 import jax
 import pytest
@@ -24,12 +25,26 @@ OPTIMIZED = {
 LISTED = (pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--part", metavar="K/N", default="1/1", help="run the Kth of N parts of the tests"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
-def pytest_collection_modifyitems(items):
-    listed = set(LISTED)
+def pytest_collection_modifyitems(config, items):
+    listed, kept, others = set(LISTED), [], []
+    part, parts = map(int, config.getoption("--part").split("/"))
     for item in items:
-        if item.nodeid.partition("@")[0] in listed:
+        name = item.nodeid.partition("@")[0]
+        if name in listed:
             item.add_marker(pytest.mark.slow)
+        # Tests of one group share what they compile, so they are in one part.
+        group = item.get_closest_marker("xdist_group")
+        number = zlib.crc32((group.args[0] if group else name).encode())
+        (kept if number % parts == part - 1 else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)
