@@ -30,7 +30,7 @@ class Candidate(NamedTuple):
 
 
 def own(work: Work, name: str) -> Candidate | None:
-    """One of jattn's implementations."""
+    """Makes one of jattn's implementations a candidate."""
     explanation = jattn.explain(*_three(work.inputs), **work.options)
     if explanation.refusals[name] is not None:
         return None
@@ -39,13 +39,13 @@ def own(work: Work, name: str) -> Candidate | None:
 
 
 def chosen(work: Work) -> str:
-    """The candidate that jattn is by itself."""
+    """Names the candidate that jattn is by itself."""
     explanation = jattn.explain(*_three(work.inputs), **work.options)
     return f"jattn {explanation.implementation}"
 
 
 def jax_nn(work: Work) -> Candidate | None:
-    """`jax.nn.dot_product_attention`, whose values have the head size of the keys."""
+    """Makes `jax.nn`'s attention a candidate; its values have the head size of the keys."""
     plain = plainly(work)
     if plain is None or plain.soft_cap is not None or work.sizes.D != work.sizes.H:
         return None
@@ -53,7 +53,7 @@ def jax_nn(work: Work) -> Candidate | None:
 
 
 def tokamax(work: Work) -> Candidate | None:
-    """`tokamax.dot_product_attention`, by the implementation that it takes by itself."""
+    """Makes tokamax's attention a candidate, by the implementation that it chooses."""
     library = importlib.import_module("tokamax")
     plain = plainly(work)
     if plain is None:
@@ -63,7 +63,7 @@ def tokamax(work: Work) -> Candidate | None:
 
 
 def torch(work: Work) -> Candidate | None:
-    """`torch.nn.functional.scaled_dot_product_attention`, heads first, eager."""
+    """Makes torch's `scaled_dot_product_attention` a candidate: heads first, eager."""
     library = importlib.import_module("torch")
     plain = plainly(work)
     if plain is None or plain.soft_cap is not None:
@@ -107,12 +107,12 @@ PEERS: dict[str, Callable[[Work], Candidate | None]] = {
 
 
 def missing(peers) -> list[str]:
-    """Those that are not installed."""
+    """Lists the peers that are not installed."""
     return [x for x in peers if x != "jax_nn" and importlib.util.find_spec(x) is None]
 
 
 def makers(peers) -> dict[str, Callable[[Work], Candidate | None]]:
-    """Every candidate's name, and what makes it."""
+    """Gives every candidate's name, and what makes it."""
     implementations = {
         f"jattn {name}": functools.partial(own, name=name)
         for name in dispatch.names(jax.default_backend())
@@ -121,14 +121,14 @@ def makers(peers) -> dict[str, Callable[[Work], Candidate | None]]:
 
 
 def num_cores() -> int:
-    """How many cores this process may use."""
+    """Counts the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _like_jax_nn(function, plain, work, **options) -> Candidate:
-    """A candidate from a function that takes the arguments of `jax.nn`'s."""
+    """Makes a candidate of a function that takes the arguments of `jax.nn`'s."""
     options |= {"is_causal": plain.is_causal, "scale": plain.scale}
     inputs = dict(zip(INPUTS, _three(work.inputs), strict=True))
     inputs |= {"bias": plain.bias, "mask": plain.mask}
@@ -136,7 +136,7 @@ def _like_jax_nn(function, plain, work, **options) -> Candidate:
 
 
 def _jitted(attend: Callable, inputs: dict, work: Work) -> Candidate:
-    """A candidate from a function of named arrays, `INPUTS` among them."""
+    """Makes a candidate of a function of named arrays, `INPUTS` among them."""
 
     def both(inputs, cotangent):
         attend_to = lambda *xs: attend(inputs | dict(zip(INPUTS, xs, strict=True)))
@@ -155,7 +155,7 @@ def _three(inputs: dict) -> list[jax.Array]:
 
 
 def _tensor(library, device, dtype, array, heads_first=False):
-    """A torch tensor; BTNH as BNTH where it is to have its heads first."""
+    """Makes a torch tensor; BTNH as BNTH where it is to have its heads first."""
     is_boolean = array.dtype == np.bool_
     tensor = library.from_numpy(np.array(array, None if is_boolean else np.float64))
     if not is_boolean:

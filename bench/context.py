@@ -26,7 +26,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def mesh_of(devices: int):
-    """A mesh of the first devices."""
+    """Makes a mesh of the first devices."""
     kinds = (AxisType.Auto,)
     return jax.make_mesh(
         (devices,), ("x",), axis_types=kinds, devices=jax.devices()[:devices]
@@ -34,7 +34,7 @@ def mesh_of(devices: int):
 
 
 def shapes(length: int, mesh=None):
-    """Query, key and value of one example, cut along the mesh if there is one."""
+    """Describes query, key and value of one example, cut along the mesh if there is one."""
     place = None if mesh is None else NamedSharding(mesh, P(None, "x"))
     make = lambda heads: jax.ShapeDtypeStruct(
         (1, length, heads, H), jnp.float32, sharding=place
@@ -43,7 +43,7 @@ def shapes(length: int, mesh=None):
 
 
 def gradients(context):
-    """The gradients of a causal call in query, key and value."""
+    """Gives the gradients of a causal call in query, key and value."""
 
     def loss(*inputs):
         output = jattn.attention(*inputs, mask=masks.Causal(), context=context)
@@ -85,7 +85,7 @@ def memory(length: int, counts: list[int]) -> None:
 
 
 def documents(length: int, count: int = 24):
-    """The mask of causal documents of random lengths."""
+    """Makes the mask of causal documents of random lengths."""
     rng = np.random.default_rng(0)
     cuts = np.sort(rng.choice(np.arange(1, length), count - 1, replace=False))
     ids = np.searchsorted(cuts, np.arange(length), side="right")

@@ -70,7 +70,7 @@ def peak() -> None:
 
 
 def versus(table, dtype: str = "float32", limited: bool = True) -> dict[str, list[float]]:
-    """Each row beside the peers; how many times longer torch takes, by pass.
+    """Times each row beside the peers; says how many times longer torch takes, by pass.
 
     Args:
         table: Names of cases, and shapes.

@@ -30,7 +30,7 @@ DTYPE = jnp.bfloat16
 
 
 def rows():
-    """A name, a mask, and B T N H K."""
+    """Gives a name, a mask, and B T N H K."""
     documents = Segments(jnp.arange(4096) // 512)
     return (
         ("no mask", None, (1, 4096, 16, 128, 16)),
@@ -52,7 +52,7 @@ class Compiled:
 
 
 def device():
-    """An H100 that is described and not there."""
+    """Describes an H100 that is not there."""
     return topologies.get_topology_desc(
         platform="cuda",
         topology_name="h100",
@@ -62,13 +62,13 @@ def device():
 
 
 def structs(shape):
-    """Query, key and value of B T N H K."""
+    """Describes query, key and value of B T N H K."""
     B, T, N, H, K = shape
     return [jax.ShapeDtypeStruct((B, T, heads, H), DTYPE) for heads in (N, K, K)]
 
 
 def functions(mask, implementation):
-    """The forward pass, and the gradients of query, key and value with it."""
+    """Gives the forward pass, and the gradients of query, key and value with it."""
 
     def forward(query, key, value):
         return jattn.attention(query, key, value, mask=mask, implementation=implementation)
@@ -128,7 +128,7 @@ def main(arguments=None) -> int:
 
 
 def line(target, mask, implementation, arguments) -> str:
-    """The figures of an implementation."""
+    """Writes the figures of an implementation."""
     # A name is checked for the device that is here; without one, cuDNN is lowered.
     choice = None if implementation == "cudnn" else implementation
     found = [

@@ -31,7 +31,7 @@ class Work(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of `jattn.attention`."""
+        """Gives the keyword arguments of `jattn.attention`."""
         return self.case.options(self.inputs)
 
 
@@ -44,7 +44,7 @@ class Pass(NamedTuple):
 
 
 def pose(case: Case, sizes: Sizes, dtype: str) -> Work:
-    """The inputs of a row, and a cotangent of the output."""
+    """Makes the inputs of a row, and a cotangent of the output."""
     inputs = random_inputs(case, dtype, sizes=sizes)
     shape = *sizes.batch, sizes.T, sizes.N, sizes.D
     cotangent = np.random.default_rng(1).standard_normal(shape)
@@ -52,7 +52,7 @@ def pose(case: Case, sizes: Sizes, dtype: str) -> Work:
 
 
 def compiled(function: Callable, *arguments) -> Pass:
-    """A jitted function's pass: compiled here, once, under the clock."""
+    """Compiles a function under the clock, once, and gives it as a pass."""
     start = time.perf_counter()
     program = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - start
@@ -65,7 +65,7 @@ def compiled(function: Callable, *arguments) -> Pass:
 
 
 def waiting(function: Callable) -> Callable:
-    """The function, until what it gives is there."""
+    """Makes a function that waits until what it gives is there."""
     return lambda: jax.block_until_ready(function())
 
 
@@ -105,24 +105,24 @@ def interleave(
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """How many times as long as `base`: the median over rounds."""
+    """Says how many times as long as `base` it takes: the median over rounds."""
     return statistics.median(t / b for t, b in zip(times, base, strict=True))
 
 
 def spread(times: Sequence[float]) -> float:
-    """Half of the range that holds the middle half of the times, by their median."""
+    """Divides half of the range of the middle half of the times by their median."""
     low, middle, high = statistics.quantiles(times, n=4)
     return (high - low) / 2 / middle
 
 
 def sampled_rows(sizes: Sizes) -> np.ndarray:
-    """The queries whose outputs are checked: some, evenly, with the first and last."""
+    """Picks queries to check: some, evenly, with the first and the last."""
     count = min(sizes.T, SAMPLED_ROWS)
     return np.unique(np.linspace(0, sizes.T - 1, count).round().astype(int))
 
 
 def exact_output(work: Work) -> np.ndarray:
-    """The output in float64 at the sampled rows, BRND, without holding T × S logits."""
+    """Computes the output in float64 at the sampled rows, BRND, without T × S logits."""
     with jax.enable_x64(True):
         wide = jax.tree.map(_widen, work.inputs)
         options = work.case.options(wide)
@@ -133,7 +133,7 @@ def exact_output(work: Work) -> np.ndarray:
 
 
 def error(output: np.ndarray, exact: np.ndarray, sizes: Sizes) -> float:
-    """The largest difference at the sampled rows; `output` is BTND."""
+    """Finds the largest difference at the sampled rows; `output` is BTND."""
     return float(np.max(np.abs(output[:, sampled_rows(sizes)] - exact), initial=0))
 
 

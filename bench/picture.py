@@ -14,7 +14,7 @@ GAP = 0.8  # between rows, in bars
 
 
 def draw(facts: dict, records: list[dict]) -> bytes:
-    """A PNG: for every row and candidate, how many times as long as jattn it takes."""
+    """Draws how many times as long as jattn every candidate takes in every row: a PNG."""
     bars, centers, height = _place(records)
     names = list(dict.fromkeys(name for _, name, _ in bars))
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
@@ -38,7 +38,7 @@ def draw(facts: dict, records: list[dict]) -> bytes:
 
 
 def _place(records):
-    """Each bar's height, name and figures; each row's middle; the height of all."""
+    """Gives each bar with its height, name and figures; rows' middles; the height of all."""
     bars, centers, y = [], [], 0.0
     for record in records:
         top = y
@@ -80,7 +80,7 @@ def _draw_panel(panel, label, bars, colors) -> None:
 
 
 def _draw_scale(panel, bars) -> None:
-    """Logarithmic, so that half and double are as far from 1; with room for numbers."""
+    """Draws a logarithmic scale, so that half and double are as far from 1."""
     ratios = [
         figures["passes"][label]["ratio"]
         for _, _, figures in bars

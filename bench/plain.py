@@ -23,7 +23,7 @@ class Plain(NamedTuple):
 
 
 def plainly(work: Work) -> Plain | None:
-    """The case in these words; None where they cannot say it."""
+    """Says the case in these words; None where they cannot say it."""
     options = work.options
     if "sink" in options or "dropout" in options:
         return None
@@ -46,7 +46,7 @@ def plainly(work: Work) -> Plain | None:
 
 
 def mask_and_bias(plain: Plain, work: Work) -> np.ndarray | None:
-    """Both in one array, Boolean or floating, for who takes them as one argument.
+    """Joins both in one array, Boolean or floating, for who takes them as one argument.
 
     A causal flag beside a bias is in it too; alone, it is left to be a flag.
     """
@@ -66,7 +66,7 @@ def _is_causal(options) -> bool:
 
 
 def _dense(work: Work, **options) -> jax.Array:
-    """What options make of logits that are 0, BNTS."""
+    """Gives what the options make of logits that are 0, BNTS."""
     sizes = work.sizes
     query = jnp.zeros((*sizes.batch, sizes.T, sizes.N, 1))
     key = jnp.zeros((*sizes.batch, sizes.S, 1, 1))
@@ -74,7 +74,7 @@ def _dense(work: Work, **options) -> jax.Array:
 
 
 def _shrunk(array: jax.Array) -> jax.Array:
-    """The array with one example or one head, where all are equal."""
+    """Shrinks the array to one example or one head, where all are equal."""
     for axis in (0, 1):
         first = jax.lax.slice_in_dim(array, 0, 1, axis=axis)
         if jnp.all(array == jnp.broadcast_to(first, array.shape)):
@@ -83,7 +83,7 @@ def _shrunk(array: jax.Array) -> jax.Array:
 
 
 def _only_adds(modifier: Any) -> bool:
-    """Whether a modifier is a bias in other words."""
+    """Says whether a modifier is a bias in other words."""
     if isinstance(modifier, Compose):
         return _only_adds(modifier.first) and _only_adds(modifier.second)
     return isinstance(modifier, ALiBi | Bias | RelativeBias)

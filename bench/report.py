@@ -37,7 +37,7 @@ COLUMNS = (
 
 
 def header(dtype: str, peers, missing) -> dict:
-    """Where and with what a run is made."""
+    """Says where and with what a run is made."""
     versions = {"jattn": jattn.__version__, "jax": jax.__version__}
     installed = [name for name in peers if name not in ("jax_nn", *missing)]
     versions |= {name: importlib.metadata.version(name) for name in installed}
@@ -54,7 +54,7 @@ def header(dtype: str, peers, missing) -> dict:
 
 
 def opening(facts: dict) -> str:
-    """The header, and what the columns mean."""
+    """Writes the header, and what the columns mean."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = [
         f"{facts['platform']}: {facts['device']}, {facts['cores']} cores, {facts['dtype']}",
@@ -65,7 +65,7 @@ def opening(facts: dict) -> str:
 
 
 def table(record: dict) -> str:
-    """One row of the run: its name, and a line for each candidate."""
+    """Writes one row of the run: its name, and a line for each candidate."""
     lines = ["", f"{record['case']}   {shape_text(record['shape'])}"]
     lines.append(_line(name for name, _, _ in COLUMNS))
     for name, figures in record["candidates"].items():
@@ -82,7 +82,7 @@ def table(record: dict) -> str:
 
 
 def shape_text(shape: dict[str, int]) -> str:
-    """The letters and sizes, without those that follow from others."""
+    """Writes the letters and sizes, without those that follow from others."""
     follows = {"K": "N", "S": "T", "D": "H"}
     return " ".join(
         f"{letter}={size}"
@@ -110,12 +110,12 @@ def _cells(figures: dict) -> Iterator[str]:
 
 
 def ratio_text(ratio: float) -> str:
-    """A ratio in three digits, or four."""
+    """Writes a ratio in three digits, or four."""
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
 
 
 def duration(seconds: float) -> str:
-    """A time in three digits."""
+    """Writes a time in three digits."""
     for unit, size in (("s ", 1), ("ms", 1e-3)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -123,7 +123,7 @@ def duration(seconds: float) -> str:
 
 
 def closing(records: list[dict]) -> str:
-    """The mean ratio of each candidate, over the rows that it has."""
+    """Writes the mean ratio of each candidate, over the rows that it has."""
     lines = ["", _line(["geometric mean", "forward", "× jattn", "fwd+bwd", "× jattn"])]
     for name in dict.fromkeys(name for record in records for name in record["candidates"]):
         every = [record["candidates"][name] for record in records]
@@ -142,7 +142,7 @@ def closing(records: list[dict]) -> str:
 
 
 def write_json(path: pathlib.Path, facts: dict, records: list[dict]) -> None:
-    """All figures, every single time among them; what is not finite becomes null."""
+    """Writes all figures, with every single time; what is not finite becomes null."""
     text = json.dumps(_finite({"header": facts, "rows": records}), indent=1)
     with replacing(path) as file:
         file.write(text.encode() + b"\n")
@@ -150,7 +150,7 @@ def write_json(path: pathlib.Path, facts: dict, records: list[dict]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path):
-    """A binary file that takes the place of `path` when all of it is written."""
+    """Opens a binary file that takes the place of `path` when all of it is written."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

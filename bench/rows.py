@@ -40,14 +40,14 @@ BY_NAME: dict[str, Case] = {case.name: case for case in CASES}
 
 
 def find_case(name: str) -> Case:
-    """The case of this name."""
+    """Finds the case of this name."""
     if name not in BY_NAME:
         raise ValueError(f"no case {name!r}; the cases are {', '.join(BY_NAME)}")
     return BY_NAME[name]
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """A shape from B,T,N,H[,K[,S[,D]]]."""
+    """Reads a shape from B,T,N,H[,K[,S[,D]]]."""
     numbers = text.split(",")
     if not 4 <= len(numbers) <= len(LETTERS) or not all(x.isdecimal() for x in numbers):
         raise ValueError(f"a shape is B,T,N,H[,K[,S[,D]]] in whole numbers, got {text!r}")
@@ -59,14 +59,14 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def sizes_of(shape: tuple[int, ...]) -> Sizes:
-    """The sizes that a shape stands for: K is N, S is T and D is H where left out."""
+    """Gives the sizes of a shape: K is N, S is T and D is H where left out."""
     B, T, N, H = shape[:4]
     K, S, D = (*shape[4:], *(N, T, H)[len(shape) - 4 :])
     return Sizes(batch=(B,), T=T, S=S, N=N, K=K, H=H, D=D)
 
 
 def choose(cases=None, shapes=None, quick: bool = False) -> list[tuple[Case, Sizes]]:
-    """The rows to measure: the table's, or every one of these cases at these shapes.
+    """Chooses the rows to measure: the table's, or each of these cases at these shapes.
 
     Without shapes, a case keeps those that it has in the table.
     """

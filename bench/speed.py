@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure_row(work: measure.Work, makers, seconds: float) -> dict:
-    """All figures of one row, of every candidate."""
+    """Takes all figures of one row, of every candidate."""
     made, figures = _make(work, makers)
     exact, chosen = measure.exact_output(work), candidates.chosen(work)
     for name, candidate in made.items():
@@ -57,7 +57,7 @@ def measure_row(work: measure.Work, makers, seconds: float) -> dict:
 
 
 def _make(work: measure.Work, makers):
-    """The candidates that can take the work, and the status of every one."""
+    """Makes the candidates that can take the work, and says the status of every one."""
     made, figures = {}, {}
     for name, make in makers.items():
         try:
@@ -74,7 +74,7 @@ def _make(work: measure.Work, makers):
 
 
 def _time(passes: dict[str, measure.Pass], chosen: str, seconds: float) -> dict:
-    """The figures of one pass, of every candidate."""
+    """Takes the figures of one pass, of every candidate."""
     runs = {name: one.run for name, one in passes.items()}
     times = measure.interleave(runs, seconds)
     return {
@@ -160,7 +160,7 @@ class _NoBar:
 
 
 def _progress(total: int):
-    """A bar on stderr, where that is a terminal and tqdm is installed."""
+    """Shows a bar on stderr, where that is a terminal and tqdm is installed."""
     if importlib.util.find_spec("tqdm") is None:
         return _NoBar()
     from tqdm import tqdm

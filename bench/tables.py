@@ -24,20 +24,20 @@ H = 64
 
 
 def seconds(*functions, rounds: int) -> list[float]:
-    """The median time of each, all called in turn."""
+    """Takes the median time of each, all called in turn."""
     runs = {str(i): measure.waiting(f) for i, f in enumerate(functions)}
     times = measure.interleave(runs, 0.0, rounds)
     return [statistics.median(times[name]) for name in runs]
 
 
 def inputs(length: int, heads: int = 1):
-    """Random query, key and value, BTNH."""
+    """Draws query, key and value, BTNH."""
     shape = (1, length, heads, H)
     return [jax.random.normal(jax.random.key(i), shape) for i in range(3)]
 
 
 def document_causal(ids):
-    """The mask of causal attention within documents, as a user would write it."""
+    """Makes the mask of causal attention within documents, as a user would write it."""
     return lambda b, n, t, s: (t >= s) & (ids[t] == ids[s])
 
 
@@ -47,13 +47,13 @@ def document(ids):
 
 
 def forward(mask, arrays):
-    """A compiled call."""
+    """Compiles a call."""
     function = jax.jit(lambda mask, *x: jattn.attention(*x, mask=mask))
     return functools.partial(function, mask, *arrays)
 
 
 def both(attend, arrays, *options):
-    """A compiled call and its gradients."""
+    """Compiles a call and its gradients."""
     total = lambda arrays, *rest: jnp.sum(attend(*arrays, *rest))
     return functools.partial(jax.jit(jax.value_and_grad(total)), arrays, *options)
 
@@ -93,7 +93,7 @@ def compile_time() -> None:
 
 
 def payoff(name: str, length: int, make_mask, operand, rounds: int) -> None:
-    """The time with a mask over the time without, forward and with gradients."""
+    """Divides the time with a mask by the time without, forward and with gradients."""
     arrays = inputs(length)
     attend = lambda q, k, v, operand: jattn.attention(
         q, k, v, mask=None if make_mask is None else make_mask(operand)

@@ -49,7 +49,7 @@ ENVIRONMENT = {
 
 
 def compile_row(topology: str, what: str, D: int) -> None:
-    """In a process of its own: compiles, and prints the temporaries' bytes."""
+    """Compiles, in a process of its own, and prints the temporaries' bytes."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -72,7 +72,7 @@ def compile_row(topology: str, what: str, D: int) -> None:
 
 
 def own(what: str):
-    """Attention as users write it."""
+    """Calls attention as users write it."""
     import jax
     import jax.numpy as jnp
 
@@ -99,7 +99,7 @@ def own(what: str):
 
 
 def splash(backward: bool):
-    """Splash attention in the same blocks."""
+    """Calls splash attention in the same blocks."""
     import jax
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
@@ -117,7 +117,7 @@ def splash(backward: bool):
 
 
 def bundles(listing: str, utilization: str) -> list[dict]:
-    """The innermost regions of a kernel that hold much of its matrix products."""
+    """Finds the innermost regions of a kernel that hold much of its matrix products."""
     with open(utilization) as file:
         lines = file.read().splitlines()
     at = next(i for i, line in enumerate(lines) if "CAPAC" in line)
@@ -158,7 +158,7 @@ def bundles(listing: str, utilization: str) -> list[dict]:
 
 
 def count(topology: str, what: str, D: int, kernel: str):
-    """The regions of the kernel of that name, and the temporaries of the program."""
+    """Counts the regions of the kernel of that name, and the temporaries of the program."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         run = subprocess.run(

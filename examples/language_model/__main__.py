@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Makes the parser of the command."""
     made = argparse.ArgumentParser(
         prog="python -m examples.language_model",
         description=__doc__,
@@ -61,7 +61,7 @@ def _default(name: str):
 
 
 def _filled(kind, arguments: argparse.Namespace):
-    """The settings of a kind, from the options of the same names."""
+    """Fills the settings of a kind from the options of the same names."""
     names = (field.name for field in dataclasses.fields(kind))
     return kind(**{name: getattr(arguments, name) for name in names})
 

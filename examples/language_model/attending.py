@@ -18,7 +18,7 @@ from jattn.masks import Causal, as_mask
 
 
 def document_mask(document):
-    """Each token sees itself and what stands before it in its own document.
+    """Lets each token see itself and what stands before it in its own document.
 
     Blocks of tokens that share no document are skipped, and nothing is ever T×T.
 
@@ -50,7 +50,7 @@ def watching(document, row: int, seen: list) -> Attend:
 
 
 def empty_caches(sizes: Sizes, batch: int, room: int) -> list[Cache]:
-    """A cache for each layer, with room for so many tokens of each example."""
+    """Makes a cache for each layer, with room for so many tokens of each example."""
     shape = batch, room, sizes.kv_heads, sizes.head_size
     return [caches.empty(*shape) for _ in range(sizes.layers)]
 
@@ -77,7 +77,7 @@ def extend(
 
 
 def without_document_skipping(document) -> Attend:
-    """The same mask, of whose blocks those are skipped that `Causal` leaves empty."""
+    """Attends with the same mask, but skips only the blocks that `Causal` leaves empty."""
     mask = as_mask(document_mask(document))
 
     def attend(layer, query, key, value):
@@ -90,7 +90,7 @@ def without_document_skipping(document) -> Attend:
 
 
 def by_jax_nn(document) -> Attend:
-    """`jax.nn.dot_product_attention` with the mask as an array, `B1TT`."""
+    """Attends by `jax.nn.dot_product_attention` with the mask as an array, `B1TT`."""
     B, T = document.shape
     b, t, s = jnp.ogrid[:B, :T, :T]
     mask = document_mask(document)(b, 0, t, s)[:, None]

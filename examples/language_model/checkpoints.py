@@ -28,16 +28,16 @@ class History:
         self.validation = np.full(steps, np.nan, np.float32)
 
     def add(self, loss: float) -> None:
-        """One more step."""
+        """Adds the loss of one more step."""
         self.train[self.done] = loss
         self.done += 1
 
     def judge(self, loss: float) -> None:
-        """The validation loss after the last step."""
+        """Adds the validation loss after the last step."""
         self.validation[self.done - 1] = loss
 
     def line(self) -> str:
-        """Where it stands, in a line."""
+        """Says where the run stands, in a line."""
         recent = np.mean(self.train[max(self.done - 20, 0) : self.done])
         judged = self.validation[self.done - 1]
         return f"step {self.done:4}   training {recent:.3f}   validation {judged:.3f}"

@@ -32,7 +32,7 @@ class LanguageModel(nnx.Module):
         self.norm = nnx.RMSNorm(sizes.width, rngs=rngs)
 
     def __call__(self, tokens, position, attend: Attend) -> jax.Array:
-        """The logits of each next token.
+        """Computes the logits of each next token.
 
         Args:
             tokens: `BT`.
@@ -60,7 +60,7 @@ class Layer(nnx.Module):
         self.norms = nnx.List(nnx.RMSNorm(width, rngs=rngs) for _ in range(2))
 
     def __call__(self, x, position, attend) -> jax.Array:
-        """What goes in and, added to it, what this layer says."""
+        """Adds what this layer says to what goes in."""
         x = x + self.attention(self.norms[0](x), position, attend)
         wide = nnx.relu(self.widen(self.norms[1](x)))
         return x + self.narrow(wide * wide)  # So et al., 2021, arXiv:2109.08668
@@ -78,7 +78,7 @@ class Attention(nnx.Module):
         self.output = linear(N * H, sizes.width, rngs, start=0.0)
 
     def __call__(self, x, position, attend) -> jax.Array:
-        """What each token, `BT` and the width, takes over from those it attends to."""
+        """Computes what each token, `BT` and the width, takes over from others."""
         query = rotate(self._heads(self.query(x)), position)
         key = rotate(self._heads(self.key(x)), position)
         value = self._heads(self.value(x))
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
 
 
 def linear(inputs: int, outputs: int, rngs: nnx.Rngs, start: float = 1.0) -> nnx.Linear:
-    """A linear map without a bias; what adds to the stream starts as 0."""
+    """Makes a linear map without a bias; what adds to the stream starts as 0."""
     initial = nnx.initializers.normal(start * inputs**-0.5)
     return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=initial, rngs=rngs)
 

@@ -64,7 +64,7 @@ def loss_curve(history: History, bytes_per_token: float) -> Figure:
 
 
 def running_mean(values: np.ndarray, count: int) -> np.ndarray:
-    """At each place the mean of the last so many values, or of those that there are."""
+    """Averages, at each place, the last so many values, or all that there are."""
     total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     end = np.arange(1, len(values) + 1)
     start = np.maximum(end - count, 0)
@@ -126,7 +126,7 @@ def attended(
 
 
 def lay_out(pieces: Sequence[str]) -> tuple[list[tuple[int, int, str, int]], int]:
-    """Where each part of a text stands if all letters are equally wide; ↵ ends a line.
+    """Places each part of a text, all letters equally wide; ↵ ends a line.
 
     Returns:
         (line, column, text, token) of each part, for a token may go over several lines; and

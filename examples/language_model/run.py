@@ -104,7 +104,7 @@ def prepare(vocabulary: int, plan: Plan) -> Data:
 
 
 def identity(sizes: Sizes, plan: Plan) -> dict:
-    """All that decides what the model becomes; the text differs between Pythons."""
+    """Gathers all that decides what the model becomes; the text differs between Pythons."""
     whole = "\0".join(text.topics[name] for name in sorted(text.topics))
     python = ".".join(platform.python_version_tuple()[:2])
     source = f"of Python {python} ({hashlib.sha256(whole.encode()).hexdigest()[:8]})"
@@ -112,7 +112,7 @@ def identity(sizes: Sizes, plan: Plan) -> dict:
 
 
 def describe(data: Data, sizes: Sizes, plan: Plan, model: LanguageModel, history) -> str:
-    """What is trained on what, in a few lines."""
+    """Says what is trained on what, in a few lines."""
     documents, batches = data.stream.documents, data.stream.batches
     count = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     lines = [
@@ -136,7 +136,7 @@ class Example(NamedTuple):
 
 
 def find_word(data: Data, word: str, most: int) -> Example:
-    """The place of the word that has most before it, if that can still be shown.
+    """Finds the place of the word that has most before it, if that can still be shown.
 
     Raises:
         Refusal: If there is none.
@@ -156,7 +156,7 @@ def find_word(data: Data, word: str, most: int) -> Example:
 
 
 def look(model: LanguageModel, tokens: Sequence[int]) -> np.ndarray:
-    """The weights of the last token, layer by layer: for each head, of each token."""
+    """Gives the weights of the last token, layer by layer: for each head, of each token."""
 
     @nnx.jit
     def weights(model, row):
@@ -190,7 +190,7 @@ def save_pictures(
 
 
 def measure(model, optimizer, stream: packing.Stream, rounds: int) -> str:
-    """How long a step takes, with and without document skipping."""
+    """Says how long a step takes, with and without document skipping."""
     batches = [stream[i * stream.batches // rounds] for i in range(rounds)]
     times = timing.step_times(model, optimizer, batches)
     share = timing.share_within_documents(batches)

@@ -30,7 +30,7 @@ class Sizes:
 
     @property
     def head_size(self) -> int:
-        """The size H of each head."""
+        """Gives the size H of each head."""
         return self.width // self.heads
 
 

@@ -39,7 +39,7 @@ def load(every: int = 10) -> Split:
 
 
 def without_repetition(documents: Mapping[str, str]) -> dict[str, str]:
-    """The documents by name, each paragraph kept in the shortest that has it."""
+    """Keeps each paragraph only in the shortest document that has it."""
     seen: set[str] = set()
     kept = {}
     for name in sorted(documents, key=lambda name: (len(documents[name]), name)):
@@ -71,11 +71,11 @@ class Tokens:
         return len(self.spelling)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text."""
+        """Gives the tokens of a text."""
         return [token for word in WORDS.findall(text) for token in self._word(word)]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens; bytes that are no letter become �."""
+        """Gives the text of tokens; bytes that are no letter become �."""
         return b"".join(self.spelling[token] for token in tokens).decode(errors="replace")
 
     def _word(self, word: str) -> list[int]:
@@ -128,7 +128,7 @@ def learn_tokens(texts: Iterable[str], size: int) -> Tokens:
 
 
 def join(tokens: list[int], pair: tuple[int, int], token: int) -> list[int]:
-    """The tokens with each such pair of them made one."""
+    """Makes each such pair of tokens one."""
     joined = []
     for each in tokens:
         if joined and (joined[-1], each) == pair:

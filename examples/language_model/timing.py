@@ -24,7 +24,7 @@ WAYS = {
 def step_times(
     model: LanguageModel, optimizer: nnx.Optimizer, batches: Sequence[Batch]
 ) -> dict[str, float]:
-    """The mean seconds of a step over these batches, all ways in turn on each.
+    """Times a step: the mean over these batches, all ways in turn on each.
 
     What slows the machine for a while so slows all of them, and each goes first at times.
     It is a mean, because batches differ in how much there is to skip. The model given
@@ -44,7 +44,7 @@ def step_times(
 
 
 def share_within_documents(batches: Sequence[Batch]) -> float:
-    """Of all pairs of a token and one before it, how many stand in one document."""
+    """Says which share of the pairs of a token and one before it are in one document."""
     position = np.concatenate([batch.position for batch in batches])
     return float(
         (position + 1).sum() / (len(position) * np.arange(1, position.shape[1] + 1).sum())

@@ -23,14 +23,14 @@ ONE_DEVICE = OneDevice()
 
 
 def begin(sizes: Sizes, plan: Plan) -> tuple[LanguageModel, nnx.Optimizer]:
-    """A model that has learnt nothing yet, and its optimizer."""
+    """Makes a model that has learnt nothing yet, and its optimizer."""
     model = LanguageModel(sizes, rngs=nnx.Rngs(plan.seed))
     return model, nnx.Optimizer(model, rule(plan), wrt=nnx.Param)
 
 
 @functools.cache  # or else each would be another program to compile
 def rule(plan: Plan) -> optax.GradientTransformation:
-    """AdamW, with a rate that rises for a tenth of the steps and then falls."""
+    """Makes AdamW, with a rate that rises for a tenth of the steps and then falls."""
     rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=plan.rate,
@@ -44,7 +44,7 @@ def rule(plan: Plan) -> optax.GradientTransformation:
 
 
 def mean_loss(model: LanguageModel, batch: Batch, attending=within_documents) -> jax.Array:
-    """How many nats the model needs for a token, on average.
+    """Computes how many nats the model needs for a token, on average.
 
     Args:
         model: Predicts.
@@ -57,7 +57,7 @@ def mean_loss(model: LanguageModel, batch: Batch, attending=within_documents) ->
 
 @functools.cache
 def make_step(attending) -> Callable[..., jax.Array]:
-    """A compiled step: changes the model and its optimizer, and returns the loss before.
+    """Makes a compiled step, which changes model and optimizer and gives the loss before.
 
     Args:
         attending: How to attend: a function of `batch.document`.

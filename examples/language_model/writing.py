@@ -48,7 +48,7 @@ def write(
 
 
 def draw(logits, temperature: float, rng) -> jax.Array:
-    """A token, as likely as e to its logit divided by the temperature."""
+    """Draws a token, as likely as exp(logit / temperature)."""
     if temperature == 0:
         return jnp.argmax(logits)
     return jax.random.categorical(rng, logits / temperature)

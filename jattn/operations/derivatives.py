@@ -33,7 +33,7 @@ class _Derivative(Operation):
 
     @property
     def collective(self):
-        """As the operation."""
+        """Asks the operation."""
         return self.operation.collective
 
     def on(self, platform):

@@ -50,7 +50,7 @@ class Mapped(Operation):
 
     @property
     def collective(self):
-        """As the operation."""
+        """Asks the operation."""
         return self.operation.collective
 
     @property

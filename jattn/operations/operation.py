@@ -66,7 +66,7 @@ class Operation:
 
     @property
     def collective(self) -> bool:
-        """Whether its devices send each other arrays: no, unless said otherwise.
+        """Says whether its devices send each other arrays: no, unless said otherwise.
 
         Then it is compiled with types that say over which mesh axes values differ, for
         the transpose of what makes a value differ is a sum over devices.

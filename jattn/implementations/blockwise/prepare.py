@@ -52,7 +52,7 @@ def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
 
 
 def hoisted(program: Program, arrays: Arrays, at: Index) -> "_Joint":
-    """The program of what joins both sides of a pair, and the arrays that it reads."""
+    """Gives the program of what joins both sides of a pair, and the arrays it reads."""
     return locally(_joint, (program,), arrays, at)
 
 
