@@ -38,7 +38,7 @@ def draw(facts: dict, records: list[dict]) -> bytes:
 
 
 def _place(records):
-    """Gives each bar with its height, name and figures; rows' middles; the height of all."""
+    """Gives each bar's height, name and figures; rows' middles; the height of all."""
     bars, centers, y = [], [], 0.0
     for record in records:
         top = y
