@@ -5,7 +5,7 @@
     x ← x + perceptron(norm(x))
     logits = norm(x) · embedding
 
-Where the weights of all layers are stacked, `through` scans over them. On a CPU a scan would
+Where the weights of all layers are stacked, `through` scans over them. On CPU a scan would
 copy each layer out of the stack, in each step. There the layers are a list, and the program
 of one layer is called for each of them.
 
