@@ -209,7 +209,7 @@ def test_top_p_draws_only_from_the_likeliest():
 @pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_words_on_several_devices_are_those_of_one(number):
     on = devices.mesh(number)
-    w = writer(1)
+    w = dataclasses.replace(writer(1), piece=1)  # no program but that of a step
     w.params = devices.spread_weights(w.params, TINY, on)
     w.kv = devices.spread_cache(w.kv, TINY, on)
     (answer,) = several.answers(w, prompts()[1:2], set(), MOST)
@@ -369,6 +369,13 @@ def test_served_answers_are_written_and_only_missing_ones_are_served(tmp_path):
 def test_what_cannot_be_together_is_refused(arguments, message, capsys):
     assert main(arguments.split()) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [main, batch.main])
+def test_commands_explain_themselves(command, capsys):
+    assert command(["--help"]) == 0
+    assert "usage: python -m examples.chat" in capsys.readouterr().out
+    assert command(["--nonsense"]) == 2
 
 
 def test_weights_that_are_missing_are_refused(monkeypatch):

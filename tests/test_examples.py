@@ -13,6 +13,7 @@ ROOT = pathlib.Path(seed.__file__).parent.parent
 COMMANDS = [
     *(f"bench.{name}" for name in ("speed", "cpu", "gpu", "tables", "tpu")),
     *("examples.seed", "examples.language_model.__main__"),
+    *("bench.chat", "examples.chat.heads"),
     "jattn.__main__",
 ]
 

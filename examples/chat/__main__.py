@@ -5,7 +5,9 @@ one it is a conversation: /reset begins a new one, Ctrl-C stops an answer, Ctrl-
 """
 
 import argparse
+import concurrent.futures
 import contextlib
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -31,14 +33,15 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def loaded(arguments: argparse.Namespace):
-    """Gives the weights and the tokenizer that were asked for."""
+def loaded(arguments: argparse.Namespace, meanwhile=None):
+    """Gives the weights and the tokenizer that were asked for; see `weights.load`."""
     from examples.chat import devices, weights
     from examples.chat.tokens import Tokenizer
 
     keep_programs(arguments.programs)
     devices.ask_for(arguments.devices)
-    model = weights.load(weights.find(arguments.weights), arguments.dtype)
+    file = weights.find(arguments.weights)
+    model = weights.load(file, arguments.dtype, meanwhile)
     if arguments.devices > 1:
         on = devices.mesh(arguments.devices)
         params = devices.spread_weights(model.params, model.sizes, on)
@@ -58,7 +61,7 @@ def talk(arguments: argparse.Namespace) -> int:
 
     if arguments.look:
         look.check(arguments.look)
-    model, tokenizer = loaded(arguments)
+    model, tokenizer = loaded(arguments, functools.partial(compile_ahead, arguments))
     if len(arguments.question) > 1:
         return answer_all(arguments, model, tokenizer)
     conversation = Conversation(
@@ -87,6 +90,31 @@ def save_page(path: str, conversation, model) -> None:
     made.save(path)
     megabytes = pathlib.Path(path).stat().st_size / 1e6
     print(f"{path}: {len(conversation.tokens)} tokens, {megabytes:.1f} MB", file=sys.stderr)
+
+
+def compile_ahead(arguments: argparse.Namespace, sizes) -> None:
+    """Compiles the programs, by calling them with zeros, while the weights are read."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from examples.chat import model, weights
+
+    if arguments.devices > 1 or jax.default_backend() != "cpu":
+        return  # there the programs are others
+    dtype, expected = arguments.dtype, model.shapes(sizes)
+    of_layers = expected.pop("layers").items()  # one layer will do: all are alike
+    params = {name: jnp.zeros(shape, dtype) for name, shape in expected.items()}
+    params["layers"] = [{name: jnp.zeros(shape[1:], dtype) for name, shape in of_layers}]
+    asked = max(len(arguments.question), 1)
+    batch = max(asked, arguments.best_of)
+
+    def call(rows: int, length: int) -> None:
+        writer = made_writer(arguments, weights.Loaded(params, sizes, {}), batch)
+        writer.read(np.zeros((rows, length)), np.ones(rows), writer.rngs(range(rows)))
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        list(threads.map(call, (asked, batch), (arguments.piece, 1)))
 
 
 def made_writer(arguments: argparse.Namespace, model, batch: int):

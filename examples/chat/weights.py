@@ -3,6 +3,7 @@
 import concurrent.futures
 import importlib.util
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -55,8 +56,15 @@ def find(path: str | None = None) -> pathlib.Path:
     raise Refusal(f"the weights are not here; {INSTALL}, or name a file by --weights.")
 
 
-def load(path: pathlib.Path, dtype: Any = "float32") -> Loaded:
+def load(
+    path: pathlib.Path, dtype: Any = "float32", meanwhile: Callable | None = None
+) -> Loaded:
     """Reads a file.
+
+    Args:
+        path: The file.
+        dtype: That of the weights.
+        meanwhile: Called with the sizes, in a thread, while the weights are read.
 
     Raises:
         Refusal: If it is broken, or holds another architecture than Llama's.
@@ -64,9 +72,12 @@ def load(path: pathlib.Path, dtype: Any = "float32") -> Loaded:
     try:
         metadata, tensors = gguf_file.read(path)
         sizes = read_sizes(str(path), metadata)
-        params = _tree(tensors, sizes, np.dtype(jnp.dtype(dtype)))
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            other = thread.submit(meanwhile or (lambda _: None), sizes)
+            params = _tree(tensors, sizes, np.dtype(jnp.dtype(dtype)))
     except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
         raise Refusal(f"{path}: cannot be read as GGUF ({_line(error)}).") from None
+    other.result()
     return Loaded(params, sizes, metadata)
 
 
