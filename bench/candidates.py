@@ -1,7 +1,8 @@
 """Who is measured: jattn's implementations, and the peers in their own words.
 
-A candidate is made from a `Work`, and is None where it refuses or the peer has no words
-for the case. What a peer needs in another layout or form is made before the clock starts.
+Each function makes a candidate from a `Work`. It gives None where the implementation
+refuses the case, or where the peer cannot say it. What a peer needs in another layout or
+form is made before the clock starts.
 """
 
 import functools

@@ -42,7 +42,7 @@ def shortened(kv, count: int):
 
 
 def by_jattn(batch: int, capacity: int):
-    """One step of all texts; each call is the same again."""
+    """Makes a step of all texts; each call is the same again."""
     made = writer(batch, capacity)
     token, count = words(batch, 1), np.ones(batch, np.int32)
     rngs = made.rngs(range(batch))
@@ -55,7 +55,7 @@ def by_jattn(batch: int, capacity: int):
 
 
 def by_jax_nn(batch: int, capacity: int, attend=None):
-    """The same with an array of keys and one of values for each layer, donated."""
+    """Makes the same with an array of keys and of values for each layer, donated."""
     params, sizes, _ = loaded()
     shape = batch, capacity, sizes.kv_heads, sizes.head_size
     held = [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(sizes.layers)]

@@ -94,7 +94,7 @@ def documents(length: int, count: int = 24):
 
 
 def work(length: int, devices: int = 8) -> None:
-    """Turns, and the most pairs of a device over the mean, by mask and order."""
+    """Prints turns, and the most pairs of a device over the mean, by mask and order."""
     cases = {
         "causal": masks.Causal(),
         "causal window T/16": masks.Causal() & masks.Window(length // 16 - 1, 0),
@@ -117,7 +117,7 @@ def work(length: int, devices: int = 8) -> None:
 
 
 def rounding() -> None:
-    """The error of bfloat16 inputs against float32, by strategy."""
+    """Prints the error of bfloat16 inputs against float32, by strategy."""
     inputs = [
         jax.random.normal(jax.random.key(i), (1, 1024, 2, 32), jnp.bfloat16)
         for i in range(3)

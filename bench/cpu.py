@@ -59,7 +59,7 @@ BASE = (1, 4096, 8, 64)
 
 
 def peak() -> None:
-    """The rates that limits are made of."""
+    """Measures the rates that limits are made of."""
     for dtype in ("float32", "bfloat16"):
         work = measure.pose(rows.find_case("plain"), rows.sizes_of(BASE), dtype)
         made = limits.rates(work)
@@ -105,7 +105,7 @@ def versus(table, dtype: str = "float32", limited: bool = True) -> dict[str, lis
 
 
 def long() -> None:
-    """Long sequences in float32."""
+    """Times long sequences in float32."""
     ahead = versus(LONG)
     ratios = [x for label in ahead.values() for x in label]
     mean = statistics.geometric_mean(ratios)
@@ -113,32 +113,32 @@ def long() -> None:
 
 
 def causal() -> None:
-    """Causal rows of other lengths."""
+    """Times causal rows of other lengths."""
     versus(CAUSAL)
 
 
 def masked() -> None:
-    """Documents, a window, and the bias of T5."""
+    """Times documents, a window, and the bias of T5."""
     versus(MASKED)
 
 
 def short() -> None:
-    """Short sequences."""
+    """Times short sequences."""
     versus(SHORT)
 
 
 def query() -> None:
-    """One query. Reading the keys is its limit, so no share is printed."""
+    """Times one query. Reading the keys is its limit, so no share is printed."""
     versus(QUERY, limited=False)
 
 
 def bfloat16() -> None:
-    """Half precision."""
+    """Times half precision."""
     versus(HALF, "bfloat16")
 
 
 def shapes() -> None:
-    """The time per flop of other shapes."""
+    """Compares the time per flop of other shapes."""
     table = (("", BASE), *SHAPES)
     works = {
         name: measure.pose(rows.find_case("plain"), rows.sizes_of(shape), "float32")
@@ -155,7 +155,7 @@ def shapes() -> None:
 
 
 def options() -> None:
-    """What modifiers, a bias and dropout cost."""
+    """Says what modifiers, a bias and dropout cost."""
     inputs, slopes = _inputs(BASE), jnp.linspace(0.1, 1.0, BASE[2])
     bias = jax.random.normal(jax.random.key(7), (1, BASE[2], 1, BASE[1]))
     table = {
@@ -176,7 +176,7 @@ def options() -> None:
 
 
 def window() -> None:
-    """A window of 512 keys: the time by the length."""
+    """Times a window of 512 keys, by the length."""
     mask, base = Causal() & Window(511, 0), None
     for length in (4096, 16384, 65536):
         runs = {"": _forward(_inputs((1, length, 2, 64)), mask=mask).run}
@@ -190,7 +190,7 @@ def window() -> None:
 
 
 def derivatives() -> None:
-    """Tangents beside the forward pass, and Hessian-vector products beside gradients."""
+    """Times tangents beside the forward pass, Hessian-vector products beside gradients."""
     inputs = _inputs(BASE)
     total = lambda inputs: jnp.sum(jnp.sin(jattn.attention(*inputs)))
     tangent = lambda inputs: jax.jvp(lambda x: jattn.attention(*x), (inputs,), (inputs,))
@@ -207,7 +207,7 @@ def derivatives() -> None:
 
 
 def memory() -> None:
-    """Bytes beside arguments and results."""
+    """Counts bytes beside arguments and results."""
     for length in (16384, 32768, 131072):
         inputs = _inputs((1, length, 1 if length > 10**5 else 2, 64))
         for label, make in (("forward", _forward), ("forward+backward", _both)):
@@ -217,7 +217,7 @@ def memory() -> None:
 
 
 def compiling() -> None:
-    """Seconds to trace, lower and compile."""
+    """Counts the seconds to trace, lower and compile."""
     _both(_inputs((1, 512, 2, 64))), _both(_inputs((1, 512, 2, 64)), mask=Causal())
     for name, given in (("plain", {}), ("causal", {"mask": Causal()})):
         for length in (2048, 65536):
@@ -229,7 +229,7 @@ def compiling() -> None:
 
 
 def longest() -> None:
-    """T = 131072, causal, one head."""
+    """Times T = 131072, causal, one head."""
     one = _both(_inputs((1, 131072, 1, 64)), mask=Causal())
     start = time.perf_counter()
     one.run()  # once: it takes so long that little is left of what a first call costs

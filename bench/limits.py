@@ -24,9 +24,10 @@ import numpy as np
 from jax import lax
 
 from bench import measure
-from bench.candidates import num_cores
-from jattn.mask import as_mask
-from jattn.shapes import Sizes
+from bench.candidates import INPUTS, num_cores
+from jattn.call.pose import pose
+from jattn.call.problem import index
+from jattn.implementations import shared
 
 TILE = 1024  # queries or keys of a product, at most: tiles of more gain nothing
 IN_CACHE = 2**16  # float32 numbers, 256 KiB: an L2 of today holds them
@@ -78,45 +79,26 @@ def share(row: str, seconds: float, least: float) -> float:
 
 def allowed_pairs(work: measure.Work) -> int:
     """Counts the pairs that the mask allows, over examples and heads."""
-    sizes, options = work.sizes, work.options
-    mask = options.get("mask")
-    if not {"query_position", "key_position"}.isdisjoint(options):
-        raise ValueError("limits: pairs are counted where positions count from 0 only.")
-    if mask is None:
-        return sizes.B * sizes.N * sizes.T * sizes.S
-    return _counted(as_mask(mask), sizes)
-
-
-def _counted(mask, sizes: Sizes) -> int:
-    """Counts what a mask allows, some queries at a time."""
-    aligned = jax.tree.map(jnp.asarray, mask.aligned(sizes))
-
-    def element(array, at):
-        shape = zip(at, array.shape, strict=True)
-        return array[tuple(jnp.minimum(i, size - 1) for i, size in shape)]
+    options = {name: x for name, x in work.options.items() if name != "sink"}
+    arrays = (work.inputs[name] for name in INPUTS)
+    problem, operands = pose("limits", *arrays, **options)
 
     @jax.jit
-    def count(t):
-        def allows(*at):
-            return mask.allows(*at, jax.tree.map(lambda x: element(x, at), aligned))
+    def by_query(operands):
+        allowed = shared.allowed(problem, operands, index(problem, operands))
+        allowed = True if allowed is None else allowed
+        allowed = jnp.broadcast_to(allowed, problem.sizes.BNTS)
+        return jnp.sum(allowed, axis=-1, dtype=jnp.int32)
 
-        over = allows
-        for axis in (3, 2, 1, 0):
-            axes = [None] * 4
-            axes[axis] = 0
-            over = jax.vmap(over, axes)
-        b, n, s = (jnp.arange(x, dtype=jnp.int32) for x in (sizes.B, sizes.N, sizes.S))
-        return jnp.sum(over(b, n, t, s), axis=(0, 1, 3), dtype=jnp.int32)
-
-    rows = np.arange(sizes.T, dtype=np.int32)
-    step = max(2**24 // (sizes.B * sizes.N * sizes.S), 1)
-    parts = (rows[i : i + step] for i in range(0, sizes.T, step))
-    return sum(int(np.asarray(count(part)).astype(np.int64).sum()) for part in parts)
+    return int(np.asarray(by_query(operands)).sum(dtype=np.int64))
 
 
 @functools.cache
 def _product(rows: int, inner: int, columns: int, dtype: str) -> Rate:
-    """Times products of this shape, each of which needs the one before."""
+    """Makes a run of REPEATS products of this shape.
+
+    Each takes a number of the one before, so that XLA can leave none out.
+    """
     left, right = (
         jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
         for shape in ((rows, inner), (inner, columns))
@@ -139,7 +121,7 @@ def _product(rows: int, inner: int, columns: int, dtype: str) -> Rate:
 
 @functools.cache
 def _exponentials() -> Rate:
-    """Times exponentials of an array that stays in the cache of a core.
+    """Makes a run of exponentials of an array that stays in the cache of a core.
 
     So small an array is computed on one core. All cores together are taken to do as many
     times more as there are of them.

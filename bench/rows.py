@@ -66,7 +66,7 @@ def sizes_of(shape: tuple[int, ...]) -> Sizes:
 
 
 def choose(cases=None, shapes=None, quick: bool = False) -> list[tuple[Case, Sizes]]:
-    """Chooses the rows to measure: the table's, or each of these cases at these shapes.
+    """Chooses what to measure: the rows of the table, or these cases at these shapes.
 
     Without shapes, a case keeps those that it has in the table.
     """

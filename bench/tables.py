@@ -42,7 +42,7 @@ def document_causal(ids):
 
 
 def document(ids):
-    """Attention within documents."""
+    """Makes the mask of attention within documents."""
     return lambda b, n, t, s: ids[t] == ids[s]
 
 
@@ -59,7 +59,7 @@ def both(attend, arrays, *options):
 
 
 def table() -> None:
-    """The table of 131072 × 131072 pairs in 512-blocks, with 1000 documents."""
+    """Times the table of 131072 × 131072 pairs in 512-blocks, with 1000 documents."""
     length = 131072
     ids = np.sort(np.random.default_rng(0).integers(0, 1000, length)).astype(np.int32)
     shape = jax.ShapeDtypeStruct((length, 1, H), "float32")
@@ -73,7 +73,7 @@ def table() -> None:
 
 
 def compile_time() -> None:
-    """What a document mask adds to the time of compiling."""
+    """Says what a document mask adds to the time of compiling."""
     arrays, ids = inputs(4096), jnp.arange(4096) // 512
 
     def compiled(masked):
@@ -112,24 +112,24 @@ def payoff(name: str, length: int, make_mask, operand, rounds: int) -> None:
 
 
 def documents() -> None:
-    """Sixteen equal documents."""
+    """Times sixteen equal documents."""
     payoff("documents 16384", 16384, document, jnp.arange(16384) // 1024, 5)
 
 
 def causal() -> None:
-    """Causal attention."""
+    """Times causal attention."""
     for length, rounds in ((16384, 5), (8192, 9)):
         payoff(f"causal {length}", length, lambda _: Causal(), None, rounds)
 
 
 def window() -> None:
-    """A window of 1024 keys."""
+    """Times a window of 1024 keys."""
     mask = lambda _: Causal() & Window(1023, 0)
     payoff("window 65536", 65536, mask, None, 1)
 
 
 def versus_jax() -> None:
-    """Eight documents, against `jax.nn` with the dense mask."""
+    """Times eight documents, against `jax.nn` with the dense mask."""
     length, arrays = 8192, inputs(8192)
     ids = jnp.arange(length) // 1024
     dense = (ids[:, None] == ids)[None, None]
@@ -145,7 +145,7 @@ def versus_jax() -> None:
 
 
 def versus_torch() -> None:
-    """Eight documents, against torch with the dense mask."""
+    """Times eight documents, against torch with the dense mask."""
     if importlib.util.find_spec("torch") is None:
         print("torch             missing")
         return

@@ -69,6 +69,12 @@ def is_known(array) -> bool:
     return not isinstance(array, jax.core.Tracer)
 
 
+def are_numbers(tree) -> bool:
+    """Says whether all arrays of a tree are single numbers that NumPy holds."""
+    leaves = jax.tree.leaves(tree)
+    return all(isinstance(x, np.ndarray | np.generic) and x.size == 1 for x in leaves)
+
+
 def fits(array, dtype=np.int32):
     """Says whether an integer type, int32 by default, holds every number of an array."""
     if np.can_cast(array.dtype, dtype):

@@ -174,7 +174,7 @@ def test_every_row_of_the_tables_is_a_case_at_a_shape(quick):
 
 @pytest.fixture(autouse=True)
 def unsettled(monkeypatch):
-    """Nothing is left behind here that a measurement should wait for."""
+    """Leaves out the wait before a measurement: nothing here has anything to settle."""
     monkeypatch.setattr(measure, "SETTLE", 0)
 
 

@@ -54,7 +54,7 @@ class Serving(RuleBasedStateMachine):
         return self.random.standard_normal(shape).astype("float32")
 
     def forget_the_overflowed(self):
-        """Who asked for more than there was is marked, and nobody else; then emptied."""
+        """Asserts that who asked for too much is marked, and nobody else; empties these."""
         owned = (np.asarray(self.kv.table) >= 0).sum(1) * PAGE
         marked = np.asarray(self.kv.length) > owned
         for b, tokens in enumerate(self.tokens):

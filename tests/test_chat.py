@@ -28,9 +28,9 @@ from examples.chat import (
 )
 from examples.chat.__main__ import main
 from examples.chat.conversation import Conversation, Interrupted
-from examples.chat.refusal import Refusal
 from examples.chat.sampling import Sampling
 from examples.chat.serving import Request, Server
+from examples.command import Refusal
 from jattn.masks import Causal
 from tests.helpers import chat
 
@@ -79,7 +79,7 @@ def _whole():
 
 
 def written_alone(prompt, most=MOST, ends=frozenset()):
-    """What greedy sampling writes, by the whole text at each step."""
+    """Writes greedily, by the whole text at each step."""
     answer = []
     while len(answer) < most and not (answer and answer[-1] in ends):
         answer.append(int(tiny_logits((*prompt, *answer)).argmax()))
@@ -424,7 +424,7 @@ def test_the_real_model_has_the_stored_logits():
 def test_the_real_model_is_that_of_transformers():
     from examples.chat.tokens import Tokenizer
 
-    theirs = chat.real_llama(weights.find())
+    theirs = chat.torch_model()
     tokens = np.random.default_rng(3).integers(49_152, size=40)
     ours = model.whole(real().params, real().sizes, jnp.asarray(tokens[None], jnp.int32))
     np.testing.assert_allclose(np.asarray(ours)[0], chat.logits(theirs, tokens), atol=5e-4)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jattn
 from jattn import Context, masks, testing
 from jattn.testing import derivatives, random_inputs
+from jattn.testing.checks import scalar_of
 
 DEVICES = 8
 STRATEGIES = ("ring", "gather", "exchange", "merge")
@@ -38,20 +39,10 @@ def is_cut(case):
     return case.sizes.B and case.sizes.T and case.sizes.S
 
 
-def is_real(x):
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
 def everything(case, attend, inputs):
     """Value, gradients, tangents, and the product of the Hessian with the inputs."""
     found = derivatives(case, attend, inputs)
-    real = {name: x for name, x in inputs.items() if is_real(x)}
-
-    def scalar(real):
-        output, logsumexp = case.call(attend, inputs | real)
-        seen = jnp.where(logsumexp == -jnp.inf, 0, logsumexp)
-        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(seen))
-
+    scalar, real = scalar_of(case, attend, inputs)
     if case.smooth:
         slopes = lambda real: jax.grad(scalar)(real)
         curved = jax.jvp(slopes, (real,), (real,))[1]

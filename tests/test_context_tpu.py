@@ -1,20 +1,18 @@
 """A ring compiled for TPUs that are not there: each transfer has a kernel beside it."""
 
 import importlib.util
-import os
 import re
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jattn
 from jattn import Context, masks
+from tests.helpers.chips import described
 
 pytestmark = [
     pytest.mark.aot,
@@ -29,23 +27,8 @@ STARTS = r"\s*(?:ROOT )?(%\S+) = .* collective-permute-start\("
 DONE = r" collective-permute-done\((?:\([^)]*\) )?(%\S+?)[),]"
 
 
-def chips():
-    for variable, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_LOG_DIR": "disabled",
-    }.items():
-        os.environ.setdefault(variable, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
-    return Mesh(np.array(described.devices).reshape(-1), ("x",))
-
-
 def transfers(program):
-    """Of each transfer: how many numbers it sends, and whether a kernel runs meanwhile."""
+    """Says of each transfer how much it sends, and whether a kernel runs meanwhile."""
     lines, started, found = program.as_text().splitlines(), {}, []
     for i, line in enumerate(lines):
         if match := re.match(STARTS, line):
@@ -60,7 +43,7 @@ def transfers(program):
 
 @pytest.mark.parametrize("derivative", [False, True])
 def test_each_transfer_has_a_kernel_beside_it(derivative):
-    mesh = chips()
+    mesh = Mesh(described("v5e:4x4").reshape(-1), ("x",))
     place = NamedSharding(mesh, P(None, "x"))
     arrays = [
         jax.ShapeDtypeStruct((1, 16384, heads, 128), jnp.bfloat16, sharding=place)

@@ -2,19 +2,17 @@
 
 import contextlib
 import importlib.util
-import os
 import re
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jattn
 from jattn import masks, modifiers
+from tests.helpers.chips import described
 
 pytestmark = [
     pytest.mark.aot,
@@ -33,26 +31,9 @@ TOPOLOGIES = {
 KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
-def devices(name):
-    for variable, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_LOG_DIR": "disabled",
-    }.items():
-        os.environ.setdefault(variable, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=TOPOLOGIES[name]
-        )
-    return np.array(described.devices)
-
-
 @contextlib.contextmanager
 def chips(name, shape, axes):
-    mesh = Mesh(devices(name)[: np.prod(shape)].reshape(shape), axes)
+    mesh = Mesh(described(TOPOLOGIES[name])[: np.prod(shape)].reshape(shape), axes)
     with jax.set_mesh(mesh):
         yield mesh
 

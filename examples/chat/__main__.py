@@ -12,25 +12,14 @@ import pathlib
 import sys
 from typing import Any
 
+from examples import command
 from examples.chat.options import check, keep_programs, parser
-from examples.chat.refusal import Refusal
+from examples.command import Refusal
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0 if it went to the end, 2 if it refused, 130 if it was stopped."""
-    try:
-        arguments = parser(__doc__).parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    try:
-        check(arguments)
-        return talk(arguments)
-    except Refusal as refusal:
-        print(f"chat: {refusal}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nchat: stopped.", file=sys.stderr)
-        return 130
+    return command.run("chat", parser(__doc__), argv, talk)
 
 
 def loaded(arguments: argparse.Namespace, meanwhile=None):
@@ -56,6 +45,7 @@ def cache_dtype(arguments: argparse.Namespace) -> Any:
 
 def talk(arguments: argparse.Namespace) -> int:
     """Answers what was asked, or converses."""
+    check(arguments)
     from examples.chat import look
     from examples.chat.conversation import Conversation
 

@@ -9,16 +9,10 @@ import json
 import pathlib
 import sys
 
+from examples import command
 from examples.chat.__main__ import cache_dtype, loaded, writer_of
-from examples.chat.options import (
-    MODEL,
-    NEEDED,
-    add_options,
-    check_installed,
-    empty_parser,
-    whole,
-)
-from examples.chat.refusal import Refusal
+from examples.chat.options import MODEL, NEEDED, add_options
+from examples.command import Refusal, check_installed, empty_parser, whole
 
 SERVING = (
     ("--at-once", whole, "N", 8, "prompts in the cache at most"),
@@ -28,25 +22,13 @@ SERVING = (
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0 if it went to the end, 2 if it refused, 130 if it was stopped."""
-    try:
-        arguments = parser().parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    try:
-        check_installed([*NEEDED, "tqdm"])
-        run(arguments)
-    except Refusal as refusal:
-        print(f"chat.batch: {refusal}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nchat.batch: stopped; the same command goes on.", file=sys.stderr)
-        return 130
-    return 0
+    goes_on = "stopped; the same command goes on."
+    return command.run("chat.batch", parser(), argv, run, goes_on)
 
 
 def parser() -> argparse.ArgumentParser:
     """Makes the options of the command."""
-    made = empty_parser("python -m examples.chat.batch", __doc__)
+    made = empty_parser("examples.chat.batch", __doc__)
     made.add_argument("prompts", help="a file with a prompt in each line")
     made.add_argument(
         "--out", metavar="FILE", required=True, help="where the answers go, as JSON lines"
@@ -55,8 +37,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Answers the prompts that have no answer yet."""
+def run(arguments: argparse.Namespace) -> int:
+    """Answers the prompts that have no answer yet; gives 0."""
+    check_installed([*NEEDED, "tqdm"], "chat")
     from examples.chat.serving import Request, Server
 
     prompts = read_prompts(arguments.prompts)
@@ -71,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     server.check([request.prompt for request in requests])
     save(server, requests, tokenizer, prompts, out)
+    return 0
 
 
 def save(server, requests, tokenizer, prompts, out: pathlib.Path) -> None:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from examples.chat import drafts, several, writing
-from examples.chat.refusal import Refusal
 from examples.chat.tokens import Streamed, Tokenizer
 from examples.chat.writing import Writer
+from examples.command import Refusal
 
 _truncate = jax.jit(lambda kv, length: kv.truncate(length), donate_argnums=0)
 
@@ -34,7 +34,7 @@ class Conversation:
         messages: The turns so far.
         text: What they are as one text, as far as it was written.
         tokens: The same as tokens.
-        unread: How many of the last of these are not in the cache.
+        unread: How many tokens at the end of `tokens` are not in the cache yet.
         report: What is worth telling of the last answer.
     """
 

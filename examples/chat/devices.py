@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from examples.chat.model import Sizes
-from examples.chat.refusal import Refusal
+from examples.command import Refusal
 
 AXIS = "model"
 
@@ -39,15 +39,19 @@ def mesh(number: int) -> jax.sharding.Mesh:
     return jax.make_mesh((number,), (AXIS,), types, devices=found[:number])
 
 
+def by_heads(sizes: Sizes, on: jax.sharding.Mesh) -> str | None:
+    """Gives the mesh axis along which heads are cut; None where they stay whole."""
+    return AXIS if sizes.heads % on.size == sizes.kv_heads % on.size == 0 else None
+
+
 def spread_weights(params, sizes: Sizes, on: jax.sharding.Mesh):
     """Lays the weights along a mesh."""
-    number = on.size
-    by_heads = AXIS if sizes.heads % number == sizes.kv_heads % number == 0 else None
+    number, heads = on.size, by_heads(sizes, on)
     hidden = AXIS if sizes.hidden % number == 0 else None
     words = AXIS if sizes.vocabulary % number == 0 else None
     cut = {
-        **dict.fromkeys(("query", "key", "value"), (by_heads, None)),
-        "output": (None, by_heads),
+        **dict.fromkeys(("query", "key", "value"), (heads, None)),
+        "output": (None, heads),
         **dict.fromkeys(("gate", "up"), (hidden, None)),
         "down": (None, hidden),
     }
@@ -65,11 +69,10 @@ def spread_weights(params, sizes: Sizes, on: jax.sharding.Mesh):
 
 def spread_cache(kv, sizes: Sizes, on: jax.sharding.Mesh):
     """Lays a cache along a mesh: keys and values by heads, and all else on each device."""
-    by_heads = sizes.heads % on.size == sizes.kv_heads % on.size == 0
+    along = by_heads(sizes, on)
 
     def place(x, head: int | None = None):  # `head` counts from the last axis
-        axes = [AXIS if head == axis - x.ndim else None for axis in range(x.ndim)]
-        axes = axes if by_heads else []
+        axes = [along if head == axis - x.ndim else None for axis in range(x.ndim)]
         return jax.device_put(x, NamedSharding(on, PartitionSpec(*axes)))
 
     store = kv.store  # keys …KHS, values …KSD, scales …KS

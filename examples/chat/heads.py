@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jattn
+from examples import command
 from examples.chat import options
 from examples.chat.__main__ import loaded
 from examples.chat.look import queries_keys
-from examples.chat.refusal import Refusal
 from jattn.masks import Causal
 
 KINDS = ("the first token", "the token before", "the same token before", "what came next")
@@ -32,20 +32,17 @@ LENGTH = 64  # tokens that are repeated: enough for means, quick to look at
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the heads that do each thing most; 0 if that went well, 2 if it refused."""
-    made = options.empty_parser("python -m examples.chat.heads", __doc__)
+    made = command.empty_parser("examples.chat.heads", __doc__)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     options.add_options(made, [x for x in options.MODEL if x[0] in USED])
-    made.add_argument("--best", type=options.whole, default=5, help="heads of each kind")
-    try:
-        arguments = made.parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    try:
-        options.check_installed(options.NEEDED)
-        model, _ = loaded(arguments)
-    except Refusal as refusal:
-        print(f"chat.heads: {refusal}", file=sys.stderr)
-        return 2
+    made.add_argument("--best", type=command.whole, default=5, help="heads of each kind")
+    return command.run("chat.heads", made, argv, find)
+
+
+def find(arguments: argparse.Namespace) -> int:
+    """Finds the heads, and prints them; gives 0."""
+    command.check_installed(options.NEEDED, "chat")
+    model, _ = loaded(arguments)
     tell(shares(model.params, model.sizes, arguments.seed), arguments.best)
     return 0
 

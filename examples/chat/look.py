@@ -14,8 +14,8 @@ from jax.tree_util import Partial
 
 import jattn
 from examples.chat import model
-from examples.chat.refusal import Refusal
 from examples.chat.tokens import Tokenizer
+from examples.command import Refusal
 from jattn import page
 from jattn.masks import Causal
 

@@ -1,33 +1,28 @@
 """The options of the command, and what cannot be asked together."""
 
 import argparse
-import importlib.util
-import math
 import os
 import pathlib
-from collections.abc import Iterable
 
-from examples.chat.refusal import Refusal
+from examples.command import (
+    Refusal,
+    check_installed,
+    count,
+    empty_parser,
+    number,
+    positive,
+    whole,
+)
 
 NEEDED = ("gguf", "tokenizers", "jinja2")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Makes the options of the command."""
-    made = empty_parser("python -m examples.chat", description)
+    made = empty_parser("examples.chat", description)
     made.add_argument("question", nargs="*", help="what to answer; each in quotes")
     add_options(made, MODEL + TALKING)
     return made
-
-
-def empty_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Makes a parser without options, with the defaults in its help."""
-    return argparse.ArgumentParser(
-        prog=name,
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
 
 
 def add_options(made: argparse.ArgumentParser, options) -> None:
@@ -56,13 +51,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise Refusal("--best-of goes with one question at a time.")
     if arguments.look and len(arguments.question) != 1:
         raise Refusal("--look goes with one question.")
-    check_installed(NEEDED)
-
-
-def check_installed(names: Iterable[str]) -> None:
-    """Raises a Refusal for packages that are not installed."""
-    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise Refusal(f"{', '.join(missing)} missing; pip install '.[chat]'.")
+    check_installed(NEEDED, "chat")
 
 
 def keep_programs(folder: str | None) -> None:
@@ -80,34 +69,9 @@ def keep_programs(folder: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def whole(text: str) -> int:
-    """Reads a whole number above 0."""
-    return _number(int, text, lambda x: x >= 1, "a whole number above 0")
-
-
-def count(text: str) -> int:
-    """Reads a whole number from 0 on."""
-    return _number(int, text, lambda x: x >= 0, "a whole number from 0 on")
-
-
-def positive(text: str) -> float:
-    """Reads a number from 0 on."""
-    return _number(float, text, lambda x: 0 <= x < math.inf, "a number from 0 on")
-
-
 def share(text: str) -> float:
     """Reads a number above 0 and up to 1."""
-    return _number(float, text, lambda x: 0 < x <= 1, "a number above 0 and up to 1")
-
-
-def _number(kind, text: str, fits, what: str):
-    try:
-        number = kind(text)
-    except ValueError:
-        number = None
-    if number is None or not fits(number):
-        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
-    return number
+    return number(float, text, lambda x: 0 < x <= 1, "a number above 0 and up to 1")
 
 
 # Name, type, what it is called, default, help.

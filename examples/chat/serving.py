@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples.chat.refusal import Refusal
 from examples.chat.writing import Writer, padded
+from examples.command import Refusal
 
 _release = jax.jit(lambda kv, chosen: kv.release(chosen), donate_argnums=0)
 

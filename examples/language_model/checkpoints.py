@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from examples.command import Refusal
 from examples.language_model.model import LanguageModel
-from examples.language_model.settings import Refusal
 
 SETTINGS = "settings.json"
 

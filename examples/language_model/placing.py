@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jattn
+from examples.command import Refusal
 from examples.language_model.attending import within_documents
 from examples.language_model.model import Attend
 from examples.language_model.packing import Batch
-from examples.language_model.settings import Refusal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from examples.command import Refusal
 from examples.language_model import (
     checkpoints,
     packing,
@@ -26,7 +27,7 @@ from examples.language_model import (
 )
 from examples.language_model.attending import watching
 from examples.language_model.model import LanguageModel
-from examples.language_model.settings import Plan, Refusal, Sizes
+from examples.language_model.settings import Plan, Sizes
 
 SHOWN = 120  # tokens of the picture of weights, at most
 

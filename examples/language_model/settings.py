@@ -2,9 +2,7 @@
 
 import dataclasses
 
-
-class Refusal(Exception):
-    """What was asked cannot be done, in one sentence."""
+from examples.command import Refusal
 
 
 @dataclasses.dataclass(frozen=True)

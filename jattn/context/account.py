@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jattn.blocks import of_call
 from jattn.call.problem import Operands, Problem
 from jattn.context.choose import cost, refusals, settled
-from jattn.context.place import Context, Place, axes_of
+from jattn.context.place import Context, Place, axes_of, written
 from jattn.context.turns import turns
 
 __all__ = ["Devices", "account", "gathered"]
@@ -69,22 +69,20 @@ class Devices:
         return rows
 
     def _layout(self) -> str:
-        names = lambda axes: " × ".join(f'"{name}"' for name in axes)
         place, (queries, keys) = self.place, self.part
-        text = f"{place.devices} along {names(place.axis)}: "
+        text = f"{place.devices} along {written(place.axis)}: "
         text += f"{queries} queries and {keys} keys each"
         for letter, axes in (("B", place.batch), ("N", place.heads)):
             if axes:
-                text += f"; {letter} over {names(axes)} ({place.count(axes)})"
+                text += f"; {letter} over {written(axes)} ({place.count(axes)})"
         return text
 
     def _strategy(self) -> str:
-        round_ = self.place.round
-        inside = self.strategy == "exchange" and bool(round_)
+        if not self.place.is_ring:
+            return self.strategy
+        inside = self.strategy == "exchange"
         name = "exchange inside a ring" if inside else self.strategy
-        if self.strategy != "ring" and not inside:
-            return name
-        count = self.place.count(round_)
+        count = self.place.count(self.place.round)
         if self.turns is None:
             return f"{name}, how many of {count} turns is known when it runs"
         rest = "; the mask leaves the others empty" if self.turns < count else ""
@@ -106,8 +104,7 @@ def account(
     """
     place, _ = settled(where, problem, operands, context, platform, implementation)
     strategy, sizes = place.strategy, problem.sizes
-    is_ring = strategy in ("ring", "exchange") and bool(place.round)
-    needed = _turns(problem, operands, place) if is_ring else None
+    needed = _turns(problem, operands, place) if place.is_ring else None
     spent = cost(problem, place, strategy, needed)
     heads = sizes.K // place.count(place.heads)
     width = problem.dtype.itemsize * (sizes.H + sizes.D)

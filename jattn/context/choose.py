@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from jattn.call.problem import Problem
 from jattn.context.exchange import copies
-from jattn.context.place import Axes, Place, find
+from jattn.context.place import Axes, Place, find, written
 from jattn.context.turns import known_turns
 
 __all__ = ["Cost", "cost", "refusals", "settled"]
@@ -63,7 +63,7 @@ def _check_divides(where: str, place: Place, axes: Axes, **sizes: int) -> None:
                 "S": f"pad to {more}, and hide the rest with `masks.Lengths`",
             }.get(letter, "cut this axis along fewer devices, or not at all")
             raise ValueError(
-                f"{where}: context axis {_written(axes)} has {count} devices, which must "
+                f"{where}: context axis {written(axes)} has {count} devices, which must "
                 f"divide {letter}={size}; {advice}."
             )
 
@@ -84,7 +84,7 @@ def refusals(problem: Problem, place: Place, implementation) -> dict[str, str | 
     if heads % count:
         exchange = (
             f"needs N={heads} query heads to be a multiple of the {count} devices of "
-            f"{_written(inner)}."
+            f"{written(inner)}."
         )
     rows = rows or parts
     exchange = rows or exchange
@@ -200,8 +200,7 @@ def settled(
     known = lambda axes: _known(problem, operands, place.count(axes))
     strategy = choose(where, problem, place, known(place.axis), platform, implementation)
     place = place._replace(strategy=strategy)
-    is_ring = strategy in ("ring", "exchange") and bool(place.round)
-    return place, known(place.round) if is_ring else None
+    return place, known(place.round) if place.is_ring else None
 
 
 def _known(problem: Problem, operands, devices: int) -> int | None:
@@ -212,7 +211,3 @@ def _known(problem: Problem, operands, devices: int) -> int | None:
 
 def _is_decoding(problem: Problem, place: Place) -> bool:
     return place.strategy == "merge" or place.devices > problem.sizes.T
-
-
-def _written(axes: Axes) -> str:
-    return " × ".join(f'"{name}"' for name in axes)

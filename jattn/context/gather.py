@@ -40,10 +40,10 @@ class Gather(Spread):
 
     def _whole(self):
         """Gives the operation for the keys of all devices."""
-        problem = self.inner.problem
+        problem = self.operation.problem
         sizes = dataclasses.replace(problem.sizes, S=self.columns * self.devices)
         return dataclasses.replace(
-            self.inner, problem=dataclasses.replace(problem, sizes=sizes)
+            self.operation, problem=dataclasses.replace(problem, sizes=sizes)
         )
 
     def _gathered(self, arrays):

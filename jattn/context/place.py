@@ -96,6 +96,11 @@ class Place(NamedTuple):
         return () if self.strategy == "merge" else self.round
 
     @property
+    def is_ring(self) -> bool:
+        """Says whether keys go round among devices, perhaps after heads were exchanged."""
+        return self.strategy in ("ring", "exchange") and bool(self.round)
+
+    @property
     def names(self) -> frozenset[str]:
         """Gives all axes along which some array is cut."""
         return frozenset((*self.axis, *self.batch, *self.heads))
@@ -106,6 +111,11 @@ def axes_of(names: str | Axes | None) -> Axes:
     if names is None:
         return ()
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def written(axes: Axes) -> str:
+    """Writes mesh axes for a message."""
+    return " × ".join(f'"{name}"' for name in axes)
 
 
 def find(where: str, context: Context) -> Place:

@@ -33,18 +33,18 @@ class Ring(Spread):
 
     def types(self, *types):
         """Asks the operation on each part."""
-        return self.inner.types(*self._split(types)[0])
+        return self.operation.types(*self._split(types)[0])
 
     def fast(self, *arrays, spread):
         """Attends turn by turn."""
         del spread
         arrays, turns = self._split(arrays)
-        return self._forward(arrays, turns, self.inner)
+        return self._forward(arrays, turns, self.operation)
 
     def reference(self, *arrays):
         """Attends in all turns: a number that JAX knows, so that it can differentiate."""
         arrays, _ = self._split(arrays)
-        return self._forward(arrays, self.devices, jax.checkpoint(self.inner.__call__))
+        return self._forward(arrays, self.devices, jax.checkpoint(self.operation.__call__))
 
     def pull(self, active, primals, outputs, cotangents, spread):
         """Adds the cotangents of all parts, given the sums of the whole."""
@@ -54,7 +54,7 @@ class Ring(Spread):
         count = len(primals)
         arrays = self.alike((*primals, *outputs, *cotangents))
         primals, rest = arrays[:count], arrays[count:]
-        pulled, ways = Pullback(self.inner, active), choose(active, self.ways)
+        pulled, ways = Pullback(self.operation, active), choose(active, self.ways)
         wanted = choose(active, primals)
         sums = self.alike([jnp.zeros(x.shape, self.wide) for x in wanted], primals)
 
@@ -82,7 +82,7 @@ class Ring(Spread):
 
     def _forward(self, arrays, turns, inner):
         arrays = self.alike(arrays)
-        types = self.inner.types(*map(jax.typeof, arrays))
+        types = self.operation.types(*map(jax.typeof, arrays))
         start = Sums(*self.alike(empty(Sums(*types)), arrays))
 
         def turn(i, carry):

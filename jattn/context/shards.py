@@ -41,8 +41,7 @@ def attention_state(
     found: list[Any] = [dispatch.IMPLEMENTATIONS[name] for name in names]
     # Those that round their sums have no rule that parts share.
     kernels = tuple(x for x in found if isinstance(x, Kernel) and x.exact)
-    is_ring = bool(place.round) and place.strategy in ("ring", "exchange")
-    if is_ring and turns is None:
+    if place.is_ring and turns is None:
         turns = count_turns(problem, operands, place.count(place.round))
     problem, operands = prepare(problem, operands)
     part = part_of(problem, place)
@@ -81,11 +80,10 @@ def _core(problem: Problem, place: Place, kernels, ways, operands, turns) -> Sta
     """Gives the state of this device's queries, unrounded."""
     leaves, tree = jax.tree.flatten(operands)
     axis = place.round
-    is_ring = bool(axis) and place.strategy in ("ring", "exchange")
-    problem = dataclasses.replace(problem, part=is_ring)
+    problem = dataclasses.replace(problem, part=place.is_ring)
     inner = Attention(problem, tree, granularity(problem, None), None, kernels)
     spread = inner, axis, place.count(axis), ways
-    if is_ring:
+    if place.is_ring:
         known = turns if isinstance(turns, int) else None
         leaves = leaves if known else [*leaves, turns]
         return state_of(*Ring(*spread, known)(*leaves))

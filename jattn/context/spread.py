@@ -11,7 +11,6 @@ around the one that exists serves every implementation, and needs no kernel of i
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,46 +19,30 @@ from jax import lax
 from jattn.context.merge import varying
 from jattn.context.ways import CUT
 from jattn.implementations.kernel import Sums
-from jattn.operations.operation import Operation
+from jattn.operations.operation import Around
 
 __all__ = ["Spread", "empty", "finish", "join"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread(Operation):
+class Spread(Around):
     """Attention of this device's queries to the keys of all devices of a mesh axis.
 
     Attributes:
-        inner: The operation for some of the keys, as many as a device has.
+        operation: The operation for some of the keys, as many as a device has.
         axis: The mesh axis.
         devices: How many it has.
         ways: What each argument does: see `ways`.
     """
 
-    inner: Any
     axis: tuple[str, ...]
     devices: int
     ways: tuple
 
     @property
-    def outputs(self):
-        """Asks the operation on each part."""
-        return self.inner.outputs
-
-    @property
-    def linear_in(self):
-        """Asks the operation on each part."""
-        return self.inner.linear_in
-
-    @property
-    def names(self):
-        """Asks the operation on each part."""
-        return self.inner.names
-
-    @property
     def elements(self):
         """Asks the operation on each part."""
-        return self.inner.elements
+        return self.operation.elements
 
     @property
     def collective(self):
@@ -69,16 +52,16 @@ class Spread(Operation):
     @property
     def wide(self):
         """Gives the precision of sums."""
-        return self.inner.problem.wide
+        return self.operation.problem.wide
 
     @property
     def columns(self) -> int:
         """Counts the keys of a device."""
-        return self.inner.problem.sizes.S
+        return self.operation.problem.sizes.S
 
     def types(self, *types):
         """Asks the operation on each part."""
-        return self.inner.types(*types)
+        return self.operation.types(*types)
 
     def alike(self, arrays, like=()) -> list[jax.Array]:
         """Makes the arrays vary over the axis and over all that any of them varies over."""

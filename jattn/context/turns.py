@@ -10,10 +10,10 @@ The table is that of the whole call, so all devices find the same number. Where 
 is made of known numbers it is a number of Python, and elsewhere one program serves all.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.arrays import are_numbers
 from jattn.blocks import of_call
 from jattn.call.problem import Operands, Problem
 
@@ -53,8 +53,7 @@ def known_turns(problem: Problem, operands: Operands, devices: int) -> int | Non
     if not of_call.skips(problem, operands):
         return devices
     where = operands.query_position, operands.key_position, operands.bias
-    arrays = jax.tree.leaves((operands.mask, operands.modifier, operands.kinds, where))
-    if not all(isinstance(x, np.ndarray | np.generic) and x.size == 1 for x in arrays):
+    if not are_numbers((operands.mask, operands.modifier, operands.kinds, where)):
         return None
     found = turns(problem, operands, devices)
     return found if isinstance(found, int) else None

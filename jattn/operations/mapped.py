@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from jattn.operations.derivatives import Pushforward
-from jattn.operations.operation import Operation, choose, retype
+from jattn.operations.operation import Around, Operation, choose, retype
 
 # How many elements a vmapped operation may hold at once before it runs as a loop: 8 MiB in
 # float32.
@@ -16,42 +16,16 @@ BUDGET = 2**21
 
 
 @dataclasses.dataclass(frozen=True)
-class Mapped(Operation):
+class Mapped(Around):
     """An operation for each slice of the `mapped` arguments along a new first axis.
 
     Outputs are stacked along a new first axis, or summed over the slices where `summed`
     says so: the cotangent of an argument that is not mapped is such a sum.
     """
 
-    operation: Operation
     size: int
     mapped: tuple[bool, ...]
     summed: tuple[bool, ...]
-
-    @property
-    def outputs(self):
-        """Gives the number of outputs of the operation."""
-        return self.operation.outputs
-
-    @property
-    def linear(self):
-        """Gives how many last arguments the operation is linear in."""
-        return self.operation.linear
-
-    @property
-    def linear_in(self):
-        """Gives the other arguments that the operation is linear in."""
-        return self.operation.linear_in
-
-    @property
-    def names(self):
-        """Gives the names of the operation's outputs."""
-        return self.operation.names
-
-    @property
-    def collective(self):
-        """Asks the operation."""
-        return self.operation.collective
 
     @property
     def chunk(self):

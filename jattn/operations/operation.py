@@ -15,6 +15,7 @@ forward through `fast` and backward through `reference`. So derivatives exist to
 order.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -129,6 +130,38 @@ class Operation:
     def __call__(self, *arrays) -> tuple[jax.Array, ...]:
         """Runs the operation; JAX can differentiate the call."""
         return tuple(primitive.bind(*vary(arrays), operation=self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Around(Operation):
+    """An operation that has the outputs of another one, which it holds as `operation`."""
+
+    operation: Any
+
+    @property
+    def outputs(self):
+        """Asks the operation inside."""
+        return self.operation.outputs
+
+    @property
+    def linear(self):
+        """Asks the operation inside."""
+        return self.operation.linear
+
+    @property
+    def linear_in(self):
+        """Asks the operation inside."""
+        return self.operation.linear_in
+
+    @property
+    def names(self):
+        """Asks the operation inside."""
+        return self.operation.names
+
+    @property
+    def collective(self):
+        """Asks the operation inside."""
+        return self.operation.collective
 
 
 def choose(flags, items) -> list:

@@ -179,17 +179,22 @@ def check_gradients(
             np.testing.assert_allclose(
                 got[name], expected, rtol=1e-9, atol=1e-11, err_msg=f"{case.name}: {name}"
             )
-        floating = {name: x for name, x in inputs.items() if _is_floating(x)}
-
-        def scalar(floating):
-            output, logsumexp = case.call(attention_state, inputs | floating)
-            seen = jnp.where(logsumexp == -jnp.inf, 0, logsumexp)
-            # Sine and cosine give each number of the results its own cotangent.
-            return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(seen))
-
+        scalar, floating = scalar_of(case, attention_state, inputs)
         if case.smooth:
             check = jax.test_util.check_grads
             check(jax.jit(scalar), (floating,), 2, ("rev",), atol=1e-4, rtol=1e-4, eps=1e-5)
+
+
+def scalar_of(case: Case, attention_state: Callable, inputs: Inputs):
+    """Gives a scalar function of the floating inputs of a case, and these inputs."""
+
+    def scalar(floating):
+        output, logsumexp = case.call(attention_state, inputs | floating)
+        seen = jnp.where(logsumexp == -jnp.inf, 0, logsumexp)
+        # Sine and cosine give each number of the results its own cotangent.
+        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.cos(seen))
+
+    return scalar, {name: x for name, x in inputs.items() if _is_floating(x)}
 
 
 _derivatives = jax.jit(derivatives, static_argnums=(0, 1))

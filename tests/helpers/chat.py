@@ -10,6 +10,7 @@ import pathlib
 import jax
 import numpy as np
 
+from bench.chat_candidates import torch_model
 from examples.chat.model import Sizes, shapes
 
 STORED = pathlib.Path(__file__).parent.parent / "chat_logits.json"
@@ -119,16 +120,6 @@ def llama(sizes: Sizes, weights: dict):
     return model
 
 
-def real_llama(path: pathlib.Path):
-    """Reads the model of a GGUF file in torch, by transformers itself."""
-    import torch
-    import transformers
-
-    return transformers.LlamaForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=torch.float32
-    ).eval()
-
-
 def logits(model, tokens) -> np.ndarray:
     """Computes the logits after each token, by torch."""
     import torch
@@ -145,7 +136,7 @@ def main() -> None:
     path = weights.find()
     tokenizer = Tokenizer(weights.load(path).metadata)
     tokens = tokenizer.question(QUESTION)
-    real = logits(real_llama(path), tokens)[-1]
+    real = logits(torch_model(), tokens)[-1]
     chosen = [*map(int, np.argsort(-real)[:8]), 0, 1000, 20_000, 49_000]
     stored = {
         "tiny": tiny(),

@@ -24,9 +24,7 @@ ROW = re.compile(r"^([\d.]+)s (?:call|setup) +(.+?)(?:@\w+)?$", re.MULTILINE)
 def durations(text: str) -> dict[str, float]:
     """Reads how many seconds each test took, with what was set up for it."""
     found: dict[str, float] = collections.defaultdict(float)
-    for seconds, name in re.findall(
-        r"^([\d.]+)s (?:call|setup) +(.+?)(?:@\w+)?$", text, re.M
-    ):
+    for seconds, name in ROW.findall(text):
         found[name.rstrip()] += float(seconds)
     return dict(found)
 

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
+from jattn.arrays import are_numbers
 from jattn.blocks import of_call
 from jattn.call.problem import Operands, Problem
 
@@ -75,10 +75,7 @@ def decided(problem: Problem, operands: Operands) -> Problem:
 def _has_known_numbers(operands: Operands) -> bool:
     """Says whether mask and positions, which decide what is skipped, are known numbers."""
     where = operands.query_position, operands.key_position
-    arrays = jax.tree.leaves((operands.mask, where))
-    return operands.kinds is None and all(
-        isinstance(x, np.ndarray | np.generic) and x.size == 1 for x in arrays
-    )
+    return operands.kinds is None and are_numbers((operands.mask, where))
 
 
 def tile_sizes(problem: Problem, size: int) -> tuple[int, int]:

@@ -1,0 +1,25 @@
+"""TPUs that are described and not there, to compile for: needs libtpu."""
+
+import os
+import warnings
+
+import numpy as np
+from jax.experimental import topologies
+
+SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+}
+
+
+def described(topology: str) -> np.ndarray:
+    """Gives the chips of a topology, such as v5e:2x2."""
+    for variable, value in SETTINGS.items():
+        os.environ.setdefault(variable, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return np.array(found.devices)
