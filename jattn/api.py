@@ -17,7 +17,6 @@ from jattn.context.place import Context
 from jattn.context.types import told_by_types
 from jattn.dropout import Dropout
 from jattn.implementations import dispatch
-from jattn.implementations.blockwise.plan import decided
 from jattn.meshes import across
 from jattn.shapes import unflatten_batch
 from jattn.state import State, with_sink
@@ -193,7 +192,6 @@ def _attend(where, problem, operands, sink, context, implementation, whole) -> S
         chosen = settled(where, *asked)
         state = _across(problem, *chosen, names, operands, sink, whole)
     else:
-        problem = problem if name == "dense" else decided(problem, operands)
         state = _state(problem, names, operands, sink, whole)
     unflatten = lambda x: unflatten_batch(x, problem.sizes)
     return jax.tree.map(unflatten, state)

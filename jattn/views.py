@@ -20,7 +20,6 @@ from jattn.call.options import WeightOptions, checked
 from jattn.call.pose import check_sink, pose
 from jattn.call.problem import Operands, Problem, apart
 from jattn.implementations.blockwise import summaries
-from jattn.implementations.blockwise.plan import decided
 from jattn.implementations.run import attention_state
 from jattn.meshes import across
 from jattn.shapes import flatten_batch, unflatten_batch
@@ -132,8 +131,7 @@ def _pose(where, query, key, logsumexp, options):
     problem, operands = pose(where, query, key, key, **given)
     sizes = problem.sizes
     # The weights do not depend on the values. Values of size D = 0 make the logsumexp
-    # cheap; the tile is decided before that, for the real sizes.
-    problem = decided(problem, operands)
+    # cheap.
     sizes_without = dataclasses.replace(sizes, D=0)
     problem = dataclasses.replace(problem, sizes=sizes_without)
     operands = operands._replace(value=operands.value[..., :0])

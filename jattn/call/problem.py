@@ -37,8 +37,6 @@ class Problem:
     # its programs hold these numbers. Other implementations take the numbers as operands;
     # for them it is None.
     named: Mask | None = None
-    # How many queries and keys a tile has, if the mask's known numbers have decided it.
-    size: int | None = None
     # How many examples the caller's batch has, if the slices of a `vmap` joined it: b
     # starts again at 0 after so many.
     examples: int | None = None

@@ -17,7 +17,6 @@ from jattn.context.turns import turns as count_turns
 from jattn.context.ways import part_of, prepare, rows_spec, specs, ways
 from jattn.implementations import dispatch
 from jattn.implementations.attention import Attention
-from jattn.implementations.blockwise.plan import granularity
 from jattn.implementations.kernel import Kernel
 from jattn.implementations.run import state_of
 from jattn.state import State, with_sink
@@ -81,7 +80,7 @@ def _core(problem: Problem, place: Place, kernels, ways, operands, turns) -> Sta
     leaves, tree = jax.tree.flatten(operands)
     axis = place.round
     problem = dataclasses.replace(problem, part=place.is_ring)
-    inner = Attention(problem, tree, granularity(problem, None), None, kernels)
+    inner = Attention(problem, tree, None, kernels)
     spread = inner, axis, place.count(axis), ways
     if place.is_ring:
         known = turns if isinstance(turns, int) else None

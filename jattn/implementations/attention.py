@@ -65,8 +65,7 @@ class Attention(Operation):
     Attributes:
         problem: The call.
         tree: The structure of its operands.
-        size: The granularity of tiles.
-        tile: How many queries and keys a tile has; replaces the choice made by `size`.
+        tile: How many queries and keys a tile has; replaces the choice of `plan`.
         kernels: The kernels that may run, in order of preference.
         kernel: The kernel that runs on the current platform.
         widens: Whether backward computes bfloat16 products in float32. XLA:CPU lacks some
@@ -76,7 +75,6 @@ class Attention(Operation):
 
     problem: Problem
     tree: Any
-    size: int
     tile: tuple[int, int] | None = None
     kernels: tuple[Kernel, ...] = ()
     kernel: Any = dataclasses.field(default=None, kw_only=True)
@@ -238,7 +236,7 @@ class Attention(Operation):
         return dataclasses.replace(self, problem=problem, kernel=None)
 
     def _plan(self, spread: bool):
-        return plan(self.problem, spread, self.size, self.tile)
+        return plan(self.problem, spread, self.tile)
 
     def _chosen(self, active, primals, results: Operands) -> list[jax.Array]:
         """Picks the cotangents of the active arguments, each in its argument's dtype."""

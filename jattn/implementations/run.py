@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.attention import Attention
-from jattn.implementations.blockwise.plan import granularity, tile_sizes
+from jattn.implementations.blockwise.plan import plan
 from jattn.implementations.blockwise.prepare import prepare
 from jattn.implementations.kernel import (
     Kernel,
@@ -22,8 +22,8 @@ class Blockwise(Plain):
         del problem, platform
 
     def block_sizes(self, problem: Problem, operands: Operands | None) -> tuple[int, int]:
-        """Gives the number of queries and of keys in a tile."""
-        return tile_sizes(problem, granularity(problem, operands))
+        """Gives the number of queries and of keys in a cell, the unit of skipping."""
+        return plan(problem, spread=False).cell
 
     def attention_state(self, problem: Problem, operands: Operands) -> State:
         """Computes the state without any kernel."""
@@ -45,9 +45,9 @@ def attention_state(
     sizes = problem.sizes
     if any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S)):
         return _nothing(problem)
-    problem, operands, size = prepare(problem, operands, tile)
+    problem, operands = prepare(problem, operands, tile)
     leaves, tree = jax.tree.flatten(operands)
-    return state_of(*Attention(problem, tree, size, tile, kernels)(*leaves))
+    return state_of(*Attention(problem, tree, tile, kernels)(*leaves))
 
 
 def state_of(output, top, total) -> State:

@@ -55,9 +55,10 @@ class Rows(NamedTuple):
     delta: jax.Array
     d_logsumexp: jax.Array
 
-    def at(self, i) -> "Rows":
-        """Gives the rows of one block."""
-        return Rows(*(_at(x, i) for x in self))
+    def at(self, layout: Layout, place) -> "Rows":
+        """Gives the rows of one tile: those of a whole block, or of a cell."""
+        block, place = layout.block_of(place)
+        return Rows(*(layout.part_of(_at(x, block), place) for x in self))
 
 
 def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
@@ -133,19 +134,18 @@ def _deltas(layout: Layout, head, queries: Rows, by_key):
     """
 
     def one_block(j, deltas):
-        key, value = _keys(layout, head, j)
-
-        def one_tile(masked, i, deltas):
-            rows = queries.at(i)
-            view, allowed, products = _pairs(layout, head, (i, j), rows, key, masked)
+        def one_tile(tile, masked, i, j, deltas):
+            rows, (key, value) = queries.at(tile, i), _keys(tile, head, j)
+            view, allowed, products = _pairs(tile, head, (i, j), rows, key, masked)
             logits = view.logits(products, view.active)
-            weights, _ = _weights(layout, logits, rows, allowed)
+            weights, _ = _weights(tile, logits, rows, allowed)
             part = jnp.sum(weights * _d_weights(view, rows, value), axis=-2)
-            part = part if layout.narrow else part * rows.inverse
-            return lax.dynamic_update_index_in_dim(deltas, _at(deltas, i) + part, i, 0)
+            part = part if tile.narrow else part * rows.inverse
+            return _add_rows(tile, deltas, part, i)
 
-        body = lambda masked: functools.partial(one_tile, masked)
-        return over_tiles(by_key, head, j, layout.counts["T"], body, deltas)
+        whole = lambda masked: lambda i, carry: one_tile(layout, masked, i, j, carry)
+        cell = functools.partial(one_tile, layout.in_cells(), True)
+        return over_tiles(by_key, head, j, layout.counts["T"], whole, deltas, cell)
 
     return loop(layout.counts["S"], one_block, jnp.zeros_like(queries.delta))
 
@@ -159,11 +159,12 @@ def _actives(layout: Layout) -> Active:
 def _backward_block(layout, head, queries: Rows, by_key, j, carry):
     """Adds everything that one block of keys contributes: loops over rows that see it."""
     d_rows, d_key, d_value, *others = carry
-    key, value = _keys(layout, head, j)
-    wide = layout.problem.wide
-    body = functools.partial(_backward_tile, layout, head, queries, (key, value), j)
-    start = (d_rows, jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide), *others)
-    carry = over_tiles(by_key, head, j, layout.counts["T"], body, start)
+    zeros = [jnp.zeros(x.shape, layout.problem.wide) for x in _keys(layout, head, j)]
+    tile = functools.partial(_backward_tile, head, queries, layout.first_key(j))
+    whole = lambda masked: lambda i, carry: tile(layout, masked, i, j, carry)
+    cell = functools.partial(tile, layout.in_cells(), True)
+    start = (d_rows, *zeros, *others)
+    carry = over_tiles(by_key, head, j, layout.counts["T"], whole, start, cell)
     d_rows, key_part, value_part, *others = carry
     # If uneven, the last block shares columns with another one, so it must not overwrite.
     write = layout.add if layout.is_uneven else layout.put
@@ -206,70 +207,87 @@ def _d_weights(view: Tile, rows: Rows, value):
     return view.drop(dot("BKSD,BKRD->BKSR", value, rows.d_output, wide))
 
 
-def _backward_tile(layout, head, queries: Rows, keys, j, masked):
-    """Makes the body of the loop over the tiles of one block of keys.
+def _backward_tile(head, queries: Rows, first, layout, masked, i, j, carry):
+    """Adds the contribution of one tile: of a whole one, or of a cell.
 
-    The body computes, with δ and d_logsumexp of the row,
+    It computes, with δ and d_logsumexp of the row,
 
         d_logitₛ = weightₛ (vₛ · d_output − (δ − d_logsumexp))
 
-    and pulls it back through bias and modifier to the products.
+    and pulls it back through bias and modifier to the products. The sums over the queries
+    are those of a block of keys, which starts at the key `first`.
     """
     isolated = masked and layout.problem.mask is not None
     row = lambda x: x[..., None, :]
-
-    def body(i, carry):
-        *sums, d_active, d_scale = carry
-        (key, value), rows = keys, queries.at(i)
-        view, allowed, products = _pairs(layout, head, (i, j), rows, key, masked)
-        keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
-        # Only arrays whose cotangents are wanted are differentiated.
-        chosen = view.active.where(d_active)
-        logits, pull = jax.vjp(
-            lambda x, chosen: view.logits(x, chosen.fill(view.active)), products, chosen
-        )
-        clean = rows.d_output
-        if isolated:  # the products below mix rows, and columns, and 0 · NaN is NaN
-            key = shared.isolate(key)[0]
-            clean, poison = shared.isolate(rows.d_output)
-            # Through top, a NaN of d_output reaches the pairs of its row that count.
-            top = rows.top + poison.astype(layout.problem.wide)
-            rows = rows._replace(query=shared.isolate(rows.query)[0], top=top)
-        weights, powers = _weights(layout, logits, rows, allowed)
-        d_weights = _d_weights(view, rows, value)
-        # Where a weight is 1, vₛ · d_output = δ exactly; see `shared.row_factors`.
-        d_weights = jnp.where(powers > row(rows.settled), row(rows.delta), d_weights)
-        offset = rows.delta - rows.d_logsumexp
-        d_products, d_chosen = pull(keep_allowed(weights * (d_weights - row(offset))))
-        # The derivative of a modifier may be infinite or NaN at a masked pair.
-        if layout.problem.modifier is not None:
-            d_products = keep_allowed(d_products)
-        if d_scale is not None:  # products are scaled, so this sums up scale · d_scale
-            d_scale = d_scale + shared.sum_all(keep_allowed(d_products * products))
-        given = rows.query, key, clean
-        sums = _add_products(layout, sums, given, i, d_products, view.drop(weights))
-        d_active = _add_active(layout, d_active, d_chosen, T=i, S=j, **head.at)
-        return *sums, d_active, d_scale
-
-    return body
+    *sums, d_active, d_scale = carry
+    (key, value), rows = _keys(layout, head, j), queries.at(layout, i)
+    view, allowed, products = _pairs(layout, head, (i, j), rows, key, masked)
+    keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
+    # Only arrays whose cotangents are wanted are differentiated.
+    chosen = view.active.where(d_active)
+    logits, pull = jax.vjp(
+        lambda x, chosen: view.logits(x, chosen.fill(view.active)), products, chosen
+    )
+    clean = rows.d_output
+    if isolated:  # the products below mix rows, and columns, and 0 · NaN is NaN
+        key = shared.isolate(key)[0]
+        clean, poison = shared.isolate(rows.d_output)
+        # Through top, a NaN of d_output reaches the pairs of its row that count.
+        top = rows.top + poison.astype(layout.problem.wide)
+        rows = rows._replace(query=shared.isolate(rows.query)[0], top=top)
+    weights, powers = _weights(layout, logits, rows, allowed)
+    d_weights = _d_weights(view, rows, value)
+    # Where a weight is 1, vₛ · d_output = δ exactly; see `shared.row_factors`.
+    d_weights = jnp.where(powers > row(rows.settled), row(rows.delta), d_weights)
+    offset = rows.delta - rows.d_logsumexp
+    d_products, d_chosen = pull(keep_allowed(weights * (d_weights - row(offset))))
+    # The derivative of a modifier may be infinite or NaN at a masked pair.
+    if layout.problem.modifier is not None:
+        d_products = keep_allowed(d_products)
+    if d_scale is not None:  # products are scaled, so this sums up scale · d_scale
+        d_scale = d_scale + shared.sum_all(keep_allowed(d_products * products))
+    given = rows.query, key, clean
+    place = i, layout.first_key(j) - first
+    sums = _add_products(layout, sums, given, place, d_products, view.drop(weights))
+    d_active = _add_active(layout, d_active, d_chosen, T=i, S=j, **head.at)
+    return *sums, d_active, d_scale
 
 
-def _add_products(layout, sums, given, i, d_products, weights):
+def _add_products(layout, sums, given, place, d_products, weights):
     """Adds the contribution of a tile to d_query, d_key and d_value.
 
         d_q += Σₛ d_logitₛ kₛ        d_kₛ += Σ d_logitₛ q        d_vₛ += Σ weightₛ d_output
 
-    d_query is transposed, BKHR: its columns are the rows of block `i`.
+    d_query is transposed, BKHR: its columns are queries. `place` says which ones the tile
+    has, and at which key of d_key and d_value it starts.
     """
     d_rows, d_key, d_value = sums
     query, key, d_output = given
+    i, first = place
     wide = layout.problem.wide
     d_products, weights = layout.narrowed(d_products), layout.narrowed(weights)
-    d_key = d_key + dot("BKSR,BKRH->BKSH", d_products, query, wide)
-    d_value = d_value + dot("BKSR,BKRD->BKSD", weights, d_output, wide)
+    d_key = _add_keys(d_key, dot("BKSR,BKRH->BKSH", d_products, query, wide), first)
+    d_value = _add_keys(d_value, dot("BKSR,BKRD->BKSD", weights, d_output, wide), first)
     key = jnp.swapaxes(key, 2, 3)
-    d_row = _at(d_rows, i) + dot("BKHS,BKSR->BKHR", key, d_products, wide)
-    return lax.dynamic_update_index_in_dim(d_rows, d_row, i, 0), d_key, d_value
+    d_query = dot("BKHS,BKSR->BKHR", key, d_products, wide)
+    return _add_rows(layout, d_rows, d_query, i, axis=3), d_key, d_value
+
+
+def _add_keys(sums, part, first):
+    """Adds the sums of a tile to those of its block of keys, from the key `first` on."""
+    if sums.shape == part.shape:
+        return sums + part
+    own = lax.dynamic_slice_in_dim(sums, first, part.shape[2], axis=2)
+    return lax.dynamic_update_slice_in_dim(sums, own + part, first, axis=2)
+
+
+def _add_rows(layout: Layout, blocks, part, place, axis=2):
+    """Adds the numbers of a tile's rows to those of all rows: blocks × BKR or BKHR."""
+    block, place = layout.block_of(place)
+    rows = _at(blocks, block)
+    total = layout.part_of(rows, place, axis) + part
+    total = layout.put_part(rows, total, place, axis)
+    return lax.dynamic_update_index_in_dim(blocks, total, block, 0)
 
 
 def _add_active(layout: Layout, whole: Active, part: Active, **at) -> Active:

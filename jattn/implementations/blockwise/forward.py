@@ -60,15 +60,16 @@ def _forward(layout: Layout):
             # costs nothing and rounds nothing to bfloat16.
             query = layout.scaled(query) if folded else query.astype(wide) * scale
             body = functools.partial(_forward_tile, layout, head, query, i)
+            cell = functools.partial(_forward_cell, layout, head, query)
             start = None
-            if not is_one(layout.counts["S"]):
+            if not is_one(layout.counts["S"]) or layout.plan.cuts > 1:
                 rows = query.shape[:3]
                 start = (
                     jnp.full(rows, jnp.finfo(wide).min),
                     jnp.zeros(rows, wide),
                     jnp.zeros((*rows, sizes.D), wide),
                 )
-            state = over_tiles(by_query, head, i, layout.counts["S"], body, start)
+            state = over_tiles(by_query, head, i, layout.counts["S"], body, start, cell)
             return tuple(
                 layout.put_rows(whole, part, T=i, **head.at)
                 for whole, part in zip(carry, finish(*state), strict=True)
@@ -119,6 +120,16 @@ def _forward_tile(layout, head, query, i, masked):
         return row_max, row_sum, sums
 
     return body
+
+
+def _forward_cell(layout, head, query, row, column, carry):
+    """Adds one cell of a partial tile to the sums of its query block."""
+    cells = layout.in_cells()
+    _, place = cells.block_of(row)
+    query, *sums = (cells.part_of(x, place) for x in (query, *carry))
+    sums = _forward_tile(cells, head, query, row, masked=True)(column, sums)
+    put = lambda whole, part: cells.put_part(whole, part, place)
+    return tuple(map(put, carry, sums))
 
 
 def _folded_products(layout, query, key):

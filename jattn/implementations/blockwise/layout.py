@@ -49,6 +49,7 @@ class Layout:
         if isinstance(sizes.S, int):
             self.padded["S"] = sizes.S
         self.extent = {x: getattr(plan, x) for x in "BKNTS"}  # the size of a cut part
+        self.per_block = 1  # how many of these tiles are in one block of queries
         self.is_uneven = not (
             plan.S is sizes.S or (isinstance(sizes.S, int) and sizes.S % plan.S == 0)
         )
@@ -72,18 +73,55 @@ class Layout:
         last.extent, last.is_uneven = self.extent | {"S": left}, False
         return last
 
+    def in_cells(self) -> "Layout":
+        """Gives a layout whose tiles are the cells of the tiles of this one."""
+        cells = copy.copy(self)
+        T, S = self.plan.cell
+        cells.plan, cells.per_block = self.plan._replace(T=T, S=S, cuts=1), self.plan.cuts
+        cells.extent = self.extent | {"T": T, "S": S}
+        cells.is_uneven = self.is_uneven or self.plan.S % S != 0
+        return cells
+
+    def block_of(self, place):
+        """Gives the block of queries that a tile is in, and its place in this block."""
+        return (place, 0) if self.per_block == 1 else divmod(place, self.per_block)
+
+    def part_of(self, rows, place, axis=2):
+        """Cuts the rows of a tile from those of its block, BK(GT)…."""
+        G, T = self.plan.G, self.plan.T
+        if rows.shape[axis] == G * T:
+            return rows
+        rows = self._by_head(rows, axis)
+        rows = lax.dynamic_slice_in_dim(rows, place * T, T, axis + 1)
+        return rows.reshape(*rows.shape[:axis], G * T, *rows.shape[axis + 2 :])
+
+    def put_part(self, rows, part, place, axis=2):
+        """Writes rows to the place that `part_of` reads."""
+        if rows.shape == part.shape:
+            return part
+        split = self._by_head(rows, axis)
+        part = self._by_head(part, axis)
+        split = lax.dynamic_update_slice_in_dim(split, part, place * self.plan.T, axis + 1)
+        return split.reshape(rows.shape)
+
+    def _by_head(self, rows, axis):
+        G = self.plan.G
+        return rows.reshape(*rows.shape[:axis], G, -1, *rows.shape[axis + 1 :])
+
     def first_key(self, j):
         """Gives the column at which block `j` of the keys starts."""
         start = jnp.asarray(j, jnp.int32) * self.plan.S
         known = isinstance(self.problem.sizes.S, int)
-        return jnp.minimum(start, self.problem.sizes.S - self.plan.S) if known else start
+        most = self.problem.sizes.S - self.extent["S"]
+        return jnp.minimum(start, most) if known else start
 
     def is_own(self, j):
         """Says which columns of block `j` are its own, 1111S: not padding, not shared."""
-        column = self.first_key(j) + jnp.arange(self.plan.S, dtype=jnp.int32)
+        width = self.extent["S"]
+        column = self.first_key(j) + jnp.arange(width, dtype=jnp.int32)
         start = jnp.asarray(j, jnp.int32) * self.plan.S
         own = (column >= start) & (column < self.problem.sizes.S)
-        return own.reshape(1, 1, 1, 1, self.plan.S)
+        return own.reshape(1, 1, 1, 1, width)
 
     def narrowed(self, array):
         """Converts an array to the dtype of the factors of products."""

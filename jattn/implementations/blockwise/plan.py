@@ -1,13 +1,8 @@
 """How much a tile holds, from the sizes of a call and from what its mask leaves out."""
 
-import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from jattn.arrays import are_numbers
-from jattn.blocks import of_call
-from jattn.call.problem import Operands, Problem
+from jattn.call.problem import Problem
 
 
 class Plan(NamedTuple):
@@ -19,85 +14,54 @@ class Plan(NamedTuple):
     T: int  # queries
     S: int  # keys
     folded: bool = False  # whether the forward pass multiplies all heads in one product
+    cuts: int = 1  # into how many blocks of queries, and of keys, a partial tile is cut
 
     @property
     def N(self) -> int:
         """Counts the query heads of a tile."""
         return self.K * self.G
 
+    @property
+    def cell(self) -> tuple[Any, Any]:
+        """Gives the number of queries and of keys in a cell, the unit of skipping."""
+        if self.cuts == 1:
+            return self.T, self.S
+        # Where there are several blocks of keys, they can be cut evenly. The last cell of a
+        # single one may be smaller.
+        return self.T // self.cuts, -(-self.S // self.cuts)
+
 
 # With at most so many rows for each key/value head, most time goes into reading the keys.
 FEW_ROWS = 8
 
 
-# The largest number of queries and of keys in a tile, measured on XLA:CPU. A pair costs
-# FINE_COST times as much in small tiles as in large ones, but small tiles skip more of
-# what a mask hides.
-COARSE, FINE = 1024, 512
-FINE_COST = 1.25
+# The most queries and keys in a tile, measured on XLA:CPU: large products run near the peak
+# of a processor, and the logits of a tile, 4 MB in float32, stay in a shared cache.
+MOST = 1024
+# Into how many blocks of queries, and of keys, a partial tile is cut; but no cell has fewer
+# than FEWEST rows or keys. In jax 0.10 and 0.12 XLA:CPU multiplies 256 × 256 by one thread,
+# and a pair costs twice as much there as in 512 × 512.
+CUTS, FEWEST = 2, 384
 
 
-def granularity(problem: Problem, operands: Operands | None) -> int:
-    """Chooses COARSE tiles, unless FINE ones skip enough to pay for their overhead.
-
-    The overhead is FINE_COST. What a mask skips is known only if it reads no arrays; with
-    another mask the choice is FINE.
-    """
-    if problem.size is not None:
-        return problem.size
-    if problem.mask is None:
-        return COARSE
-    if operands is None or not problem.sizes.are_known:
-        return FINE
-    if not _has_known_numbers(operands):
-        return FINE
-    # Only the mask decides here: a modifier or a bias may read traced arrays.
-    alone = dataclasses.replace(problem, modifier=None), operands._replace(bias=None)
-    coarse, fine = (
-        np.mean(of_call.block_table(*alone, *tile) != of_call.EMPTY)
-        for tile in (tile_sizes(problem, COARSE), tile_sizes(problem, FINE))
-    )
-    return COARSE if coarse <= fine * FINE_COST else FINE
-
-
-def decided(problem: Problem, operands: Operands) -> Problem:
-    """Adds the size of tiles to a problem, if the numbers of its mask are known.
-
-    Inside `jit` they are not known, since there they are operands.
-    """
-    if problem.mask is None or not problem.sizes.are_known:
-        return problem
-    if 0 in (*problem.sizes.BNTS, problem.sizes.K) or not _has_known_numbers(operands):
-        return problem
-    return dataclasses.replace(problem, size=granularity(problem, operands))
-
-
-def _has_known_numbers(operands: Operands) -> bool:
-    """Says whether mask and positions, which decide what is skipped, are known numbers."""
-    where = operands.query_position, operands.key_position
-    return operands.kinds is None and are_numbers((operands.mask, where))
-
-
-def tile_sizes(problem: Problem, size: int) -> tuple[int, int]:
-    """Gives the number of queries and of keys in a tile, the unit of skipping."""
-    rule = plan(problem, spread=False, size=size)
-    return rule.T, rule.S
-
-
-def plan(
-    problem: Problem, spread: bool, size: int, tile: tuple[int, int] | None = None
-) -> Plan:
+def plan(problem: Problem, spread: bool, tile: tuple[int, int] | None = None) -> Plan:
     """Chooses the sizes of tiles from those of the problem.
 
     `tile`, if given, overrides the number of queries and of keys.
     """
     sizes = problem.sizes
     if tile is not None:
-        return Plan(1, 1, sizes.G, min(tile[0], sizes.T), min(tile[1], sizes.S))
+        T, S = min(tile[0], sizes.T), min(tile[1], sizes.S)
+        is_even = problem.mask is not None and T % CUTS == S % CUTS == 0
+        return Plan(1, 1, sizes.G, T, S, cuts=CUTS if is_even else 1)
     if not sizes.are_known:  # fixed tiles: nothing can be fitted to a symbolic length
         return Plan(1, 1, sizes.G, 256, 512)
-    T = _even(sizes.T, max(size // sizes.G, 1))
-    S = _even(sizes.S, size, 64)
+    T, cuts = max(MOST // sizes.G, 1), 1
+    if problem.mask is not None and not spread:
+        rows, columns = sizes.G * min(sizes.T, T), min(sizes.S, MOST)
+        cuts = CUTS if min(rows, columns) >= CUTS * FEWEST and T >= CUTS else 1
+    T = -(-_even(sizes.T, T, 16 * cuts) // cuts) * cuts
+    S = _even(sizes.S, MOST, 64)
     if spread:  # all examples and heads: a loop would cut axes that devices divide
         return Plan(sizes.B, sizes.K, sizes.G, T, S)
     if sizes.G * sizes.T <= FEW_ROWS and sizes.K > 1:
@@ -111,7 +75,7 @@ def plan(
     fit = max(1, 2**19 // (T * S * sizes.G))
     K = _divisor(sizes.K, fit)
     B = _divisor(sizes.B, fit // K) if K == sizes.K else 1
-    return Plan(B, K, sizes.G, T, S)
+    return Plan(B, K, sizes.G, T, S, cuts=cuts)
 
 
 def rows_plan(problem: Problem) -> Plan:

@@ -8,13 +8,13 @@ from jattn.blocks import of_call
 from jattn.call.hoist import split
 from jattn.call.problem import Operands, Problem, apart, drawn, index
 from jattn.call.program import Arrays, Index, Program
-from jattn.implementations.blockwise.plan import granularity, tile_sizes
+from jattn.implementations.blockwise.plan import plan
 from jattn.operations.varying import locally
 from jattn.pytree import pytree
 
 
 def prepare(problem: Problem, operands: Operands, tile: tuple[int, int] | None = None):
-    """Prepares a call for the operation; also gives the granularity of its tiles.
+    """Prepares a call for the operation.
 
     Dropout's random words are drawn here, one for each query and one for each key, which
     serve every tile. The part of a mask or modifier that depends on one side of a pair is
@@ -24,9 +24,7 @@ def prepare(problem: Problem, operands: Operands, tile: tuple[int, int] | None =
     if operands.rng is not None:
         words = drawn(problem, operands, index(problem, operands))
         operands = operands._replace(rng=words)
-    size = granularity(problem, operands)
-    blocks = tile or tile_sizes(problem, size)
-    return *_split(problem, operands, blocks), size
+    return _split(problem, operands, plan(problem, False, tile).cell)
 
 
 def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):

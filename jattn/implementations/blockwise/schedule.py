@@ -1,6 +1,11 @@
-"""Which tiles are visited, and in which order."""
+"""Which tiles are visited, and in which order.
 
-from typing import NamedTuple
+A full tile is computed whole, and without the mask. A partial tile is cut into cells, and
+the cells that the mask leaves empty are skipped. So large products serve where the mask
+allows everything, and less is computed in vain along its edges.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +13,25 @@ import numpy as np
 from jax import lax
 
 from jattn.blocks import of_call
+from jattn.blocks.kinds import resize, spread
 from jattn.implementations.blockwise.layout import Layout
+from jattn.shapes import is_one
+
+
+class Cells(NamedTuple):
+    """Cells to visit, for each step in B and K and each block of one side.
+
+    Cell (`row`, `column`) is counted from the first query and the first key of the call.
+    The first `live` cells count, and the others are empty, or are in full tiles.
+    """
+
+    row: jax.Array
+    column: jax.Array
+    live: jax.Array
+
+    def at(self, b, k, i):
+        """Gives the cells of one block, and how many of them count."""
+        return tuple(_pick(x, b, k, i) for x in self)
 
 
 class Schedule(NamedTuple):
@@ -22,12 +45,11 @@ class Schedule(NamedTuple):
     full: jax.Array
     live: jax.Array
     masked: bool  # whether a partial tile has a mask to apply; else a modifier hides it
+    cells: Cells | None = None  # of the partial tiles, where these are cut
 
     def at(self, b, k, i):
         """Gives the order of one block, and where its full and its partial tiles end."""
-        b = 0 if self.full.shape[0] == 1 else b
-        k = 0 if self.full.shape[1] == 1 else k
-        return self.order[b, k, i], self.full[b, k, i], self.live[b, k, i]
+        return tuple(_pick(x, b, k, i) for x in (self.order, self.full, self.live))
 
     def in_order(self) -> "Schedule":
         """Sorts the tiles by their place, and treats each of them as partial."""
@@ -37,27 +59,49 @@ class Schedule(NamedTuple):
         return self._replace(order=order, full=jnp.zeros_like(self.full))
 
 
+def _pick(array, b, k, i):
+    """Gives the entry of one block; an axis of length 1 serves all examples or heads."""
+    b = 0 if array.shape[0] == 1 else b
+    k = 0 if array.shape[1] == 1 else k
+    return array[b, k, i]
+
+
 def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     """Makes two schedules: by query block over key blocks, and the other way round.
 
     Both are None if no tile can be skipped and none is partial.
     """
-    problem, plan = layout.problem, layout.plan
+    problem, plan, sizes = layout.problem, layout.plan, layout.problem.sizes
     if not (of_call.skips(problem, layout.operands) or layout.is_uneven):
         return None, None
-    table = of_call.block_table(problem, layout.operands, plan.T, plan.S)
-    xp = np if isinstance(table, np.ndarray) else jnp
+    cells = of_call.block_table(problem, layout.operands, *plan.cell)
+    xp: Any = np if isinstance(cells, np.ndarray) else jnp
+    cells = _common(xp, _common(xp, cells, 0, plan.B), 1, plan.K * plan.G)
+    if problem.mask is None:  # a modifier hides pairs by −∞ logits, so no mask is applied
+        cells = xp.where(cells == of_call.EMPTY, cells, xp.full_like(cells, of_call.FULL))
+    table = cells
+    if sizes.are_known:
+        table = resize(cells, (sizes.T, sizes.S), plan.cell, (plan.T, plan.S))
     table = xp.broadcast_to(
         table, (*table.shape[:2], layout.counts["T"], layout.counts["S"])
     )
-    table = _common(xp, _common(xp, table, 0, plan.B), 1, plan.K * plan.G)
-    if problem.mask is None:  # a modifier hides pairs by −∞ logits, so no mask is applied
-        table = xp.where(table == of_call.EMPTY, table, xp.full_like(table, of_call.FULL))
     if layout.is_uneven:  # the last block shares columns, which its mask must hide
         last = xp.arange(table.shape[-1]) == table.shape[-1] - 1
         table = xp.where(last, xp.minimum(table, of_call.PARTIAL), table)
     masked = problem.mask is not None or layout.is_uneven
-    return _schedule(xp, table, masked), _schedule(xp, xp.swapaxes(table, 2, 3), masked)
+    cells = spread(cells, (sizes.T, sizes.S), plan.cell) if plan.cuts > 1 else None
+    by_query = _schedule(xp, table, masked), 2, layout.counts["S"]
+    by_key = _schedule(xp, xp.swapaxes(table, 2, 3), masked), 4, layout.counts["T"]
+    if cells is None:
+        return by_query[0], by_key[0]
+    live = _live(xp, cells, table, plan.cuts)
+    partial = (table == of_call.PARTIAL)[:, :, :, None, :, None]
+    # Where a block has one tile, XLA would compute its products before the loop over full
+    # tiles, since they are the same in each turn. So this tile is always cut.
+    return tuple(
+        schedule._replace(cells=_cells(xp, live & (partial | is_one(count)), axis))
+        for schedule, axis, count in (by_query, by_key)
+    )
 
 
 def _common(xp, table, axis, size):
@@ -77,3 +121,27 @@ def _schedule(xp, table, masked: bool) -> Schedule:
     full = xp.sum(table == of_call.FULL, axis=-1, dtype=xp.int32)
     live = xp.sum(table != of_call.EMPTY, axis=-1, dtype=xp.int32)
     return Schedule(jnp.asarray(order), jnp.asarray(full), jnp.asarray(live), masked)
+
+
+def _live(xp, cells, table, cuts: int):
+    """Says which cells are not empty: … × row blocks × cuts × column blocks × cuts."""
+    rows, columns = table.shape[2:]
+    # Cells beyond the last query or the last key are empty.
+    missing = [n * cuts - m for n, m in zip((rows, columns), cells.shape[2:], strict=True)]
+    cells = xp.pad(cells, [(0, 0), (0, 0), *((0, x) for x in missing)])
+    return (cells != of_call.EMPTY).reshape(*cells.shape[:2], rows, cuts, columns, cuts)
+
+
+def _cells(xp, live, axis: int) -> Cells:
+    """Lists the live cells for each block of the axis: 2 of queries, 4 of keys."""
+    _, _, rows, cuts, columns, _ = live.shape
+    row = xp.arange(rows * cuts).reshape(rows, cuts, 1, 1)
+    column = xp.arange(columns * cuts).reshape(1, 1, columns, cuts)
+    by_block = lambda x: xp.moveaxis(xp.broadcast_to(x, live.shape), axis, 2).reshape(
+        *live.shape[:2], live.shape[axis], -1
+    )
+    row, column, live = map(by_block, (row, column, live))
+    order = xp.argsort(~live, axis=-1, stable=True)  # live ones first
+    row, column = (xp.take_along_axis(x, order, axis=-1) for x in (row, column))
+    count = xp.sum(live, axis=-1)
+    return Cells(*(jnp.asarray(x.astype(xp.int32)) for x in (row, column, count)))

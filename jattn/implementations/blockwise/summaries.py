@@ -17,7 +17,7 @@ from jax import lax
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.blockwise.join import join
 from jattn.implementations.blockwise.layout import Layout
-from jattn.implementations.blockwise.plan import Plan, granularity, plan, rows_plan
+from jattn.implementations.blockwise.plan import Plan, plan, rows_plan
 from jattn.implementations.blockwise.schedule import schedules
 from jattn.implementations.blockwise.tiles import (
     Tile,
@@ -37,7 +37,7 @@ def entropy(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.
     if is_nothing(problem):
         return jnp.zeros((B, T, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
-    return Entropy(problem, tree, granularity(problem, operands), tile)(
+    return Entropy(problem, tree, tile)(
         *leaves, normalizer
     )[0]
 
@@ -48,7 +48,7 @@ def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax
     if is_nothing(problem):
         return jnp.zeros((B, S, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
-    return Received(problem, tree, granularity(problem, operands), tile)(
+    return Received(problem, tree, tile)(
         *leaves, normalizer
     )[0]
 
@@ -130,13 +130,12 @@ class _View(Operation):
 
     problem: Problem
     tree: Any
-    size: int
     tile: tuple[int, int] | None = None
 
     @property
     def elements(self) -> int:
         """Gives the number of pairs in two tiles."""
-        B, K, G, T, S, *_ = plan(self.problem, False, self.size, self.tile)
+        B, K, G, T, S, *_ = plan(self.problem, False, self.tile)
         return 2 * B * K * G * T * S
 
     def joined(self, size, mapped, apart):
@@ -185,7 +184,7 @@ class Entropy(_View):
     def fast(self, *leaves, spread):
         """Computes it tile by tile."""
         layout, normalizer = self.lay(
-            leaves, plan(self.problem, spread, self.size, self.tile)
+            leaves, plan(self.problem, spread, self.tile)
         )
         rows = (layout.plan.B, layout.plan.K, layout.plan.G * layout.plan.T)
         total = sweep(
@@ -217,7 +216,7 @@ class Received(_View):
     def fast(self, *leaves, spread):
         """Computes it tile by tile."""
         layout, normalizer = self.lay(
-            leaves, plan(self.problem, spread, self.size, self.tile)
+            leaves, plan(self.problem, spread, self.tile)
         )
         # The sums are over queries, so one total passes through all query blocks.
         total = self.nothing(layout)

@@ -64,8 +64,9 @@ def tangent(layout: Layout, outputs, tangents: Operands):
             d_rows = None if d_query is None else rows(d_query)
             given = (query, rows(top), d_rows)
             body = functools.partial(_tangent_tile, layout, head, d_head, given, i)
+            cell = functools.partial(_tangent_cell, layout, head, d_head, given)
             start = zeros(query.shape[:3])
-            sums = over_tiles(by_query, head, i, layout.counts["S"], body, start)
+            sums = over_tiles(by_query, head, i, layout.counts["S"], body, start, cell)
             parts = sums.mean, sums.by_logits + sums.by_values
             return tuple(
                 layout.put_rows(whole, part, T=i, **head.at)
@@ -158,6 +159,16 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
         return Sums(total, mean + step, by_logits, by_values, output)
 
     return body
+
+
+def _tangent_cell(layout, head, d_head, given, row, column, carry):
+    """Adds one cell of a partial tile to the sums of its query block."""
+    cells = layout.in_cells()
+    _, place = cells.block_of(row)
+    part = lambda x: cells.part_of(x, place)
+    given, sums = jax.tree.map(part, (given, carry))
+    sums = _tangent_tile(cells, head, d_head, given, row, masked=True)(column, sums)
+    return jax.tree.map(lambda x, y: cells.put_part(x, y, place), carry, sums)
 
 
 def _of_products(query, key, d_query, d_key, products):

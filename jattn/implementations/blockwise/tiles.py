@@ -112,14 +112,26 @@ def loop(count, body, carry):
     return lax.fori_loop(0, count, body, carry)
 
 
-def over_tiles(schedule, head: Head, i, count, body, carry):
-    """Runs `body(masked)(j, carry)` over the tiles of block `i` that are not empty."""
+def over_tiles(schedule, head: Head, i, count, body, carry, cell=None):
+    """Runs `body(masked)(j, carry)` over the tiles of block `i` that are not empty.
+
+    Where `cell` is given and partial tiles are cut, `cell(row, column, carry)` runs over
+    their cells.
+    """
     if schedule is None:
         return loop(count, body(False), carry)
-    if is_one(count):  # one tile: apply the mask without asking whether it is needed
+    is_cut = cell is not None and schedule.cells is not None
+    if is_one(count) and not is_cut:  # apply the mask without asking whether it is needed
         return body(schedule.masked)(0, carry)
-    order, full, live = schedule.at(head.at["B"], head.at["K"], i)
+    where = head.at["B"], head.at["K"], i
+    order, full, live = schedule.at(*where)
     at = lambda masked: lambda turn, carry: body(masked)(order[turn], carry)
+    if is_cut:
+        if not is_one(count):  # a single tile is always cut, see `schedules`
+            carry = lax.fori_loop(0, full, at(False), carry)
+        row, column, live = schedule.cells.at(*where)
+        step = lambda turn, carry: cell(row[turn], column[turn], carry)
+        return lax.fori_loop(0, live, step, carry)
     if not schedule.masked:
         return lax.fori_loop(0, live, at(False), carry)
     carry = lax.fori_loop(0, full, at(False), carry)
