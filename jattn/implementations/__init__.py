@@ -6,6 +6,7 @@
 `blockwise`     attention in many tiles: forward, backward, tangent
 `tpu`           attention on TPU, by Pallas kernels
 `cudnn`         attention on NVIDIA GPUs by cuDNN, where it is the same function
+`processor`     what the processor of this machine can do
 `attention`     the operation: a kernel where there is one, blockwise for all the rest
 `run`           a call by the operation, with or without kernels
 `dispatch`      which implementation runs, and why

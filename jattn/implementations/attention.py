@@ -33,6 +33,7 @@ from jattn.implementations.kernel import (
     check_sums,
     types_of_sums,
 )
+from jattn.implementations.processor import multiplies_bfloat16
 from jattn.operations.join import Joined, Leading
 from jattn.operations.mapped import cond_any
 from jattn.operations.operation import Operation
@@ -69,8 +70,9 @@ class Attention(Operation):
         kernels: The kernels that may run, in order of preference.
         kernel: The kernel that runs on the current platform.
         widens: Whether backward computes bfloat16 products in float32. XLA:CPU lacks some
-            batched bfloat16 products, and float32 costs nothing there. Forward does the
-            same where a cotangent that starts from its output may be float32.
+            batched bfloat16 products, and float32 costs nothing there. So the logits of
+            forward are of float32 products too; and its sums, where the processor is slow
+            in bfloat16, or a cotangent that starts from its output may be float32.
     """
 
     problem: Problem
@@ -128,8 +130,10 @@ class Attention(Operation):
         """Computes the outputs by the kernel if there is one, else tile by tile."""
         operands = self.tree.unflatten(leaves)
         if self.kernel is None:
-            wide = self.widens and _is_felt_wide(self.problem, operands)
-            return forward(Layout(self.problem, operands, self._plan(spread), wide))
+            plan = self._plan(spread)
+            slow = not (plan.folded or multiplies_bfloat16())
+            wide = self.widens and (slow or _is_felt_wide(self.problem, operands))
+            return forward(Layout(self.problem, operands, plan, wide, self.widens))
         otherwise = functools.partial(self._blockwise(spread).fast, spread=spread)
         if spread:  # XLA cannot divide a kernel among devices
             return otherwise(*leaves)
@@ -172,7 +176,8 @@ class Attention(Operation):
         """
         if self.kernel is None:
             operands, wanted = map(self.tree.unflatten, (primals, active))
-            layout = Layout(self.problem, operands, self._plan(spread), self.widens)
+            widths = self.widens, self.widens  # the logits of forward, to the last bit
+            layout = Layout(self.problem, operands, self._plan(spread), *widths)
             results = backward(layout, outputs, cotangents, wanted)
             return self._chosen(active, primals, results)
         otherwise = functools.partial(self._pull_own, active, spread)

@@ -48,17 +48,14 @@ def forward(layout: Layout):
 
 def _forward(layout: Layout):
     sizes, wide = layout.problem.sizes, layout.problem.wide
-    folded, scale = layout.plan.folded, layout.operands.scale
+    folded = layout.plan.folded
     by_query, _ = schedules(layout)
     shape = layout.query.shape[:3]
     output = jnp.zeros((*shape, sizes.D), wide)
 
     def one_head(head, carry):
         def one_block(i, carry):
-            query = layout.rows(layout.query, T=i, **head.at)
-            # Queries are widened to float32, so that scaling them before the product
-            # costs nothing and rounds nothing to bfloat16.
-            query = layout.scaled(query) if folded else query.astype(wide) * scale
+            query = layout.scaled(layout.rows(layout.query, T=i, **head.at))
             body = functools.partial(_forward_tile, layout, head, query, i)
             cell = functools.partial(_forward_cell, layout, head, query)
             start = None

@@ -39,7 +39,9 @@ class Layout:
     padded only if their number is symbolic, as it may then be smaller than a block.
     """
 
-    def __init__(self, problem: Problem, operands: Operands, plan: Plan, wide=True):
+    def __init__(
+        self, problem: Problem, operands: Operands, plan: Plan, wide=True, wide_logits=True
+    ):
         sizes = problem.sizes
         self.problem, self.operands, self.plan = problem, operands, plan
         # `is` also finds a symbolic length that one block has as a whole.
@@ -56,6 +58,8 @@ class Layout:
         # A product of two bfloat16 numbers is exact in float32, so bfloat16 may stay
         # narrow. Not every platform multiplies float16, so it is widened, tile by tile.
         self.narrow = problem.dtype == jnp.bfloat16 and not wide
+        # Folded products read the keys once, so these are not widened for the logits.
+        self.narrow_logits = self.narrow and (plan.folded or not wide_logits)
         self.query = self._pad(operands.query, {1: "T"})
         self.key, self.value = self.keys(operands.key), self.keys(operands.value)
         self.aligned = self._align()
@@ -128,9 +132,13 @@ class Layout:
         return array.astype(self.problem.dtype if self.narrow else self.problem.wide)
 
     def scaled(self, query):
-        """Scales queries; narrow ones stay as they are, and their products are scaled."""
-        query = self.narrowed(query)
-        return query if self.narrow else query * self.operands.scale
+        """Scales queries; narrow ones stay as they are, and their products are scaled.
+
+        So nothing is rounded to bfloat16, or to the TF32 of a GPU, by the scale.
+        """
+        if self.narrow_logits:
+            return query
+        return query.astype(self.problem.wide) * self.operands.scale
 
     def queries(self, array, fill=0):
         """Pads BTN… to whole blocks of queries."""

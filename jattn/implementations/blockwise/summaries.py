@@ -37,9 +37,7 @@ def entropy(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.
     if is_nothing(problem):
         return jnp.zeros((B, T, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
-    return Entropy(problem, tree, tile)(
-        *leaves, normalizer
-    )[0]
+    return Entropy(problem, tree, tile)(*leaves, normalizer)[0]
 
 
 def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.Array:
@@ -48,9 +46,7 @@ def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax
     if is_nothing(problem):
         return jnp.zeros((B, S, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
-    return Received(problem, tree, tile)(
-        *leaves, normalizer
-    )[0]
+    return Received(problem, tree, tile)(*leaves, normalizer)[0]
 
 
 def closed(normalizer):
@@ -183,9 +179,7 @@ class Entropy(_View):
 
     def fast(self, *leaves, spread):
         """Computes it tile by tile."""
-        layout, normalizer = self.lay(
-            leaves, plan(self.problem, spread, self.tile)
-        )
+        layout, normalizer = self.lay(leaves, plan(self.problem, spread, self.tile))
         rows = (layout.plan.B, layout.plan.K, layout.plan.G * layout.plan.T)
         total = sweep(
             layout,
@@ -215,9 +209,7 @@ class Received(_View):
 
     def fast(self, *leaves, spread):
         """Computes it tile by tile."""
-        layout, normalizer = self.lay(
-            leaves, plan(self.problem, spread, self.tile)
-        )
+        layout, normalizer = self.lay(leaves, plan(self.problem, spread, self.tile))
         # The sums are over queries, so one total passes through all query blocks.
         total = self.nothing(layout)
         add = lambda total, logs, at: layout.add(

@@ -170,11 +170,13 @@ LANES = 16
 def products_of(layout, query, key):
     """Multiplies each query by each key, BKRH and BKSH to BKRS."""
     wide, count = layout.problem.wide, key.shape[2]
-    key = key.astype(wide)
-    if _are_few(query):  # padding would copy all keys for the sake of a few queries
-        return dot("BKRH,BKSH->BKRS", query, key, wide)
-    products = dot("BKRH,BKSH->BKRS", query, _whole_lanes(key), wide)
-    return lax.slice_in_dim(products, 0, count, axis=3)
+    if not layout.narrow_logits:
+        key = key.astype(wide)
+    if not _are_few(query):  # padding would copy all keys for the sake of a few queries
+        key = _whole_lanes(key)
+    products = dot("BKRH,BKSH->BKRS", query, key, wide)
+    products = lax.slice_in_dim(products, 0, count, axis=3)
+    return products * layout.operands.scale if layout.narrow_logits else products
 
 
 def columns_of(query, key, wide):
