@@ -310,18 +310,20 @@ explain = functools.partial(jattn.explain, SHAPE, SHAPE, SHAPE, implementation="
 
 def test_explain_says_how_many_blocks_are_skipped():
     found = explain(mask=Causal())
-    assert found.flops_visited == 2 * 2 * 4 * 10 * 1024**2 * 128
+    assert found.flops_visited == 2 * 2 * 4 * 36 * 512**2 * 128
     assert str(found).splitlines()[3:5] == [
-        "blocks          37.5 % skipped, 25 % partial (of 4 × 4 blocks of 1024 × 1024)",
-        "not skipped     21.5 Gflop",
+        "blocks          43.8 % skipped, 12.5 % partial (of 8 × 8 blocks of 512 × 512)",
+        "not skipped     19.3 Gflop",
     ]
 
 
-def test_tiles_are_smaller_where_that_leaves_out_more():
-    assert explain(mask=Causal() & Window(100, 0)).blocks.sizes == (512, 512)
-    ids = jnp.zeros(4096, jnp.int32)
-    assert explain(mask=Causal() & Segments(ids)).blocks.sizes == (512, 512)
-    assert explain(mask=Causal() & Window(3000, 0)).blocks.sizes == (1024, 1024)
+def test_partial_tiles_are_cut_but_not_into_small_cells():
+    short = jax.ShapeDtypeStruct((2, 700, 4, 64), "float32")
+    blocks = jattn.explain(
+        short, short, short, mask=Causal(), implementation="blockwise"
+    ).blocks
+    assert blocks.sizes == (700, 700)
+    assert explain(mask=Causal() & Window(3000, 0)).blocks.sizes == (512, 512)
 
 
 def test_explain_counts_blocks_that_a_modifier_skips():

@@ -311,7 +311,7 @@ def test_empty_tiles_are_skipped(monkeypatch, run):
     problem, arrays = views._pose("test", x, x, x[..., 0], {"mask": masks.Causal()})
     jax.block_until_ready(run(problem, False, arrays, (16, 16)))
     jax.effects_barrier()
-    assert len(visits) == 10
+    assert len(visits) == 36  # of 8 × 8 cells of 8 × 8 pairs
 
 
 @pytest.mark.parametrize(

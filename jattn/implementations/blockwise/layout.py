@@ -80,10 +80,9 @@ class Layout:
     def in_cells(self) -> "Layout":
         """Gives a layout whose tiles are the cells of the tiles of this one."""
         cells = copy.copy(self)
-        T, S = self.plan.cell
-        cells.plan, cells.per_block = self.plan._replace(T=T, S=S, cuts=1), self.plan.cuts
-        cells.extent = self.extent | {"T": T, "S": S}
-        cells.is_uneven = self.is_uneven or self.plan.S % S != 0
+        cells.plan, cells.per_block = self.plan.in_cells(), self.plan.cuts
+        cells.extent = self.extent | {"T": cells.plan.T, "S": cells.plan.S}
+        cells.is_uneven = self.is_uneven or self.plan.S % cells.plan.S != 0
         return cells
 
     def block_of(self, place):

@@ -30,6 +30,11 @@ class Plan(NamedTuple):
         # single one may be smaller.
         return self.T // self.cuts, -(-self.S // self.cuts)
 
+    def in_cells(self) -> "Plan":
+        """Gives the plan whose tiles are the cells of this one."""
+        T, S = self.cell
+        return self._replace(T=T, S=S, cuts=1)
+
 
 # With at most so many rows for each key/value head, most time goes into reading the keys.
 FEW_ROWS = 8

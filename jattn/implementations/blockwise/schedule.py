@@ -89,19 +89,17 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
         last = xp.arange(table.shape[-1]) == table.shape[-1] - 1
         table = xp.where(last, xp.minimum(table, of_call.PARTIAL), table)
     masked = problem.mask is not None or layout.is_uneven
-    cells = spread(cells, (sizes.T, sizes.S), plan.cell) if plan.cuts > 1 else None
-    by_query = _schedule(xp, table, masked), 2, layout.counts["S"]
-    by_key = _schedule(xp, xp.swapaxes(table, 2, 3), masked), 4, layout.counts["T"]
-    if cells is None:
-        return by_query[0], by_key[0]
-    live = _live(xp, cells, table, plan.cuts)
+    by_query = _schedule(xp, table, masked)
+    by_key = _schedule(xp, xp.swapaxes(table, 2, 3), masked)
+    if plan.cuts == 1:
+        return by_query, by_key
+    live = _live(xp, spread(cells, (sizes.T, sizes.S), plan.cell), table, plan.cuts)
     partial = (table == of_call.PARTIAL)[:, :, :, None, :, None]
     # Where a block has one tile, XLA would compute its products before the loop over full
     # tiles, since they are the same in each turn. So this tile is always cut.
-    return tuple(
-        schedule._replace(cells=_cells(xp, live & (partial | is_one(count)), axis))
-        for schedule, axis, count in (by_query, by_key)
-    )
+    chosen = lambda axis: live & (partial | is_one(layout.counts[axis]))
+    by_query = by_query._replace(cells=_cells(xp, chosen("S"), 2))
+    return by_query, by_key._replace(cells=_cells(xp, chosen("T"), 4))
 
 
 def _common(xp, table, axis, size):

@@ -131,8 +131,12 @@ class _View(Operation):
     @property
     def elements(self) -> int:
         """Gives the number of pairs in two tiles."""
-        B, K, G, T, S, *_ = plan(self.problem, False, self.tile)
+        B, K, G, T, S, *_ = self.plan(spread=False)
         return 2 * B * K * G * T * S
+
+    def plan(self, spread: bool) -> Plan:
+        """Chooses the sizes of tiles; a sweep visits whole tiles, so these are cells."""
+        return plan(self.problem, spread, self.tile).in_cells()
 
     def joined(self, size, mapped, apart):
         """Joins the slices into a call with more examples; None if they share keys."""
@@ -179,7 +183,7 @@ class Entropy(_View):
 
     def fast(self, *leaves, spread):
         """Computes it tile by tile."""
-        layout, normalizer = self.lay(leaves, plan(self.problem, spread, self.tile))
+        layout, normalizer = self.lay(leaves, self.plan(spread))
         rows = (layout.plan.B, layout.plan.K, layout.plan.G * layout.plan.T)
         total = sweep(
             layout,
@@ -209,7 +213,7 @@ class Received(_View):
 
     def fast(self, *leaves, spread):
         """Computes it tile by tile."""
-        layout, normalizer = self.lay(leaves, plan(self.problem, spread, self.tile))
+        layout, normalizer = self.lay(leaves, self.plan(spread))
         # The sums are over queries, so one total passes through all query blocks.
         total = self.nothing(layout)
         add = lambda total, logs, at: layout.add(
