@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
 
-from jattn.call.jaxprs import CALLS, RULES, called, walk
+from jattn.call.jaxprs import RULES, called, walk
+from jattn.implementations import joint
 
 # The operations that Mosaic supports on two axes, in float32 and int32.
 _ARITHMETIC = {"abs", "add", "div", "max", "min", "mul", "neg", "rem", "sign", "sub"}
@@ -28,23 +29,7 @@ _DTYPES = {"bool", "int32", "uint32", "float32", "bfloat16"}
 
 def objection(equations) -> str | None:
     """Says in a clause why a kernel cannot evaluate the equations; None if it can."""
-    for equation in equations:
-        name = equation.primitive.name
-        inner = called(equation, CALLS | RULES)
-        if inner is not None:
-            if inner[1]:
-                return f"`{name}` with an array of its own"
-            found = objection(inner[0].eqns)
-            if found:
-                return found
-            continue
-        avals = [x.aval for x in (*equation.invars, *equation.outvars)]
-        if name not in _TAKEN | _SAME or any(x.shape for x in avals):
-            return f"`{name}`"
-        foreign = {x.dtype.name for x in avals} - _DTYPES
-        if foreign:
-            return f"`{name}` of {min(foreign)}"
-    return None
+    return joint.objection(equations, _TAKEN | _SAME, _DTYPES)
 
 
 def evaluate(jaxpr, inputs, small=()) -> jax.Array:
