@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Literal
 
 from jattn.call.hoist import split
 from jattn.call.jaxprs import CALLS, RULES, called
@@ -89,6 +91,29 @@ def objection(equations, taken, dtypes) -> str | None:
     return None
 
 
+def distances(jaxpr, floats: dict, same_shape: Callable = lambda *xs: xs) -> dict:
+    """Finds the floats that a jaxpr makes of a sum or difference of two small integers.
+
+    `floats` has small integers as floats: the sum of two is exact in float32, and takes
+    fewer instructions than a conversion at each pair. `same_shape` gives two of them the
+    same shape.
+    """
+    sums, found = {}, {}
+    for equation in jaxpr.eqns:
+        name, out = equation.primitive.name, equation.outvars[0]
+        is_float = out.aval.dtype == jnp.float32
+        operands = [x for x in equation.invars if not isinstance(x, Literal)]
+        if len(operands) < len(equation.invars):
+            continue
+        if name in ("add", "sub") and all(x in floats for x in operands):
+            sums[out] = getattr(lax, name)(*same_shape(*(floats[x] for x in operands)))
+        elif name in ("abs", "neg") and operands[0] in sums:
+            sums[out] = getattr(lax, name)(sums[operands[0]])
+        elif name == "convert_element_type" and operands[0] in sums and is_float:
+            found[out] = sums[operands[0]]
+    return found
+
+
 def read_cotangents(
     problem: Problem, operands: Operands, flags: Extras, cotangents, arrange: Callable
 ):
@@ -100,7 +125,8 @@ def read_cotangents(
 
     def read(modifier, bias):
         _, read = extras(problem, operands._replace(modifier=modifier, bias=bias))
-        leaves = zip(*map(jax.tree.leaves, (read, flags)), strict=True)
+        active = [(x.modifier, x.bias) for x in (read, flags)]
+        leaves = zip(*map(jax.tree.leaves, active), strict=True)
         return [arrange(x) for x, flag in leaves if flag]
 
     primals, pull = jax.vjp(read, operands.modifier, operands.bias)

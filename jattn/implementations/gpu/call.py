@@ -197,6 +197,7 @@ class Context(NamedTuple):
         order: A function from the number of a step to its inner block.
         full: How many steps need no mask.
         live: How many steps there are.
+        group: The number of this group.
         turn: A function that waits for this group's turn.
     """
 
@@ -209,7 +210,15 @@ class Context(NamedTuple):
     order: Callable
     full: Any
     live: Any
+    group: Any
     turn: Callable
+
+    def in_turns(self, loop: Callable):
+        """Runs a loop of which each step takes two turns, one group after the other."""
+        pl.when(self.group == 1)(self.turn)
+        result = loop()
+        pl.when(self.group == 0)(self.turn)
+        return result
 
     def loop(self, step: Callable, start):
         """Runs `step(masked, j, carry)` on full blocks, then on partial ones."""
@@ -254,12 +263,9 @@ def _program(call: Call, kernel, given: Arguments, own: int, outputs, memory):
 
         own_memory = tuple(ref.at[group] for ref in owned)
         context = Context(
-            call, given, (b, n), rows, own_memory, streams, order, full, live, wait
+            call, given, (b, n), rows, own_memory, streams, order, full, live, group, wait
         )
-        pl.when(group == 1)(wait)
-        sums = kernel(context)
-        pl.when(group == 0)(wait)
-        sums(outputs)
+        kernel(context)(outputs)
 
     @pl.when(group == GROUPS)
     def _copy():

@@ -11,7 +11,6 @@ exp(x) = 2^(x · log₂ e). Without a modifier and a bias, the logits are the pr
 themselves, and the scale is part of that factor.
 """
 
-import jax
 import jax.numpy as jnp
 
 from jattn.implementations.gpu.call import Arguments, Call, Context
@@ -47,9 +46,7 @@ def _kernel(context: Context):
         top, total, sums = carry
         slot, first = context.first(j)
         keys.wait(slot)
-        products = call.machine.products(
-            context.own[0], keys.memory.at[slot], context.turn
-        )
+        products = call.machine.products(context.own[0], keys.memory.at[slot], context.turn)
         keys.release(slot)
         shape = products.shape
         where = context.rows.start, first
@@ -63,7 +60,7 @@ def _kernel(context: Context):
         sums = _add_values(context, tile, slot, (sums, shrink, weights))
         return now, total, sums
 
-    top, total, sums = context.loop(step, start)
+    top, total, sums = context.in_turns(lambda: context.loop(step, start))
     return lambda outputs: _finish(context, (top, total, sums), outputs)
 
 

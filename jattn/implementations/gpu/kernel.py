@@ -16,6 +16,7 @@ from jattn.implementations import joint
 from jattn.implementations.gpu import layout
 from jattn.implementations.gpu.pairs import LOG2_E, objection
 from jattn.implementations.kernel import Kernel, Sums
+from jattn.implementations.shared import sum_all
 
 PLATFORMS = ("gpu", "cuda")  # JAX has two names for this platform
 OLDEST = (0, 11, 2)  # of jax: earlier ones call and emulate these kernels in another way
@@ -110,6 +111,52 @@ class GPU(Kernel):
         output = output[:, : sizes.T, :, : sizes.D]
         return Sums(output, *(layout.unrows(x, sizes.T) for x in (top, total)))
 
+    def backward(self, problem, operands, outputs, cotangents, wanted) -> Operands | None:
+        """Computes the cotangents of the operands; None if one of them is for each pair.
+
+        The kernels write no cotangent as large as T × S.
+        """
+        from jattn.implementations.gpu.backward import row_numbers
+
+        _, read = layout.read(problem, operands)
+        flags = joint.wanted_extras(read, wanted)
+        leaves = zip(*map(jax.tree.leaves, (read, flags)), strict=True)
+        if any(flag and layout.form(x) == "tile" for x, flag in leaves):
+            return None
+        factor, cotangents = _representable(problem, cotangents)
+        narrow = cotangents.output.astype(problem.dtype)
+        d_output = narrow.astype(problem.wide)
+        rows = row_numbers(outputs, cotangents._replace(output=d_output), problem.rate)
+        # Rows of padding have the level ∞, so that their weights are 0.
+        vectors = tuple(map(layout.rows, rows, (jnp.inf, 0, 0)))
+        gradient = functools.partial(
+            self._gradient, problem, operands, (narrow, vectors, flags)
+        )
+        d_query, *d_rows = gradient(("query",))
+        parts = [("key", "value")] if _share_kernel(problem) else [("key",), ("value",)]
+        found = [gradient(sums) for sums in parts]
+        pairs = zip(found, parts, strict=True)
+        d_key, d_value = (x for one, sums in pairs for x in one[: len(sums)])
+        d_columns = found[0][len(parts[0]) :]
+        results = d_query, d_key, d_value, d_rows, d_columns
+        results = jax.tree.map(lambda x: x * factor, results)
+        return _operands(problem, operands, results, flags, wanted)
+
+    def _gradient(self, problem, operands, given, sums):
+        """Runs the kernel for these sums."""
+        from jattn.implementations.gpu.backward import backward
+
+        narrow, vectors, flags = given
+        plan = layout.backward_plan(problem.sizes.H, problem.sizes.D)
+        by_query = sums == ("query",)
+        call, arguments = self._call(problem, operands, plan, by_query)
+        (query, key, value), narrow = arguments.inputs, layout.padded(narrow)
+        inputs = (query, narrow, key, value) if by_query else (key, value, query, narrow)
+        if sums == ("value",):
+            inputs = key, query, narrow
+        arguments = arguments._replace(inputs=inputs, vectors=vectors)
+        return backward(call, sums, flags, arguments)
+
     def _call(self, problem: Problem, operands: Operands, plan, by_query: bool = True):
         """Makes the call of a kernel, and its arguments: queries, keys and values."""
         from jattn.implementations.gpu.call import Arguments, Call
@@ -143,6 +190,69 @@ def _kinds(problem: Problem, operands: Operands, blocks: tuple[int, int]):
         last = xp.arange(keys).reshape(1, 1, 1, -1) == keys - 1
         kinds = xp.where(last, xp.minimum(kinds, of_call.PARTIAL), kinds)
     return kinds
+
+
+def _share_kernel(problem: Problem) -> bool:
+    """Says whether the registers of one kernel hold both d_key and d_value.
+
+    Each has 64 rows in 128 threads: half as many registers as a head has numbers.
+    """
+    return problem.sizes.H + problem.sizes.D <= 256
+
+
+def _representable(problem: Problem, cotangents: Sums):
+    """Scales cotangents that float16 would round to 0; gives also the inverse factor.
+
+    The factor is a power of 2, so nothing else changes: backward is linear.
+    """
+    if problem.dtype != jnp.float16:
+        return jnp.ones((), problem.wide), cotangents
+    largest = jnp.max(jnp.abs(cotangents.output))
+    known = (largest > 0) & jnp.isfinite(largest)
+    power = jnp.ceil(jnp.log2(jnp.where(known, largest, 1)))
+    return jnp.exp2(power), Sums(*(x * jnp.exp2(-power) for x in cotangents))
+
+
+def _operands(problem: Problem, operands: Operands, results, flags, wanted) -> Operands:
+    """Makes the cotangents of the operands from those that the kernels computed.
+
+    A kernel gives Σₛ d_logitₛ kₛ for each query q, multiplied by the scale's sign only.
+    From it
+        d_q = scale · Σₛ d_logitₛ kₛ        d_scale = Σ q · Σₛ d_logitₛ kₛ
+    """
+    d_query, d_key, d_value, d_rows, d_columns = results
+    sizes = problem.sizes
+    heads = lambda x, size: jnp.sum(
+        x[:, : sizes.S, :, :size].reshape(sizes.B, sizes.S, sizes.K, sizes.G, size), axis=3
+    )
+    d_query = d_query[:, : sizes.T, :, : sizes.H]
+    finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
+    _, numbers = _numbers(problem, operands)
+    d_modifier, d_bias = _read_cotangents(problem, operands, flags, (d_rows, d_columns))
+    nothing = jax.tree.map(lambda _: None, wanted)
+    return nothing._replace(
+        query=d_query * operands.scale,
+        key=heads(d_key, sizes.H) * numbers[0],
+        value=heads(d_value, sizes.D) / (1 - problem.rate),
+        scale=sum_all(d_query * finite.astype(problem.wide)),
+        bias=d_bias,
+        modifier=d_modifier,
+    )
+
+
+def _read_cotangents(problem: Problem, operands: Operands, flags, vectors):
+    """Computes the cotangents of the operands that modifier and bias are made of."""
+    d_rows, d_columns = map(iter, vectors)
+    _, read = layout.read(problem, operands)
+    found = []
+    for like, flag in zip(*map(jax.tree.leaves, (read, flags)), strict=True):
+        if flag and layout.form(like) == "column":
+            found.append(next(d_columns))
+        elif flag:
+            cotangent = next(d_rows)  # padding has no weight, and so the cotangent 0
+            number = layout.form(like) == "number"
+            found.append(jnp.sum(cotangent, axis=2) if number else cotangent)
+    return joint.read_cotangents(problem, operands, flags, found, layout.arrange)
 
 
 def _numbers(problem: Problem, operands: Operands):

@@ -60,7 +60,7 @@ def padded(array):
     """Pads B × T × N × H with zeros, to whole blocks of rows and of numbers."""
     T, H = round_up(array.shape[1], BLOCK), round_up(array.shape[3], _HEAD)
     widths = [(0, 0), (0, T - array.shape[1]), (0, 0), (0, H - array.shape[3])]
-    return jnp.pad(array, widths) if (T, H) != (array.shape[1], array.shape[3]) else array
+    return jnp.pad(array, widths) if (array.shape[1], array.shape[3]) != (T, H) else array
 
 
 def rows(array, fill=0):

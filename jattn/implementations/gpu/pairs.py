@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jattn.call.jaxprs import CALLS, RULES, called, walk
 from jattn.implementations import joint
@@ -35,22 +36,26 @@ def objection(equations) -> str | None:
     return joint.objection(equations, _TAKEN, _DTYPES)
 
 
-def evaluate(jaxpr, inputs, shape) -> jax.Array:
+def evaluate(jaxpr, inputs, shape, small=()) -> jax.Array:
     """Evaluates a jaxpr of scalars on tiles of a shape; it can be differentiated.
 
-    An input that the result does not depend on may be None.
+    An input that the result does not depend on may be None. `small` gives the places of
+    inputs that are integers of few bits, see `joint.distances`.
     """
-    (result,) = _evaluate(jaxpr, inputs, shape)
+    floats = {jaxpr.invars[i]: inputs[i].astype(jnp.float32) for i in small}
+    (result,) = _evaluate(jaxpr, inputs, shape, joint.distances(jaxpr, floats))
     return result
 
 
-def _evaluate(jaxpr, inputs, shape) -> list:
+def _evaluate(jaxpr, inputs, shape, known) -> list:
     def step(equation, operands):
+        if equation.outvars[0] in known:
+            return [known[equation.outvars[0]]]
         if any(x is None for x in operands):  # the result does not depend on it
             return [None] * len(equation.outvars)
         inner = called(equation)
         if inner is not None:
-            return _evaluate(inner[0], operands, shape)
+            return _evaluate(inner[0], operands, shape, {})
         if equation.primitive.name in _SAME - {"stop_gradient"}:
             return operands[:1]
         bind = lambda *xs: equation.primitive.bind(
@@ -92,9 +97,18 @@ def _plain(jaxpr, constants, inputs) -> list:
 
 
 def _tanh(x):
-    # The device's own tanh has 11 correct bits only. For a large x, 2^… is ∞ and the
-    # result is 1.
-    return 1 - 2 / (jnp.exp2(x * (2 * LOG2_E)) + 1)
+    # tanh x = 1 − 2 / (e²ˣ + 1); the device's own tanh has 11 correct bits only. For a
+    # large x, 2^… is ∞ and the result is 1. A division takes many instructions, and the
+    # inverse square root one.
+    root = lax.rsqrt(jnp.exp2(x * (2 * LOG2_E)) + 1)
+    return 1 - 2 * (root * root)
+
+
+def _div(x, y):
+    if not jnp.issubdtype(jnp.result_type(y), jnp.floating):
+        return lax.div(x, y)
+    # One inverse for each number, row or column, and one product for each pair.
+    return x * (1 / y)
 
 
 def _floor(x):
@@ -124,6 +138,7 @@ _REWRITTEN = {
     "add_any": jnp.add,  # the sum of cotangents
     "ceil": lambda x: -_floor(-x),
     "copy": lambda x: x,
+    "div": _div,
     "expm1": _expm1,
     "floor": _floor,
     "is_finite": lambda x: jnp.abs(x) < jnp.inf,

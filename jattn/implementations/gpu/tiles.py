@@ -6,6 +6,7 @@ backward pass of keys and values the keys. Its columns are the other side.
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from jattn.dropout import keep
 from jattn.implementations.gpu import machine
@@ -32,7 +33,7 @@ class Tile:
         position = [machine.count(shape, axis) + first[axis] for axis in (0, 1)]
         self.query, self.key = position if call.by_query else position[::-1]
         leaves, tree = jax.tree.flatten(call.shapes)
-        where = pl_slices(first, shape)
+        self.where = where = [pl.ds(*x) for x in zip(first, shape, strict=True)]
         read = [
             _read(call, like, ref, value, at, where, shape)
             for like, ref, value in zip(leaves, jax.tree.leaves(refs), own, strict=True)
@@ -58,7 +59,8 @@ class Tile:
         logits = products
         if self.pairs.modifier is not None:
             inputs = [products, *self.index, *modifier]
-            logits = evaluate(self.pairs.modifier.jaxpr, inputs, self.shape)
+            small = (3, 4) if self.pairs.counts else ()  # t and s
+            logits = evaluate(self.pairs.modifier.jaxpr, inputs, self.shape, small)
             logits = logits.astype(products.dtype)
         return logits if bias is None else logits + bias.astype(logits.dtype)
 
@@ -76,13 +78,6 @@ class Tile:
         if self.read.words is None:
             return None
         return keep(*self.read.words, self.call.problem.rate)
-
-
-def pl_slices(first, shape):
-    """Gives the rows and the columns of a tile as slices of the whole inputs."""
-    from jax.experimental import pallas as pl
-
-    return [pl.ds(start, size) for start, size in zip(first, shape, strict=True)]
 
 
 def own_vectors(call, refs: Extras, at, rows):
