@@ -20,10 +20,11 @@ Reference:
 import jax
 import jax.numpy as jnp
 
-from jattn.implementations.gpu.call import Arguments, Call, Context
+from jattn.implementations.gpu.call import Arguments, Call
 from jattn.implementations.gpu.layout import ROWS, form
 from jattn.implementations.gpu.machine import spread, store, vector, zeros
 from jattn.implementations.gpu.pairs import LOG2_E, plain
+from jattn.implementations.gpu.program import Context
 from jattn.implementations.gpu.tiles import Tile, own_vectors
 from jattn.implementations.joint import Extras
 from jattn.implementations.shared import harmless

@@ -13,10 +13,11 @@ themselves, and the scale is part of that factor.
 
 import jax.numpy as jnp
 
-from jattn.implementations.gpu.call import Arguments, Call, Context
+from jattn.implementations.gpu.call import Arguments, Call
 from jattn.implementations.gpu.layout import ROWS
 from jattn.implementations.gpu.machine import spread, store, zeros
 from jattn.implementations.gpu.pairs import plain
+from jattn.implementations.gpu.program import Context
 from jattn.implementations.gpu.tiles import Tile, own_vectors
 
 

@@ -11,11 +11,14 @@ whole blocks are padded:
     tiles      examples × heads × T × S        bias of both sides
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
+from jattn.blocks import of_call
 from jattn.call.problem import Operands, Problem
+from jattn.implementations.gpu.pairs import LOG2_E
 from jattn.implementations.joint import Extras, Pairs, extras, kind
 
 GROUPS = 2  # groups of threads that compute
@@ -112,3 +115,30 @@ def _pad(array, axis: int, **how):
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, round_up(array.shape[axis], BLOCK) - array.shape[axis])
     return jnp.pad(array, widths, **how) if widths[axis][1] else array
+
+
+def kinds(problem: Problem, operands: Operands, blocks: tuple[int, int]):
+    """Gives the kind of each block; the last keys are partial if some are padding."""
+    found = of_call.block_table(problem, operands, *blocks)
+    xp: Any = np if isinstance(found, np.ndarray) else jnp
+    sizes = problem.sizes
+    queries, keys = -(-sizes.T // blocks[0]), -(-sizes.S // blocks[1])
+    found = xp.broadcast_to(found, (*found.shape[:2], queries, keys))
+    if keys * blocks[1] != sizes.S:
+        last = xp.arange(keys).reshape(1, 1, 1, -1) == keys - 1
+        found = xp.where(last, xp.minimum(found, of_call.PARTIAL), found)
+    return found
+
+
+def numbers(problem: Problem, operands: Operands):
+    """Computes the sign of the scale, and the factors of products, exponents and maxima.
+
+    The sign multiplies the queries, so that the largest product is the largest logit. The
+    size of the scale multiplies the products, or the exponents of a forward pass without
+    modifier and bias. XLA removes the multiplication by a sign that it knows to be 1.
+    """
+    scale = operands.scale
+    sign, size = jnp.sign(scale), jnp.where(scale == 0, 1, jnp.abs(scale))
+    plain = problem.modifier is None and operands.bias is None
+    exponent = size if plain else jnp.ones_like(size)
+    return sign, jnp.stack([size, exponent * LOG2_E, exponent])

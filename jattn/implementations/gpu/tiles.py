@@ -77,7 +77,8 @@ class Tile:
         """Says which weights dropout keeps; None without dropout."""
         if self.read.words is None:
             return None
-        return keep(*self.read.words, self.call.problem.rate)
+        queries, keys = self.read.words
+        return keep(queries, keys, self.call.problem.rate)
 
 
 def own_vectors(call, refs: Extras, at, rows):
