@@ -17,6 +17,8 @@ Reference:
     Dao et al., 2022, arXiv:2205.14135, algorithm 4.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -86,7 +88,7 @@ def _kernel(context: Context, sums, chosen):
     """Visits the blocks of the other side; gives a function that writes the sums."""
     call, given = context.call, context.given
     own = own_vectors(call, given.extras, context.at, context.rows)
-    numbers = _numbers(context, context.rows, 0) if call.by_query else None
+    numbers = Numbers(context)
     widths = {"query": 0, "key": 0, "value": -1}
     start = tuple(zeros((ROWS, given.inputs[widths[x]].shape[3])) for x in sums)
     start += (zeros((ROWS,)),) * sum(chosen)
@@ -98,41 +100,52 @@ def _kernel(context: Context, sums, chosen):
         products = call.machine.products(context.own[0], inner.memory.at[slot])
         shape, where = products.shape, (context.rows.start, first)
         tile = Tile(call, given.extras, own, context.at, where, shape)
-        rows = numbers
-        if rows is None:
-            rows = _numbers(context, tile.where[1], 1)
-        axis = 0 if call.by_query else 1
-        level, share, rest = (spread(x, shape, axis) for x in rows)
-        factors = given.numbers[0], given.numbers[1]
-        weights, pull = _weights(tile, products, level, (masked, chosen, factors))
+        read = functools.partial(numbers.read, tile)
+        weights, pull = _weights(tile, products, read("level"), (masked, chosen, given))
         outer.wait(slot)
         carry, kept = list(carry), tile.kept()
         if "value" in sums:
-            carry[len(sums) - 1] = _add(
-                context, carry[len(sums) - 1], _keep(kept, weights), outer, slot
-            )
-        if sums == ("value",):
-            inner.release(slot)
-            outer.release(slot)
-            return tuple(carry)
-        d_weights = call.machine.products(context.own[1], outer.memory.at[slot])
+            place = sums.index("value")
+            dropped = _keep(kept, weights)
+            carry[place] = _add(context, carry[place], dropped, outer, slot)
+        if sums != ("value",):
+            d_weights = call.machine.products(context.own[1], outer.memory.at[slot])
         outer.release(slot)
-        d_logits = weights * (_keep(kept, d_weights) * share - rest)
-        d_logits, d_chosen = pull(d_logits)
-        carry[0] = _add(context, carry[0], d_logits, inner, slot)
+        if sums != ("value",):
+            d_logits = _keep(kept, d_weights) * read("share") - read("rest")
+            d_logits, d_chosen = pull(weights * d_logits)
+            carry[0] = _add(context, carry[0], d_logits, inner, slot)
+            for place, x in enumerate(d_chosen, len(sums)):
+                carry[place] += jnp.sum(x.astype(jnp.float32), axis=1)
         inner.release(slot)
-        for place, x in enumerate(d_chosen, len(sums)):
-            carry[place] += jnp.sum(x.astype(jnp.float32), axis=1)
         return tuple(carry)
 
     found = context.loop(step, start)
     return lambda outputs: _finish(context, len(sums), found, outputs)
 
 
-def _numbers(context: Context, rows, axis: int):
-    """Reads level, share and rest of these queries."""
-    b, n = context.at
-    return [vector(ref.at[b, n, rows], axis) for ref in context.given.vectors]
+class Numbers:
+    """Level, share and rest of each query, as tiles.
+
+    They are read once where the rows of tiles are queries. In the kernels for keys they are
+    read for each tile, each when it is needed, because three of them take 48 registers.
+    """
+
+    def __init__(self, context: Context):
+        b, n = context.at
+        names = ("level", "share", "rest")
+        self.by_query = context.call.by_query
+        self.refs = dict(
+            zip(names, (x.at[b, n] for x in context.given.vectors), strict=True)
+        )
+        if self.by_query:
+            self.own = {k: vector(x.at[context.rows], 0) for k, x in self.refs.items()}
+
+    def read(self, tile: Tile, name: str):
+        """Gives one of them, spread to a tile."""
+        if self.by_query:
+            return spread(self.own[name], tile.shape, 0)
+        return spread(vector(self.refs[name].at[tile.where[1]], 1), tile.shape, 1)
 
 
 def _keep(kept, array):
@@ -150,7 +163,8 @@ def _weights(tile: Tile, products, level, options):
 
     The function gives also the cotangents of the chosen arrays.
     """
-    (masked, chosen, (size, exponent)), call = options, tile.call
+    (masked, chosen, given), call = options, tile.call
+    size, exponent = given.numbers[0], given.numbers[1]
     allowed = plain(tile.allowed) if masked else None
     logits, pull = products, lambda d: (d, ())
     if call.has_logits:

@@ -10,12 +10,14 @@ from jattn.implementations.kernel import Sums
 from jattn.implementations.shared import sum_all
 
 
-def share_kernel(problem: Problem) -> bool:
+def share_kernel(problem: Problem, operands: Operands) -> bool:
     """Says whether the registers of one kernel hold both d_key and d_value.
 
-    Each has 64 rows in 128 threads: half as many registers as a head has numbers.
+    Each has 64 rows in 128 threads: half as many registers as a head has numbers. What a
+    modifier needs for its derivative takes registers too.
     """
-    return problem.sizes.H + problem.sizes.D <= 256
+    plain = problem.modifier is None and operands.bias is None
+    return (256 if plain else 128) >= problem.sizes.H + problem.sizes.D
 
 
 def representable(problem: Problem, cotangents: Sums):

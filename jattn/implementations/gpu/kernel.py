@@ -68,7 +68,11 @@ class GPU(Kernel):
             self._gradient, problem, operands, (narrow, vectors, flags)
         )
         d_query, *d_rows = gradient(("query",))
-        parts = [("key", "value")] if share_kernel(problem) else [("key",), ("value",)]
+        parts = (
+            [("key", "value")]
+            if share_kernel(problem, operands)
+            else [("key",), ("value",)]
+        )
         found = [gradient(sums) for sums in parts]
         pairs = zip(found, parts, strict=True)
         d_key, d_value = (x for one, sums in pairs for x in one[: len(sums)])
