@@ -39,7 +39,7 @@ SEVERAL += ("segments", "lengths", "bias per key", "negative scale", "large head
 SEVERAL += ("wide values",)
 FAULTS = (
     "the copier does not wait until a block is used",
-    "queries are read before they arrive",
+    "keys are read before they arrive",
     "values are read before they arrive",
     "a block of keys is given back before it is read",
 )
@@ -113,7 +113,7 @@ def test_named_elsewhere_it_raises_the_reason():
         ("float32", {}, "bfloat16 and float16"),
         ("bfloat16", {"mask": lambda b, n, t, s: jnp.arange(9)[t - s] > 3}, "joins"),
         ("bfloat16", {"modifier": lambda x, b, n, t, s: jax.lax.erf(x)}, "`erf`"),
-        ("bfloat16", {"modifier": lambda x, b, n, t, s: x * jnp.sin(t - s + x)}, "`sin`"),
+        ("bfloat16", {"modifier": lambda x, b, n, t, s: jnp.sin(x)}, "`sin`"),
     ],
 )
 def test_what_kernels_cannot_do_is_refused_in_a_sentence(dtype, options, message):

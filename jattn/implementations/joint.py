@@ -70,7 +70,8 @@ def kind(array) -> str:
 def objection(equations, taken, dtypes) -> str | None:
     """Says in a clause why a kernel cannot evaluate the equations; None if it can.
 
-    `taken` are the primitives that it evaluates on scalars of these `dtypes`.
+    `taken` are the primitives that it evaluates, and `dtypes(name)` gives the dtypes of
+    their scalars.
     """
     for equation in equations:
         name = equation.primitive.name
@@ -85,7 +86,7 @@ def objection(equations, taken, dtypes) -> str | None:
         avals = [x.aval for x in (*equation.invars, *equation.outvars)]
         if name not in taken or any(x.shape for x in avals):
             return f"`{name}`"
-        foreign = {x.dtype.name for x in avals} - set(dtypes)
+        foreign = {x.dtype.name for x in avals} - dtypes(name)
         if foreign:
             return f"`{name}` of {min(foreign)}"
     return None

@@ -1,4 +1,4 @@
-"""Functions in a process of their own, under a time limit: a deadlock hangs, and is killed."""
+"""Functions in a process of their own, under a time limit, as a deadlock would hang."""
 
 import importlib
 import multiprocessing
@@ -56,7 +56,7 @@ def _serve(pipe, prepare):
             return
         try:
             answer = True, _named(name)(*arguments)
-        except BaseException:  # noqa: BLE001: whatever it is, the test shall show it
+        except BaseException:  # noqa: BLE001  (the test shall show it)
             answer = False, traceback.format_exc(limit=-8)
         sys.stdout.flush()
         pipe.send(answer)

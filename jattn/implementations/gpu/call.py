@@ -107,7 +107,7 @@ class Call:
             )
 
         entry.__name__ = name
-        return plgpu.kernel(
+        run = plgpu.kernel(
             entry,
             out_type=types,
             grid=(self.problem.sizes.N, length // BLOCK, B),
@@ -116,7 +116,8 @@ class Call:
             thread_name="group",
             compiler_params=plgpu.CompilerParams(approx_math=True),
             interpret=self.machine.interpret,
-        )(*leaves)
+        )
+        return self.machine.call(run, types, leaves)
 
 
 def _memory(call: Call, arguments: Arguments, own: int):

@@ -8,6 +8,7 @@ memory, and the products of two matrices in shared memory.
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -31,7 +32,7 @@ class Machine:
         """
 
         def run(sums):
-            plgpu.wgmma(sums, x, plgpu.transpose_ref(y, (1, 0)))
+            plgpu.wgmma(sums, x, y.transpose((1, 0)))
             meanwhile()
             return sums[...]
 
@@ -50,6 +51,17 @@ class Machine:
             meanwhile()
 
         return pl.run_state(run)(plgpu.ACC.init(sums))
+
+    def call(self, kernel, types, arrays):
+        """Calls a kernel.
+
+        An emulated one has effects, which an operation with its own derivatives cannot
+        have. So it runs in a callback.
+        """
+        if not self.interpret:
+            return kernel(*arrays)
+        run = jax.jit(lambda *xs: kernel(*xs))
+        return jax.pure_callback(run, types, *arrays, vmap_method="sequential")
 
 
 def vector(ref, axis: int):

@@ -26,14 +26,19 @@ _BITS = {"shift_left", "shift_right_arithmetic", "shift_right_logical"}
 _OTHER = {"clamp", "convert_element_type", "copy", "select_n", "stop_gradient"}
 _SAME = {"broadcast_in_dim", "copy", "reshape", "squeeze", "stop_gradient"}
 _TAKEN = _ARITHMETIC | _REAL | _LOGIC | _BITS | _OTHER | _SAME
-_DTYPES = {"bool", "int32", "uint32", "float32"}
+_DTYPES, _NARROW = {"bool", "int32", "uint32", "float32"}, {"bfloat16", "float16"}
 LOG2_E = math.log2(math.e)  # exp(x) = 2^(x · log₂ e)
 _LARGE = 2.0**23  # from here on every float32 is an integer
 
 
 def objection(equations) -> str | None:
     """Says in a clause why a kernel cannot evaluate the equations; None if it can."""
-    return joint.objection(equations, _TAKEN, _DTYPES)
+    return joint.objection(equations, _TAKEN, _dtypes)
+
+
+def _dtypes(name: str) -> set[str]:
+    # Narrow numbers are converted; all else is computed in float32, as logits are.
+    return _DTYPES | _NARROW if name in _SAME | {"convert_element_type"} else _DTYPES
 
 
 def evaluate(jaxpr, inputs, shape, small=()) -> jax.Array:

@@ -27,7 +27,7 @@ _DTYPES = {"bool", "int32", "uint32", "float32", "bfloat16"}
 
 def objection(equations) -> str | None:
     """Says in a clause why a kernel cannot evaluate the equations; None if it can."""
-    return joint.objection(equations, _TAKEN | _SAME, _DTYPES)
+    return joint.objection(equations, _TAKEN | _SAME, lambda name: _DTYPES)
 
 
 def evaluate(jaxpr, inputs, small=()) -> jax.Array:
