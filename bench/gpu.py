@@ -101,11 +101,22 @@ def main(arguments=None) -> int:
         "python -m bench.gpu", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("--rows", type=int, help="the first so many")
+    parser.add_argument("--lower", action="store_true", help="lower what --run would time")
+    parser.add_argument("--run", action="store_true", help="measure on this GPU")
+    parser.add_argument("--json", default="gpu.json", help="where --run writes its lines")
     options = parser.parse_args(arguments)
+    if options.run:
+        from bench import gpu_day
+
+        return gpu_day.run(options.json)
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         print(MISSING.format(jax.__version__), file=sys.stderr)
         return 1
     jax.config.update("jax_platforms", "cpu")  # a GPU that is here has no part in it
+    if options.lower:
+        from bench import gpu_day
+
+        return gpu_day.lower()
     target = device()
     print(f"compiled for {target.device_kind}, {jnp.dtype(DTYPE).name}; nothing was run")
     if not cudnn.is_installed():

@@ -2,9 +2,11 @@
 
 `kernel`        the contract of an implementation, with its laws
 `shared`        what they share: the logits of some queries by some keys
+`joint`         what joins queries and keys, as kernels read it
 `dense`         attention in one tile
 `blockwise`     attention in many tiles: forward, backward, tangent
 `tpu`           attention on TPU, by Pallas kernels
+`gpu`           attention on NVIDIA Hopper GPUs, by Pallas kernels: named only
 `cudnn`         attention on NVIDIA GPUs by cuDNN, where it is the same function
 `processor`     what the processor of this machine can do
 `attention`     the operation: a kernel where there is one, blockwise for all the rest

@@ -11,6 +11,7 @@ from typing import Any
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import cudnn, run
 from jattn.implementations.dense import Dense
+from jattn.implementations.gpu.kernel import GPU
 from jattn.implementations.kernel import Kernel, Plain
 from jattn.implementations.tpu.kernel import TPU
 from jattn.state import State
@@ -20,6 +21,8 @@ IMPLEMENTATIONS: dict[str, Kernel | Plain] = {
     "dense": Dense(),
     "tpu": TPU(),
     "cudnn": cudnn.CuDNN(),
+    # Compiled for H100 and emulated, never run on one: so it is in no order below.
+    "gpu": GPU(),
 }
 
 # The first implementation that accepts is used. Other platforms use DEFAULT_ORDER.

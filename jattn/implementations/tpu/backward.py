@@ -23,10 +23,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jattn.implementations.joint import kind
 from jattn.implementations.shared import harmless
 from jattn.implementations.tpu import schedule as steps
 from jattn.implementations.tpu.call import Arguments, Call
-from jattn.implementations.tpu.layout import LANES, LOG2_E, kind
+from jattn.implementations.tpu.layout import LANES, LOG2_E
 from jattn.implementations.tpu.tiles import Tile, parts
 
 _VMEM = 60 * 2**20  # bytes: twice `kernel.RESIDENT` for d_query, and room for the blocks

@@ -12,8 +12,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jattn.blocks.kinds import EMPTY, FULL, PARTIAL
 from jattn.call.problem import Problem
+from jattn.implementations.joint import Extras, Pairs, kind
 from jattn.implementations.tpu import schedule
-from jattn.implementations.tpu.layout import Extras, Pairs, Plan, kind
+from jattn.implementations.tpu.layout import Plan
 from jattn.implementations.tpu.schedule import blocks
 
 # Keys and columns of a part of a block: the sizes that compile to the fewest bundles of

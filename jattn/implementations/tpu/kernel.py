@@ -11,6 +11,7 @@ import numpy as np
 from jattn.blocks import of_call
 from jattn.call.hoist import joint_equations
 from jattn.call.problem import Operands, Problem
+from jattn.implementations import joint
 from jattn.implementations.kernel import Kernel, Sums
 from jattn.implementations.shared import row_numbers, sum_all
 from jattn.implementations.tpu import layout
@@ -108,9 +109,9 @@ class TPU(Kernel):
 
         call, arguments = self._call(problem, operands, by_query=False)
         plan = call.plan
-        flags = _wanted(call.shapes, wanted)
+        flags = joint.wanted_extras(call.shapes, wanted)
         if any(
-            flag and layout.kind(x) == "tile"
+            flag and joint.kind(x) == "tile"
             for x, flag in zip(*map(jax.tree.leaves, (call.shapes, flags)), strict=True)
         ):
             return None
@@ -124,7 +125,10 @@ class TPU(Kernel):
         d_query, d_key, d_value, *d_read = in_segments(call, flags, arguments)
         d_query = layout.unqueries(d_query, plan, sizes, (sizes.H,))
         finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
-        d_modifier, d_bias = _read_cotangents(problem, operands, plan, flags, d_read)
+        arrange = functools.partial(layout.arrange, plan=plan)
+        d_modifier, d_bias = joint.read_cotangents(
+            problem, operands, flags, d_read, arrange
+        )
         nothing = jax.tree.map(lambda _: None, wanted)
         # The kernel gives Σₛ d_logitₛ kₛ for each query q. From it
         #     d_q = scale · Σₛ d_logitₛ kₛ        d_scale = Σ q · Σₛ d_logitₛ kₛ
@@ -143,7 +147,7 @@ class TPU(Kernel):
         from jattn.implementations.tpu.call import Arguments, Call, counted_tuning
         from jattn.implementations.tpu.schedule import schedule
 
-        pairs, read = layout.extras(problem, operands)
+        pairs, read = joint.extras(problem, operands)
         plan = layout.plan(problem.sizes, layout.folds(read), self.blocks)
         segments = 1 if by_query else self._segments(problem, plan)
         # The number of query blocks is rounded up to whole segments.
@@ -209,39 +213,3 @@ def _numbers(problem: Problem, operands: Operands):
     plain = problem.modifier is None and operands.bias is None
     exponent = size if plain else jnp.ones_like(size)
     return sign, jnp.stack([size, exponent * LOG2_E, exponent])
-
-
-def _read_cotangents(problem, operands: Operands, plan, flags, cotangents):
-    """Computes the cotangents of the operands that modifier and bias are made of.
-
-    The kernel gives the cotangents of the arrays that it reads. They are pulled back
-    through `layout.extras`, which makes these arrays from the operands.
-    """
-
-    def read(modifier, bias):
-        _, read = layout.extras(problem, operands._replace(modifier=modifier, bias=bias))
-        leaves = zip(*map(jax.tree.leaves, (read, flags)), strict=True)
-        return [layout.arrange(x, plan) for x, flag in leaves if flag]
-
-    primals, pull = jax.vjp(read, operands.modifier, operands.bias)
-    cotangents = [
-        jnp.sum(
-            d, [axis for axis in (0, 1) if x.shape[axis] < d.shape[axis]], keepdims=True
-        ).astype(x.dtype)
-        for x, d in zip(primals, cotangents, strict=True)
-    ]
-    return jax.tree.map(
-        lambda d: None if d.dtype == jax.dtypes.float0 else d, pull(cotangents)
-    )
-
-
-def _wanted(shapes: layout.Extras, wanted: Operands) -> layout.Extras:
-    """Says which of the arrays that the kernel reads need a cotangent."""
-    mark = lambda tree, want: jax.tree.map(
-        lambda x: want and jnp.issubdtype(x.dtype, jnp.floating), tree
-    )
-    nothing = mark(shapes, False)
-    modifier = any(jax.tree.leaves(wanted.modifier))
-    return nothing._replace(
-        modifier=mark(shapes.modifier, modifier), bias=mark(shapes.bias, bool(wanted.bias))
-    )

@@ -13,14 +13,12 @@ are not folded, and each of them reads the block of keys that they share.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jattn.call.hoist import split
-from jattn.call.problem import Operands, Problem, index
-from jattn.call.program import Program
+from jattn.implementations.joint import kind
 
 LANES = 128  # numbers in a row of a vector register
 LOG2_E = math.log2(math.e)  # exp(x) = 2^(x · log₂ e)
@@ -61,55 +59,6 @@ def plan(sizes, fold: bool, blocks: tuple[int, int]) -> Plan:
     return Plan(
         G, sizes.N // G, block_q, block_kv, -(-sizes.T // block_q), -(-sizes.S // block_kv)
     )
-
-
-class Extras(NamedTuple):
-    """Arrays that masks, modifiers, bias and dropout read, aligned with BNTS, or None."""
-
-    index: tuple  # b, n, t, s
-    mask: tuple
-    modifier: tuple
-    bias: jax.Array | None
-    words: Any  # random words of dropout, for queries and for keys
-
-
-class Pairs(NamedTuple):
-    """Programs that join a query and a key, and which positions are counted from 0."""
-
-    mask: Program | None
-    modifier: Program | None
-    counts_keys: bool  # positions of keys are 0, 1, 2, …
-    counts: bool  # positions of both queries and keys are
-
-
-def extras(problem: Problem, operands: Operands) -> tuple[Pairs, Extras]:
-    """Splits the mask and the modifier of a call; differentiable in the operands.
-
-    Gives the programs that join a query and a key, and the arrays that they read.
-    """
-    at = index(problem, operands)
-    mask, modifier, used = None, None, (False,) * 4
-    mask_arrays = modifier_arrays = ()
-    if problem.mask is not None:
-        mask, arrays = split(problem.mask, operands.mask, at)
-        mask_arrays, used = arrays.aligned, mask.used[:4]
-    if problem.modifier is not None:
-        modifier, arrays = split(problem.modifier, operands.modifier, at)
-        modifier_arrays = arrays.aligned
-        used = tuple(x or y for x, y in zip(used, modifier.used[1:5], strict=True))
-    counts_keys = operands.key_position is None
-    used = (*used[:3], used[3] and not counts_keys)
-    at = tuple(x if flag else None for x, flag in zip(at, used, strict=True))
-    counts = counts_keys and operands.query_position is None
-    pairs = Pairs(mask, modifier, counts_keys, counts)
-    return pairs, Extras(at, mask_arrays, modifier_arrays, operands.bias, operands.rng)
-
-
-def kind(array) -> str:
-    """Says whether an array aligned with BNTS is a row, column or tile of each block."""
-    if array.shape[3] == 1:
-        return "row"
-    return "column" if array.shape[2] == 1 else "tile"
 
 
 def folds(arrays) -> bool:

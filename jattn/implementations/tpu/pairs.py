@@ -8,10 +8,9 @@ cannot evaluate.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.extend.core import Literal
 
-from jattn.call.jaxprs import CALLS, RULES, called, walk
+from jattn.call.jaxprs import RULES, called, walk
+from jattn.implementations import joint
 
 # The operations that Mosaic supports on two axes, in float32 and int32.
 _ARITHMETIC = {"abs", "add", "div", "max", "min", "mul", "neg", "rem", "sign", "sub"}
@@ -28,23 +27,7 @@ _DTYPES = {"bool", "int32", "uint32", "float32", "bfloat16"}
 
 def objection(equations) -> str | None:
     """Says in a clause why a kernel cannot evaluate the equations; None if it can."""
-    for equation in equations:
-        name = equation.primitive.name
-        inner = called(equation, CALLS | RULES)
-        if inner is not None:
-            if inner[1]:
-                return f"`{name}` with an array of its own"
-            found = objection(inner[0].eqns)
-            if found:
-                return found
-            continue
-        avals = [x.aval for x in (*equation.invars, *equation.outvars)]
-        if name not in _TAKEN | _SAME or any(x.shape for x in avals):
-            return f"`{name}`"
-        foreign = {x.dtype.name for x in avals} - _DTYPES
-        if foreign:
-            return f"`{name}` of {min(foreign)}"
-    return None
+    return joint.objection(equations, _TAKEN | _SAME, lambda name: _DTYPES)
 
 
 def evaluate(jaxpr, inputs, small=()) -> jax.Array:
@@ -70,8 +53,14 @@ def spread(array, shape):
     return jnp.broadcast_to(array, shape)
 
 
+def _same_shape(x, y):
+    """Repeats two arrays to one shape."""
+    shape = jnp.broadcast_shapes(x.shape, y.shape)
+    return spread(x, shape), spread(y, shape)
+
+
 def _evaluate(jaxpr, inputs, floats=()) -> list:
-    distances = _distances(jaxpr, dict(floats))
+    distances = joint.distances(jaxpr, dict(floats), _same_shape)
 
     def step(equation, operands):
         if equation.outvars[0] in distances:
@@ -84,26 +73,6 @@ def _evaluate(jaxpr, inputs, floats=()) -> list:
         return jnp.full((1, 1), atom.val, getattr(atom.aval, "dtype", None))
 
     return walk(jaxpr, (), inputs, step, literal)
-
-
-def _distances(jaxpr, floats: dict) -> dict:
-    """Finds the floats that are a sum or difference of two small integers."""
-    sums, found = {}, {}
-    for equation in jaxpr.eqns:
-        name, out = equation.primitive.name, equation.outvars[0]
-        is_float = out.aval.dtype == jnp.float32
-        operands = [x for x in equation.invars if not isinstance(x, Literal)]
-        if len(operands) < len(equation.invars):
-            continue
-        if name in ("add", "sub") and all(x in floats for x in operands):
-            x, y = (floats[x] for x in operands)
-            shape = jnp.broadcast_shapes(x.shape, y.shape)
-            sums[out] = getattr(lax, name)(spread(x, shape), spread(y, shape))
-        elif name in ("abs", "neg") and operands[0] in sums:
-            sums[out] = getattr(lax, name)(sums[operands[0]])
-        elif name == "convert_element_type" and operands[0] in sums and is_float:
-            found[out] = sums[operands[0]]
-    return found
 
 
 def _apply(equation, operands) -> list:

@@ -10,9 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jattn.implementations.joint import kind
 from jattn.implementations.tpu.backward import backward
 from jattn.implementations.tpu.call import Arguments, Call
-from jattn.implementations.tpu.layout import kind
 
 
 def in_segments(call: Call, wanted, arguments: Arguments):

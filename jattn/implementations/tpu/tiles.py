@@ -9,8 +9,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jattn.dropout import keep
+from jattn.implementations.joint import Extras, Pairs, kind
 from jattn.implementations.shared import rounded
-from jattn.implementations.tpu.layout import Extras, Pairs, Plan, kind
+from jattn.implementations.tpu.layout import Plan
 from jattn.implementations.tpu.pairs import evaluate, spread
 
 

@@ -1,0 +1,17 @@
+"""Attention on NVIDIA Hopper GPUs, by Pallas kernels, which tests emulate on any machine.
+
+Compiled for H100 and emulated, never run on one.
+
+`schedule`      which blocks meet, in which order, as tables of integers
+`pairs`         masks and modifiers evaluated on a tile inside a kernel
+`layout`        sizes of blocks, and arrays as the kernels read them
+`machine`       the operations of a kernel, on the device and emulated
+`program`       one program of the grid: its groups of threads, copies and turns
+`call`          one call of a kernel: its arrays, its results and its memory
+`tiles`         a tile inside a kernel: its logits, mask and dropout
+`forward`       output, maximum and sum
+`backward`      cotangents
+`cotangents`    cotangents of operands, before and after the kernels
+`refusal`       what the kernels refuse, in sentences
+`kernel`        all of them as an implementation, and what it refuses
+"""

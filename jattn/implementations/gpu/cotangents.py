@@ -1,0 +1,75 @@
+"""The cotangents of operands, before and after the kernels of the backward pass."""
+
+import jax
+import jax.numpy as jnp
+
+from jattn.call.problem import Operands, Problem
+from jattn.implementations import joint
+from jattn.implementations.gpu import layout
+from jattn.implementations.kernel import Sums
+from jattn.implementations.shared import sum_all
+
+
+def share_kernel(problem: Problem, operands: Operands) -> bool:
+    """Says whether the registers of one kernel hold both d_key and d_value.
+
+    Each has 64 rows in 128 threads: half as many registers as a head has numbers. What a
+    modifier needs for its derivative takes registers too.
+    """
+    plain = problem.modifier is None and operands.bias is None
+    return (256 if plain else 128) >= problem.sizes.H + problem.sizes.D
+
+
+def representable(problem: Problem, cotangents: Sums):
+    """Scales cotangents that float16 would round to 0; gives also the inverse factor.
+
+    The factor is a power of 2, so nothing else changes: backward is linear.
+    """
+    if problem.dtype != jnp.float16:
+        return jnp.ones((), problem.wide), cotangents
+    largest = jnp.max(jnp.abs(cotangents.output))
+    known = (largest > 0) & jnp.isfinite(largest)
+    power = jnp.ceil(jnp.log2(jnp.where(known, largest, 1)))
+    return jnp.exp2(power), Sums(*(x * jnp.exp2(-power) for x in cotangents))
+
+
+def of_operands(problem: Problem, operands: Operands, results, flags, wanted) -> Operands:
+    """Makes the cotangents of the operands from those that the kernels computed.
+
+    A kernel gives Σₛ d_logitₛ kₛ for each query q, multiplied by the scale's sign only.
+    From it
+        d_q = scale · Σₛ d_logitₛ kₛ        d_scale = Σ q · Σₛ d_logitₛ kₛ
+    """
+    d_query, d_key, d_value, d_rows, d_columns = results
+    sizes = problem.sizes
+    heads = lambda x, size: jnp.sum(
+        x[:, : sizes.S, :, :size].reshape(sizes.B, sizes.S, sizes.K, sizes.G, size), axis=3
+    )
+    d_query = d_query[:, : sizes.T, :, : sizes.H]
+    finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
+    _, numbers = layout.numbers(problem, operands)
+    d_modifier, d_bias = _read_cotangents(problem, operands, flags, (d_rows, d_columns))
+    nothing = jax.tree.map(lambda _: None, wanted)
+    return nothing._replace(
+        query=d_query * operands.scale,
+        key=heads(d_key, sizes.H) * numbers[0],
+        value=heads(d_value, sizes.D) / (1 - problem.rate),
+        scale=sum_all(d_query * finite.astype(problem.wide)),
+        bias=d_bias,
+        modifier=d_modifier,
+    )
+
+
+def _read_cotangents(problem: Problem, operands: Operands, flags, vectors):
+    """Computes the cotangents of the operands that modifier and bias are made of."""
+    d_rows, d_columns = map(iter, vectors)
+    _, read = layout.read(problem, operands)
+    found = []
+    for like, flag in zip(*map(jax.tree.leaves, (read, flags)), strict=True):
+        if flag and layout.form(like) == "column":
+            found.append(next(d_columns))
+        elif flag:
+            cotangent = next(d_rows)  # padding has no weight, and so the cotangent 0
+            number = layout.form(like) == "number"
+            found.append(jnp.sum(cotangent, axis=2) if number else cotangent)
+    return joint.read_cotangents(problem, operands, flags, found, layout.arrange)

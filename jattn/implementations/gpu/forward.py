@@ -1,0 +1,103 @@
+"""Output, maximum and sum, block by block, on Hopper GPUs.
+
+Logits are queries × keys. For each block of keys
+
+    top′    = max(top, maxₛ logitₛ)
+    total′  = total · exp(top − top′) + Σₛ exp(logitₛ − top′)
+    output′ = output · exp(top − top′) + Σₛ exp(logitₛ − top′) vₛ
+
+Exponentials have the base 2, because the device has an instruction for it:
+exp(x) = 2^(x · log₂ e). Without a modifier and a bias, the logits are the products
+themselves, and the scale is part of that factor.
+"""
+
+import jax.numpy as jnp
+
+from jattn.implementations.gpu.call import Arguments, Call
+from jattn.implementations.gpu.layout import ROWS
+from jattn.implementations.gpu.machine import spread, store, zeros
+from jattn.implementations.gpu.pairs import plain
+from jattn.implementations.gpu.program import Context
+from jattn.implementations.gpu.tiles import Tile, own_vectors
+
+
+def forward(call: Call, arguments: Arguments):
+    """Computes output B × T × N × D, maximum and sum B × N × T, in float32.
+
+    `inputs` are queries, keys and values.
+    """
+    query, _, value = arguments.inputs
+    (_, T, N, _), D = query.shape, value.shape[3]
+    results = [(T, N, D), (N, T), (N, T)]
+    return call.run(_kernel, arguments, 1, results, "jattn_forward")
+
+
+def _kernel(context: Context):
+    """Visits the blocks of keys; gives a function that writes the results."""
+    call, given, keys = context.call, context.given, context.streams[0]
+    exponent = given.numbers[1]
+    own = own_vectors(call, given.extras, context.at, context.rows)
+    start = (
+        zeros((ROWS,)) - jnp.inf,
+        zeros((ROWS,)),
+        zeros((ROWS, given.inputs[2].shape[3])),
+    )
+
+    def step(masked, j, carry):
+        top, total, sums = carry
+        slot, first = context.first(j)
+        keys.wait(slot)
+        products = call.machine.products(context.own[0], keys.memory.at[slot], context.turn)
+        keys.release(slot)
+        shape = products.shape
+        where = context.rows.start, first
+        tile = Tile(call, given.extras, own, context.at, where, shape)
+        logits = _logits(tile, products, given.numbers[0], masked)
+        now = jnp.maximum(top, jnp.max(logits, axis=1))
+        safe = jnp.where(now == -jnp.inf, 0, now) * exponent  # −∞ − (−∞) would be NaN
+        weights = jnp.exp2(logits * exponent - spread(safe, shape, 0))
+        shrink = jnp.exp2(top * exponent - safe)
+        total = total * shrink + jnp.sum(weights, axis=1)
+        sums = _add_values(context, tile, slot, (sums, shrink, weights))
+        return now, total, sums
+
+    top, total, sums = context.in_turns(lambda: context.loop(step, start))
+    return lambda outputs: _finish(context, (top, total, sums), outputs)
+
+
+def _logits(tile: Tile, products, size, masked: bool):
+    """Computes the logits from products; −∞ where a pair does not count."""
+    logits = products
+    if tile.call.has_logits:
+        logits = plain(tile.logits, products * size, tile.active)
+    if not masked:
+        return logits
+    return jnp.where(plain(tile.allowed), logits, -jnp.inf)
+
+
+def _add_values(context: Context, tile: Tile, slot, state):
+    """Adds the values of a block, each times its weight, to the output."""
+    (sums, shrink, weights), values = state, context.streams[1]
+    kept = tile.kept()
+    weights = weights if kept is None else jnp.where(kept, weights, 0)
+    narrow = weights.astype(context.call.problem.dtype)
+    sums = sums * spread(shrink, sums.shape, 0)
+    context.turn()
+    values.wait(slot)
+    sums = context.call.machine.add(sums, narrow, values.memory.at[slot])
+    values.release(slot)
+    return sums
+
+
+def _finish(context: Context, state, outputs):
+    """Divides by the sums, and writes the results."""
+    (top, total, sums), (output, row_max, row_sum) = state, outputs
+    (b, n), rows = context.at, context.rows
+    empty = total == 0
+    # Dropout's 1 / (1 − rate) is applied here, once for each row.
+    rest = 1 - context.call.problem.rate
+    share = 1 / (jnp.where(empty, 1, total) * rest)
+    store(output.at[b, rows, n], sums * spread(share, sums.shape, 0))
+    top = jnp.where(empty, 0, top * context.given.numbers[2])
+    store(row_max.at[b, n, rows], top)
+    store(row_sum.at[b, n, rows], total)

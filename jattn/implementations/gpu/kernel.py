@@ -1,0 +1,118 @@
+"""Attention by kernels for NVIDIA Hopper GPUs: forward and backward."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.call.problem import Operands, Problem
+from jattn.implementations import joint
+from jattn.implementations.gpu import layout
+from jattn.implementations.gpu.cotangents import of_operands, representable, share_kernel
+from jattn.implementations.gpu.refusal import refusal
+from jattn.implementations.kernel import Kernel, Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class GPU(Kernel):
+    """Forward and backward by Pallas kernels for Hopper.
+
+    Attributes:
+        interpret: How the kernels are emulated, which works on any platform; for tests.
+    """
+
+    interpret: Any = None
+
+    def refusal(self, problem: Problem, platform: str) -> str | None:
+        """Says why no kernel can be written for a problem, or run; None if it can."""
+        return refusal(problem, platform, is_emulated=bool(self.interpret))
+
+    def block_sizes(self, problem: Problem, operands: Operands | None) -> tuple[int, int]:
+        """Gives the queries and keys of a block that forward can skip."""
+        del operands
+        plan = layout.forward_plan(problem.sizes.H, problem.sizes.D)
+        return layout.BLOCK, plan.inner
+
+    def forward(self, problem: Problem, operands: Operands) -> Sums:
+        """Computes output, maximum and sum of each row."""
+        from jattn.implementations.gpu.forward import forward
+
+        sizes = problem.sizes
+        plan = layout.forward_plan(sizes.H, sizes.D)
+        call, arguments = self._call(problem, operands, plan)
+        output, top, total = forward(call, arguments)
+        output = output[:, : sizes.T, :, : sizes.D]
+        return Sums(output, *(layout.unrows(x, sizes.T) for x in (top, total)))
+
+    def backward(self, problem, operands, outputs, cotangents, wanted) -> Operands | None:
+        """Computes the cotangents of the operands; None if one of them is for each pair.
+
+        The kernels write no cotangent as large as T × S.
+        """
+        from jattn.implementations.gpu.backward import row_numbers
+
+        _, read = layout.read(problem, operands)
+        flags = joint.wanted_extras(read, wanted)
+        leaves = zip(*map(jax.tree.leaves, (read, flags)), strict=True)
+        if any(flag and layout.form(x) == "tile" for x, flag in leaves):
+            return None
+        factor, cotangents = representable(problem, cotangents)
+        narrow = cotangents.output.astype(problem.dtype)
+        d_output = narrow.astype(problem.wide)
+        rows = row_numbers(outputs, cotangents._replace(output=d_output), problem.rate)
+        # Rows of padding have the level ∞, so that their weights are 0.
+        vectors = tuple(map(layout.rows, rows, (jnp.inf, 0, 0)))
+        gradient = functools.partial(
+            self._gradient, problem, operands, (narrow, vectors, flags)
+        )
+        d_query, *d_rows = gradient(("query",))
+        parts = (
+            [("key", "value")]
+            if share_kernel(problem, operands)
+            else [("key",), ("value",)]
+        )
+        found = [gradient(sums) for sums in parts]
+        pairs = zip(found, parts, strict=True)
+        d_key, d_value = (x for one, sums in pairs for x in one[: len(sums)])
+        d_columns = found[0][len(parts[0]) :]
+        results = d_query, d_key, d_value, d_rows, d_columns
+        results = jax.tree.map(lambda x: x * factor, results)
+        return of_operands(problem, operands, results, flags, wanted)
+
+    def _gradient(self, problem, operands, given, sums):
+        """Runs the kernel for these sums."""
+        from jattn.implementations.gpu.backward import backward
+
+        narrow, vectors, flags = given
+        plan = layout.backward_plan(problem.sizes.H, problem.sizes.D)
+        by_query = sums == ("query",)
+        call, arguments = self._call(problem, operands, plan, by_query)
+        (query, key, value), narrow = arguments.inputs, layout.padded(narrow)
+        inputs = (query, narrow, key, value) if by_query else (key, value, query, narrow)
+        if sums == ("value",):
+            inputs = key, query, narrow
+        arguments = arguments._replace(inputs=inputs, vectors=vectors)
+        return backward(call, sums, flags, arguments)
+
+    def _call(self, problem: Problem, operands: Operands, plan, by_query: bool = True):
+        """Makes the call of a kernel, and its arguments: queries, keys and values."""
+        from jattn.implementations.gpu.call import Arguments, Call
+        from jattn.implementations.gpu.machine import Machine
+        from jattn.implementations.gpu.schedule import schedule
+
+        pairs, read = layout.read(problem, operands)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), read)
+        counts = operands.query_position is None
+        machine = Machine(self.interpret)
+        call = Call(problem, plan, pairs, shapes, by_query, counts, machine)
+        blocks = (layout.BLOCK, plan.inner)
+        kinds = layout.kinds(problem, operands, blocks if by_query else blocks[::-1])
+        if not by_query:
+            kinds = kinds.swapaxes(2, 3)
+        sign, numbers = layout.numbers(problem, operands)
+        query = operands.query * sign.astype(problem.dtype)
+        inputs = tuple(map(layout.padded, (query, operands.key, operands.value)))
+        extras = jax.tree.map(lambda x: layout.arrange(x, by_query), read)
+        return call, Arguments(schedule(kinds), numbers, inputs, (), extras)

@@ -1,0 +1,225 @@
+"""What tests of the kernels for Hopper GPUs run in a process of their own."""
+
+import dataclasses
+import importlib
+import inspect
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jattn
+from jattn import definition, testing
+from jattn.call.pose import pose
+from jattn.masks import Causal, Lengths, Segments, Window
+from jattn.shapes import Sizes
+from jattn.testing.cases import cast
+from tests.helpers import emulated_gpu
+
+NAMED = {case.name: case for case in testing.CASES}
+# Several blocks of queries and of keys, the last ones not full; H and D need padding.
+SIZES = Sizes(batch=(1,), T=150, S=280, N=2, K=1, H=16, D=8)
+
+
+def strict():
+    """Makes JAX as strict as `conftest.py` does."""
+    warnings.simplefilter("error", DeprecationWarning)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def matches_definition(name: str, dtype: str):
+    """Output, logsumexp, every gradient and tangent of a case, within the error budget."""
+    testing.assert_matches_definition(emulated_gpu.attention_state, NAMED[name], dtype)
+
+
+def output_matches(name: str, dtype: str):
+    """Output and logsumexp of a case against the definition in float64."""
+    case = NAMED[name]
+    inputs = testing.random_inputs(case, dtype)
+    got = case.call(emulated_gpu.attention_state, inputs)
+    with jax.enable_x64(True):
+        want = case.call(definition.attention_state, _wide(inputs))
+    assert_near(got.output, want.output, 2 * jnp.finfo(dtype).eps, name)
+    assert_near(got.logsumexp, want.logsumexp, 2 * jnp.finfo("float32").eps, name)
+
+
+def refused(name: str, dtype: str) -> str | None:
+    """The sentence with which the kernels refuse a case."""
+    case = NAMED[name]
+    inputs = testing.random_inputs(case, dtype)
+    options = case.options(inputs)
+    options.pop("sink", None)
+    arrays = (inputs[x] for x in ("query", "key", "value"))
+    problem, _ = pose("test", *arrays, **options)
+    return emulated_gpu.kernel().refusal(problem, "cpu")
+
+
+def assert_near(got, want, eps, where):
+    """Asserts an error of at most `eps` of the largest number, and equal infinities."""
+    got, want = (np.asarray(x).astype(np.float64) for x in (got, want))
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want), err_msg=where)
+    finite = np.isfinite(want)
+    got, want = (np.where(finite, x, 0) for x in (got, want))
+    largest, error = np.max(np.abs(want), initial=1), np.max(np.abs(got - want), initial=0)
+    assert error <= float(eps) * largest, (where, error, largest)
+
+
+def _wide(inputs):
+    return jax.tree.map(
+        lambda x: cast(np.asarray(x), "float64") if _is_floating(x) else x, inputs
+    )
+
+
+def _is_floating(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def several(options=lambda x: {}, extra=None, **different):
+    sizes = dataclasses.replace(SIZES, **different)
+    return testing.Case("several", options, extra or {}, sizes)
+
+
+def normal(*letters):
+    return lambda sizes, rng: rng.standard_normal([getattr(sizes, x) for x in letters])
+
+
+def ids(letter):
+    return NAMED["segments_with_padding"].extra[{"T": "query_ids", "S": "key_ids"}[letter]]
+
+
+def bent(x):
+    """A modifier that reads an array of queries, one of keys, one of heads and a number."""
+    rows, columns, heads, cap = x["rows"], x["columns"], x["heads"], x["cap"]
+
+    def modifier(logit, b, n, t, s):
+        bent = cap * jnp.tanh(logit * (1 + rows[t] / 4) / cap) + jnp.log1p(columns[s] ** 2)
+        return bent - jnp.abs(heads[n]) * jnp.abs(t - s).astype(logit.dtype) / 50
+
+    return {"modifier": modifier, "mask": Causal(100)}
+
+
+SEVERAL = {
+    "plain": several(),
+    "causal": several(lambda x: {"mask": Causal(40)}),
+    "window with empty blocks": several(lambda x: {"mask": Window(20, 0)}, S=150),
+    "rows that see nothing": several(lambda x: {"mask": Causal(-40)}),
+    "segments": several(
+        lambda x: {"mask": Segments(x["query_ids"], x["key_ids"], padding_id=0)},
+        {"query_ids": ids("T"), "key_ids": ids("S")},
+    ),
+    "lengths": several(
+        lambda x: {"mask": Lengths(x["key_lengths"], x["query_lengths"])},
+        NAMED["lengths"].extra,
+        batch=(2,),
+    ),
+    "bent": several(
+        bent,
+        {
+            "rows": normal("T"),
+            "columns": normal("S"),
+            "heads": normal("N"),
+            "cap": lambda sizes, rng: np.asarray(3.0),
+        },
+    ),
+    "bias per key": several(lambda x: {"bias": x["bias"]}, {"bias": normal("S")}),
+    "dropout": several(NAMED["dropout"].options),
+    "negative scale": several(lambda x: {"scale": x["scale"]}, {"scale": lambda *_: -0.3}),
+    "large heads": several(lambda x: {"mask": Causal(40)}, H=200, D=130, S=200),
+    "wide values": several(
+        lambda x: {"modifier": jattn.modifiers.SoftCap(3.0)}, H=70, D=140, S=200, N=1
+    ),
+}
+
+
+def kernels_match(name: str, dtype: str):
+    """By the kernels alone: output, logsumexp and every gradient of several blocks."""
+    case = SEVERAL[name]
+    inputs = testing.random_inputs(case, dtype)
+    keep = lambda x: x if x.ndim > 1 else x.astype(jnp.float32)
+    extra = {x: keep(inputs[x]) if _is_floating(inputs[x]) else inputs[x] for x in inputs}
+
+    def derived(attend, inputs):
+        floating = {k: x for k, x in inputs.items() if _is_floating(x)}
+        state, pull = jax.vjp(lambda xs: case.call(attend, inputs | xs), floating)
+        like = lambda x: jnp.where(jnp.isfinite(x), jnp.asarray(x), 0)
+        return {"state": state, "gradients": pull(jax.tree.map(like, state))[0]}
+
+    got = derived(emulated_gpu.kernels, extra)
+    with jax.enable_x64(True):
+        want = derived(definition.attention_state, _wide(extra))
+    both = zip(*(jax.tree_util.tree_leaves_with_path(x) for x in (got, want)), strict=True)
+    for (where, x), (_, y) in both:
+        exact = "logsumexp" in jax.tree_util.keystr(where)
+        eps = 2 * jnp.finfo("float32").eps if exact else 3 * jnp.finfo(dtype).eps
+        assert_near(x, y, eps, jax.tree_util.keystr(where))
+
+
+def hidden_is_ignored():
+    """NaN and Inf in hidden keys and values change neither output nor gradient."""
+    case = several()
+    inputs = testing.random_inputs(case, "bfloat16")
+    spoil = lambda x: x.at[:, -1].set(jnp.nan).at[:, -2, :, 0].set(jnp.inf)
+
+    def seen(query, key, value):
+        state = emulated_gpu.attention_state(query, key, value, mask=Causal(-2))
+        return jnp.sum(state.output.astype(jnp.float32) ** 2)
+
+    query, key, value = (inputs[x] for x in ("query", "key", "value"))
+    got = jax.grad(seen, (0, 1, 2))(query, spoil(key), spoil(value))
+    want = jax.grad(seen, (0, 1, 2))(query, key, value)
+    for x, y in zip(got, want, strict=True):
+        assert_near(x, y, 4 * jnp.finfo("bfloat16").eps, "gradient")
+
+
+def traced_tables_match():
+    """A mask whose arrays are traced skips the same blocks."""
+    case = SEVERAL["segments"]
+    inputs = testing.random_inputs(case, "bfloat16")
+
+    @jax.jit
+    def traced(ids):
+        return case.call(emulated_gpu.attention_state, inputs | {"query_ids": ids})
+
+    got = traced(inputs["query_ids"])
+    with jax.enable_x64(True):
+        want = case.call(definition.attention_state, _wide(inputs))
+    assert_near(got.output, want.output, 2 * jnp.finfo("bfloat16").eps, "output")
+
+
+# Faults of synchronisation, as a change of the text of a module.
+FAULTS = {
+    "the copier does not wait until a block is used": (
+        "program",
+        "pl.when(j >= stages)(lambda s=stream: plgpu.barrier_wait(s.used.at[slot]))",
+        "pass",
+    ),
+    "keys are read before they arrive": ("forward", "keys.wait(slot)", "pass"),
+    "values are read before they arrive": ("forward", "values.wait(slot)", "pass"),
+    "a block of keys is given back before it is read": (
+        "forward",
+        "keys.wait(slot)\n",
+        "keys.wait(slot)\n        keys.release(slot)\n",
+    ),
+}
+
+
+def faulty(name: str):
+    """Runs a causal call by kernels with a fault."""
+    module, old, new = FAULTS[name]
+    module = importlib.import_module(f"jattn.implementations.gpu.{module}")
+    text = inspect.getsource(module)
+    assert text.count(old) == 1, (name, text.count(old))
+    exec(compile(text.replace(old, new), module.__file__, "exec"), module.__dict__)
+    for other in [x for x in sys.modules if x.startswith("jattn.implementations.gpu.")]:
+        for key in set(vars(sys.modules[other])) & set(vars(module)):
+            if inspect.isfunction(vars(module)[key]):
+                setattr(sys.modules[other], key, vars(module)[key])
+    case = several(lambda x: {"mask": Causal(400)}, S=500)
+    inputs = testing.random_inputs(case, "bfloat16")
+    output = case.call(emulated_gpu.kernels, inputs).output
+    want = case.call(definition.attention_state, inputs).output
+    assert_near(output, want, 3 * jnp.finfo("bfloat16").eps, "output")

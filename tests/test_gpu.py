@@ -1,0 +1,139 @@
+"""The kernels for Hopper GPUs, emulated: equal to the definition, without races.
+
+An emulated kernel that waits for something that never comes hangs for good. So each call
+runs in a process of its own, under a time limit.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jattn
+from jattn.call.pose import pose
+from jattn.implementations.gpu.kernel import GPU
+from jattn.implementations.gpu.refusal import OLDEST
+from jattn.testing import CASES
+from tests.helpers.limited import Worker
+
+SECONDS = 400  # a call takes 3 to 20 of them, and the machine may be busy
+JOBS = "tests.helpers.gpu_jobs"
+emulated = [
+    pytest.mark.skipif(
+        jax.__version_info__ < OLDEST,
+        reason=f"the emulator of jax {jax.__version__} lacks what the kernels use",
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("absl") is None, reason="needs absl: pip install absl-py"
+    ),
+    pytest.mark.xdist_group("emulated_gpu"),
+]
+CALLS = (  # jobs that take paths of their own through the kernels
+    ("kernels_match", "bent", "bfloat16"),
+    ("kernels_match", "dropout", "float16"),
+    ("matches_definition", "everything", "bfloat16"),
+)
+SEVERAL = ("plain", "causal", "window with empty blocks", "rows that see nothing")
+SEVERAL += ("segments", "lengths", "bias per key", "negative scale", "large heads")
+SEVERAL += ("wide values",)
+FAULTS = (
+    "the copier does not wait until a block is used",
+    "keys are read before they arrive",
+    "values are read before they arrive",
+    "a block of keys is given back before it is read",
+)
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = Worker(f"{JOBS}:strict")
+    yield worker
+    worker.stop()
+
+
+def mark(test):
+    for one in emulated:
+        test = one(test)
+    return test
+
+
+@mark
+@pytest.mark.parametrize("call", CALLS, ids=" ".join)
+def test_emulated_kernels_equal_definition(worker, call):
+    job, *arguments = call
+    worker.run(f"{JOBS}:{job}", *arguments, seconds=SECONDS)
+
+
+@mark
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_blocks_by_kernels_alone(worker, name, dtype):
+    worker.run(f"{JOBS}:kernels_match", name, dtype, seconds=SECONDS)
+
+
+@mark
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_equals_definition_in_every_derivative(worker, case):
+    if sentence := worker.run(f"{JOBS}:refused", case.name, "bfloat16", seconds=SECONDS):
+        pytest.skip(sentence)
+    worker.run(f"{JOBS}:matches_definition", case.name, "bfloat16", seconds=SECONDS)
+
+
+@mark
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["hidden_is_ignored", "traced_tables_match"])
+def test_emulated(worker, job):
+    worker.run(f"{JOBS}:{job}", seconds=SECONDS)
+
+
+@mark
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_found(fault):
+    worker = Worker(f"{JOBS}:strict")
+    with pytest.raises((AssertionError, TimeoutError)) as found:
+        worker.run(f"{JOBS}:faulty", fault, seconds=90)
+    worker.stop()
+    # Found by the emulator or by the result, not because the fault could not be planted.
+    assert "text.count(old)" not in str(found.value)
+
+
+def test_named_elsewhere_it_raises_the_reason():
+    query = jnp.zeros((4, 1, 8), "bfloat16")
+    with pytest.raises(ValueError, match=r'"gpu"\): runs on NVIDIA GPUs only, and the'):
+        jattn.attention(query, query, query, implementation="gpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "message"),
+    [
+        ("float32", {}, "bfloat16 and float16"),
+        ("bfloat16", {"mask": lambda b, n, t, s: jnp.arange(9)[t - s] > 3}, "joins"),
+        ("bfloat16", {"modifier": lambda x, b, n, t, s: jax.lax.erf(x)}, "`erf`"),
+        ("bfloat16", {"modifier": lambda x, b, n, t, s: jnp.sin(x)}, "`sin`"),
+    ],
+)
+def test_what_kernels_cannot_do_is_refused_in_a_sentence(dtype, options, message):
+    query = jnp.zeros((4, 1, 8), dtype)
+    problem, _ = pose("test", query, query, query, **options)
+    assert message in (GPU().refusal(problem, "cuda") or "")
+
+
+def test_large_heads_and_other_precisions_are_refused():
+    query = jnp.zeros((4, 1, 264), "bfloat16")
+    problem, _ = pose("test", query, query, query)
+    assert "up to 256" in (GPU().refusal(problem, "cuda") or "")
+    query = query[..., :8]
+    with jax.default_matmul_precision("highest"):
+        problem, _ = pose("test", query, query, query)
+    assert "precision" in (GPU().refusal(problem, "cuda") or "")
+
+
+def test_no_call_chooses_it_by_itself():
+    query = jnp.zeros((256, 1, 64), "bfloat16")
+    found = jattn.explain(query, query, query, platform="gpu")
+    assert found.implementation != "gpu"
+    assert "gpu" in found.refusals

@@ -1,0 +1,127 @@
+"""The kernels compile for an H100 that is not there, and are as short as JAX's own."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jattn
+from bench import gpu_kernels
+from jattn import masks, modifiers
+from jattn.call.pose import pose
+from jattn.implementations import run
+from jattn.implementations.gpu.kernel import GPU
+from jattn.implementations.gpu.refusal import OLDEST
+
+NEEDED = ("jax_cuda13_plugin", "absl")
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in NEEDED),
+        reason="needs pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, and absl-py",
+    ),
+    pytest.mark.skipif(jax.__version_info__ < OLDEST, reason="needs a newer jax"),
+    pytest.mark.xdist_group("cuda"),
+]
+SPILLED = 200  # bytes at most in a backward kernel: stored and loaded once a turn
+INSTRUCTIONS = {"causal": 1.1, "softcap and alibi": 2.8}  # times those of JAX's kernel
+
+
+def attend(query, key, value, **options):
+    """`jattn.attention` by the kernels, whatever device is here."""
+    problem, operands = pose("test", query, key, value, **options)
+    assert GPU().refusal(problem, "cuda") is None
+    state = run.attention_state(problem, operands, (GPU(),))
+    return state.output.astype(problem.dtype)
+
+
+def gradients(function):
+    total = lambda *xs: jnp.sum(function(*xs).astype(jnp.float32))
+    return jax.grad(total, (0, 1, 2))
+
+
+def arrays(T=1024, S=None, N=2, K=1, H=128, D=None, dtype="bfloat16"):
+    shapes = (1, T, N, H), (1, S or T, K, H), (1, S or T, K, D or H)
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+
+
+@functools.cache
+def of_jax():
+    """The loops of JAX's own kernel, causal: without a mask, and with it."""
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    config = attention_mgpu.TuningConfig(64, 128, 2, causal=True)
+    forward = lambda q, k, v: attention_mgpu._attention_forward(q, k, v, config)
+    (kernel,) = gpu_kernels.compiled(forward, *arrays(K=2, dtype="float16"))
+    return kernel.loops[:2]
+
+
+BENT = modifiers.SoftCap(20.0) >> modifiers.ALiBi()
+CASES = {
+    "causal": ({"mask": masks.Causal()}, 1024, 2),
+    "softcap and alibi": ({"mask": masks.Causal(), "modifier": BENT}, 1152, 3),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_use_tensor_cores_and_registers_and_are_short(name):
+    options, T, count = CASES[name]
+    attention = functools.partial(attend, **options)
+    found = gpu_kernels.compiled(gradients(attention), *arrays(T=T))
+    (forward,) = [kernel for kernel in found if kernel.name == "jattn_forward"]
+    backward = [kernel for kernel in found if kernel.name == "jattn_backward"]
+    assert len(backward) == count  # one for queries, one or two for keys and values
+    assert all(kernel.wgmma > 0 for kernel in found)
+    assert forward.spilled == 0
+    assert max(kernel.spilled for kernel in backward) <= SPILLED
+    if gpu_kernels.tools():
+        for mine, theirs in zip(forward.loops[:2], of_jax(), strict=True):
+            assert mine <= INSTRUCTIONS[name] * theirs
+
+
+SIZES = {
+    "grouped and ragged": {"T": 600, "S": 1100, "N": 8, "K": 2, "H": 64},
+    "values of another size": {"T": 256, "H": 192, "D": 128},
+    "small heads": {"T": 200, "H": 80, "D": 96},
+    "one query": {"T": 1, "S": 2048, "N": 8, "K": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_compile_for_sizes(sizes, dtype):
+    kernels = gpu_kernels.compiled(gradients(attend), *arrays(**SIZES[sizes], dtype=dtype))
+    assert len(kernels) >= 3
+    assert all(kernel.wgmma > 0 for kernel in kernels)
+
+
+IDS = jnp.arange(512, dtype=jnp.int32) // 100
+OPTIONS = {
+    "documents": {"mask": lambda b, n, t, s: (t >= s) & (IDS[t] == IDS[s])},
+    "lengths": {"mask": masks.Lengths(jnp.array([300]))},
+    "explicit": {"mask": masks.Explicit(jnp.ones((512, 512), bool))},
+    "heads": {"mask": lambda b, n, t, s: (t + s) % 3 != n},
+    "bias and floor": {
+        "modifier": lambda x, b, n, t, s: jnp.floor(x) + jnp.log1p(x * x) - jnp.expm1(-x),
+        "bias": jnp.zeros((1, 512, 512)),
+    },
+    "dropout": {"dropout": jattn.Dropout(0.1, jax.random.key(0))},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_compile_for_masks_and_modifiers(options):
+    attention = functools.partial(attend, **OPTIONS[options])
+    kernels = gpu_kernels.compiled(gradients(attention), *arrays(T=512))
+    assert len(kernels) >= 3
+    assert all(kernel.wgmma > 0 for kernel in kernels)
+
+
+def test_second_derivatives_compile_beside_kernels():
+    attention = functools.partial(attend, mask=masks.Causal())
+    hessian = lambda *xs: jax.jvp(gradients(attention), xs, xs)[1]
+    assert len(gpu_kernels.compiled(hessian, *arrays(T=512))) == 1  # forward
