@@ -103,25 +103,34 @@ def _kernel(context: Context, sums, chosen):
         read = functools.partial(numbers.read, tile)
         weights, pull = _weights(tile, products, read("level"), (masked, chosen, given))
         outer.wait(slot)
-        carry, kept = list(carry), tile.kept()
+        carry = list(carry)
         if "value" in sums:
             place = sums.index("value")
-            dropped = _keep(kept, weights)
+            dropped = _keep(tile.kept(), weights)
             carry[place] = _add(context, carry[place], dropped, outer, slot)
-        if sums != ("value",):
-            d_weights = call.machine.products(context.own[1], outer.memory.at[slot])
-        outer.release(slot)
-        if sums != ("value",):
-            d_logits = _keep(kept, d_weights) * read("share") - read("rest")
-            d_logits, d_chosen = pull(weights * d_logits)
-            carry[0] = _add(context, carry[0], d_logits, inner, slot)
-            for place, x in enumerate(d_chosen, len(sums)):
-                carry[place] += jnp.sum(x.astype(jnp.float32), axis=1)
+        if sums == ("value",):
+            outer.release(slot)
+        else:
+            _add_logits(context, tile, (weights, pull, read), carry, (len(sums), slot))
         inner.release(slot)
         return tuple(carry)
 
     found = context.loop(step, start)
     return lambda outputs: _finish(context, len(sums), found, outputs)
+
+
+def _add_logits(context: Context, tile: Tile, state, carry: list, at):
+    """Computes the cotangents of the logits, and adds what they give to the sums."""
+    (weights, pull, read), (count, slot) = state, at
+    inner, outer = context.streams
+    machine = context.call.machine
+    d_weights = machine.products(context.own[1], outer.memory.at[slot])
+    outer.release(slot)
+    d_logits = _keep(tile.kept(), d_weights) * read("share") - read("rest")
+    d_logits, d_chosen = pull(weights * d_logits)
+    carry[0] = _add(context, carry[0], d_logits, inner, slot)
+    for place, x in enumerate(d_chosen, count):
+        carry[place] += jnp.sum(x.astype(jnp.float32), axis=1)
 
 
 class Numbers:
