@@ -137,3 +137,24 @@ def test_no_call_chooses_it_by_itself():
     found = jattn.explain(query, query, query, platform="gpu")
     assert found.implementation != "gpu"
     assert "gpu" in found.refusals
+
+
+@pytest.mark.slow
+def test_the_day_of_a_gpu_says_that_there_is_none(tmp_path, capsys):
+    from bench import gpu_day
+
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is one")
+    assert gpu_day.run(str(tmp_path / "gpu.json")) == 1
+    assert "needs a GPU" in capsys.readouterr().out
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_every_row_of_the_day_has_someone_to_compute_it():
+    from bench import gpu_day
+
+    for row in gpu_day.ROWS:
+        names = [name for name in gpu_day.PARTS if name not in ("tests", "checks", "torch")]
+        assert len([x for x in names if gpu_day.by_name(x, row) is not None]) >= 2
+        assert row.operations > 0
+    assert sum(gpu_day.PARTS.values()) <= 8 * 60
