@@ -235,6 +235,15 @@ def test_the_last_block_counts_no_key_twice(case):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-12), got, want)
 
 
+def test_values_of_size_0_give_the_logsumexp():
+    x = inputs(T=8, S=8, D=0)
+    got, want = (
+        f.attention_state(*x, mask=masks.Causal()).logsumexp
+        for f in (small_tiles, definition)
+    )
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
 def test_two_runs_are_bitwise_equal():
     x = inputs(T=300, S=700, dtype=jnp.float32)
     run = jax.jit(jax.grad(lambda *x: jnp.sum(blockwise_attention(*x) ** 2), (0, 1, 2)))

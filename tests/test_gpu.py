@@ -32,7 +32,7 @@ emulated = [
 CALLS = (  # jobs that take paths of their own through the kernels
     ("kernels_match", "bent", "bfloat16"),
     ("kernels_match", "dropout", "float16"),
-    ("matches_definition", "everything", "bfloat16"),
+    ("matches_definition", "alibi", "bfloat16"),
 )
 SEVERAL = ("plain", "causal", "window with empty blocks", "rows that see nothing")
 SEVERAL += ("segments", "lengths", "bias per key", "negative scale", "large heads")

@@ -39,7 +39,7 @@ def _state(problem, operands, sink):
 def kernels(query, key, value, *, sink=None, **options) -> State:
     """By the kernels alone, forward and backward: nothing stands in for them."""
     problem, operands = pose("emulated_gpu", query, key, value, **options)
-    problem, operands, _ = prepare(problem, operands)
+    problem, operands = prepare(problem, operands)
     leaves, tree = jax.tree.flatten(operands)
     wanted = tree.unflatten([jnp.issubdtype(x.dtype, jnp.floating) for x in leaves])
 

@@ -38,7 +38,7 @@ def _state(problem, interpret, resident, operands, sink):
 def kernels(query, key, value, *, interpret, sink=None, **options) -> State:
     """By the kernels alone, forward and backward: nothing stands in for them."""
     problem, operands = pose("emulated_tpu", query, key, value, **options)
-    problem, operands, _ = prepare(problem, operands)
+    problem, operands = prepare(problem, operands)
     leaves, tree = jax.tree.flatten(operands)
     kernel = TPU(BLOCKS, TUNING, interpret)
     wanted = tree.unflatten([jnp.issubdtype(x.dtype, jnp.floating) for x in leaves])

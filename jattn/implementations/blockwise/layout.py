@@ -108,8 +108,8 @@ class Layout:
         return split.reshape(rows.shape)
 
     def _by_head(self, rows, axis):
-        G = self.plan.G
-        return rows.reshape(*rows.shape[:axis], G, -1, *rows.shape[axis + 1 :])
+        shape, G = rows.shape, self.plan.G
+        return rows.reshape(*shape[:axis], G, shape[axis] // G, *shape[axis + 1 :])
 
     def first_key(self, j):
         """Gives the column at which block `j` of the keys starts."""
