@@ -84,6 +84,7 @@ def test_kernels_use_tensor_cores_and_registers_and_are_short(name):
 SIZES = {
     "grouped and ragged": {"T": 600, "S": 1100, "N": 8, "K": 2, "H": 64},
     "values of another size": {"T": 256, "H": 192, "D": 128},
+    "the largest heads": {"T": 256, "H": 256},
     "small heads": {"T": 200, "H": 80, "D": 96},
     "one query": {"T": 1, "S": 2048, "N": 8, "K": 2},
 }

@@ -48,9 +48,10 @@ def forward_plan(H: int, D: int) -> Plan:
 
 
 def backward_plan(H: int, D: int) -> Plan:
-    """Chooses blocks of 64 rows, and 32 where sums take most of the registers."""
-    inner = ROWS if H + D <= 256 else ROWS // 2
-    return Plan(inner, 2)
+    """Chooses blocks of 64 rows, which wgmma needs; two of them where there is room."""
+    H, D = round_up(H, _HEAD), round_up(D, _HEAD)
+    two = _WIDTH * (BLOCK + 2 * ROWS) * (H + D) <= _SHARED
+    return Plan(ROWS, 2 if two else 1)
 
 
 def round_up(size: int, unit: int) -> int:
