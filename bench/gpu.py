@@ -73,11 +73,17 @@ def functions(mask, implementation):
     def forward(query, key, value):
         return jattn.attention(query, key, value, mask=mask, implementation=implementation)
 
+    return {"forward": forward, "fwd+bwd": with_gradients(forward)}
+
+
+def with_gradients(function):
+    """Gives a function of query, key and value that computes their gradients too."""
+
     def both(query, key, value):
-        output, pull = jax.vjp(forward, query, key, value)
+        output, pull = jax.vjp(function, query, key, value)
         return output, pull(output)
 
-    return {"forward": forward, "fwd+bwd": both}
+    return both
 
 
 def compile_for(target, function, arguments) -> Compiled:

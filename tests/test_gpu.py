@@ -151,10 +151,10 @@ def test_the_day_of_a_gpu_says_that_there_is_none(tmp_path, capsys):
 
 
 def test_every_row_of_the_day_has_someone_to_compute_it():
-    from bench import gpu_day
+    from bench import gpu_day, gpu_rows
 
-    for row in gpu_day.ROWS:
+    for row in gpu_rows.ROWS:
         names = [name for name in gpu_day.PARTS if name not in ("tests", "checks", "torch")]
-        assert len([x for x in names if gpu_day.by_name(x, row) is not None]) >= 2
+        assert len([x for x in names if gpu_rows.by_name(x, row) is not None]) >= 2
         assert row.operations > 0
     assert sum(gpu_day.PARTS.values()) <= 8 * 60

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 import jattn
-from bench import gpu_kernels
+from bench import gpu_kernels, gpu_rows
 from jattn import masks, modifiers
 from jattn.call.pose import pose
-from jattn.implementations import run
 from jattn.implementations.gpu.kernel import GPU
 from jattn.implementations.gpu.refusal import OLDEST
 
@@ -31,10 +30,9 @@ INSTRUCTIONS = {"causal": 1.1, "softcap and alibi": 2.8}  # times those of JAX's
 
 def attend(query, key, value, **options):
     """`jattn.attention` by the kernels, whatever device is here."""
-    problem, operands = pose("test", query, key, value, **options)
+    problem, _ = pose("test", query, key, value, **options)
     assert GPU().refusal(problem, "cuda") is None
-    state = run.attention_state(problem, operands, (GPU(),))
-    return state.output.astype(problem.dtype)
+    return gpu_rows.by_kernels(query, key, value, **options)
 
 
 def gradients(function):
@@ -50,10 +48,7 @@ def arrays(T=1024, S=None, N=2, K=1, H=128, D=None, dtype="bfloat16"):
 @functools.cache
 def of_jax():
     """The loops of JAX's own kernel, causal: without a mask, and with it."""
-    from jax.experimental.pallas.ops.gpu import attention_mgpu
-
-    config = attention_mgpu.TuningConfig(64, 128, 2, causal=True)
-    forward = lambda q, k, v: attention_mgpu._attention_forward(q, k, v, config)
+    forward = gpu_rows.mgpu_forward
     (kernel,) = gpu_kernels.compiled(forward, *arrays(K=2, dtype="float16"))
     return kernel.loops[:2]
 

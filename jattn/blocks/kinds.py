@@ -5,6 +5,7 @@ all may. So 1 is right for every block. Kinds are int8, B or 1 × N or 1 × quer
 blocks; an axis of blocks may also be 1, if all these blocks are of one kind.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -66,6 +67,28 @@ def spread(kinds, lengths, blocks):
     """Gives the kinds with their two last axes in full."""
     counts = [-(-length // block) for length, block in zip(lengths, blocks, strict=True)]
     return _module(kinds).broadcast_to(kinds, (*kinds.shape[:-2], *counts))
+
+
+def cut_last(kinds):
+    """Makes the last block of keys partial where it is full: not all its keys count."""
+    xp = _module(kinds)
+    last = xp.arange(kinds.shape[-1]) == kinds.shape[-1] - 1
+    return xp.where(last, xp.minimum(kinds, PARTIAL), kinds)
+
+
+def visits(kinds) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Lists the blocks along the last axis: full ones first, then partial, then empty ones.
+
+    Returns:
+        The order, how many of them are full, and how many are full or partial; int32.
+    """
+    xp = _module(kinds)
+    # The sort is by FULL − kind. It is stable: blocks of a kind stay in order.
+    order = xp.argsort(FULL - kinds, axis=-1, stable=True)
+    full = xp.sum(kinds == FULL, axis=-1)
+    live = xp.sum(kinds != EMPTY, axis=-1)
+    order, full, live = (jnp.asarray(x.astype(np.int32)) for x in (order, full, live))
+    return order, full, live
 
 
 def shares(kinds: np.ndarray) -> list[str]:

@@ -3,6 +3,7 @@
 `kernel`        the contract of an implementation, with its laws
 `shared`        what they share: the logits of some queries by some keys
 `joint`         what joins queries and keys, as kernels read it
+`nvidia`        what a kernel for NVIDIA GPUs asks of the device
 `dense`         attention in one tile
 `blockwise`     attention in many tiles: forward, backward, tangent
 `tpu`           attention on TPU, by Pallas kernels

@@ -27,11 +27,10 @@ from jax.custom_batching import custom_vmap
 
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.kernel import Kernel, Sums
+from jattn.implementations.nvidia import PLATFORMS, lacking
 from jattn.mask import And
 from jattn.masks import Causal, Window
 from jattn.shapes import Sizes
-
-PLATFORMS = ("gpu", "cuda")  # JAX has two names for this platform
 
 _WORDS = {
     "bias": "a `bias`, which it rounds to the dtype of the inputs",
@@ -99,14 +98,13 @@ def _objection_to_mask(problem: Problem) -> str | None:
 
 def _device() -> str | None:
     """Says what the default device lacks, if it is a GPU; None if it lacks nothing."""
-    if jax.default_backend() != "gpu":
-        return None  # the GPU is elsewhere: the call is only described or lowered here
-    device = jax.local_devices()[0]
-    if "cuda" not in device.client.platform_version:
-        return "runs on NVIDIA GPUs only, and this one is not."
-    if float(device.compute_capability) < 8:
-        return f"needs compute capability 8.0, and has {device.compute_capability}."
-    return None if is_installed() else "is not installed: `pip install jax[cuda13]`."
+
+    def lacks(capability: str) -> str | None:
+        if float(capability) < 8:
+            return f"needs compute capability 8.0, and has {capability}."
+        return None if is_installed() else "is not installed: `pip install jax[cuda13]`."
+
+    return lacking(lacks)
 
 
 @functools.cache

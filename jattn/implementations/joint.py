@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
 
-from jattn.call.hoist import split
+from jattn.blocks import of_call
+from jattn.blocks.kinds import cut_last, spread
+from jattn.call.hoist import joint_equations, split
 from jattn.call.jaxprs import CALLS, RULES, called
 from jattn.call.problem import Operands, Problem, index
 from jattn.call.program import Program
@@ -90,6 +92,43 @@ def objection(equations, taken, dtypes) -> str | None:
         if foreign:
             return f"`{name}` of {min(foreign)}"
     return None
+
+
+def objection_to_sizes(problem: Problem) -> str | None:
+    """Says why no kernel can be written for the sizes of a call; None if one can."""
+    sizes = problem.sizes
+    if not all(isinstance(size, int) for size in (*sizes.BNTS, sizes.K)):
+        return "needs sizes that are numbers; these are symbols."
+    if 0 in (*sizes.BNTS, sizes.H, sizes.D):
+        return "needs at least one query, key and number in each."
+    if max(sizes.H, sizes.D) > 256:
+        return f"takes head sizes up to 256, got H={sizes.H} and D={sizes.D}."
+    return None
+
+
+def objection_to_programs(problem: Problem, objection: Callable) -> str | None:
+    """Says why a kernel cannot evaluate the mask or the modifier; None if it can.
+
+    `objection` says it of the equations that join a query and a key, in a clause.
+    """
+    for name in ("mask", "modifier"):
+        program = getattr(problem, name)
+        if program is None:
+            continue
+        found = objection(joint_equations(program, logit=name == "modifier"))
+        if found:
+            return (
+                f"the {name} joins queries and keys by {found}, which a kernel cannot "
+                f"evaluate; it can where only queries or only keys are indexed."
+            )
+    return None
+
+
+def block_kinds(problem: Problem, operands: Operands, blocks: tuple[int, int]):
+    """Gives the kind of each block; the last keys are partial if some are padding."""
+    lengths = problem.sizes.T, problem.sizes.S
+    kinds = spread(of_call.block_table(problem, operands, *blocks), lengths, blocks)
+    return kinds if lengths[1] % blocks[1] == 0 else cut_last(kinds)
 
 
 def distances(jaxpr, floats: dict, same_shape: Callable = lambda *xs: xs) -> dict:

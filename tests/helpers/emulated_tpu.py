@@ -3,63 +3,28 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 
-from jattn.call.pose import check_sink, pose
 from jattn.implementations import run as operation
-from jattn.implementations.blockwise.prepare import prepare
-from jattn.implementations.kernel import Sums
 from jattn.implementations.tpu.kernel import TPU
-from jattn.state import State, with_sink
+from jattn.state import State
+from tests.helpers import calls
 
 BLOCKS, TUNING = (128, 128), (64, 128)
 
 
 def attention_state(
-    query, key, value, *, sink=None, interpret=True, resident=2**24, **options
+    query, key, value, *, interpret=True, resident=2**24, **options
 ) -> State:
-    problem, operands = pose("emulated_tpu", query, key, value, **options)
-    sink = check_sink("emulated_tpu", sink, problem.sizes)
-    output, logsumexp = _state(problem, interpret, resident, operands, sink)
-    batch = problem.sizes.batch
-    return State(
-        output.reshape(*batch, *output.shape[1:]),
-        logsumexp.reshape(*batch, *logsumexp.shape[1:]),
-    )
+    compute = functools.partial(_state, TPU(BLOCKS, TUNING, interpret, resident))
+    return calls.state("emulated_tpu", compute, query, key, value, **options)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _state(problem, interpret, resident, operands, sink):
-    kernel = TPU(BLOCKS, TUNING, interpret, resident)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _state(kernel, problem, operands, sink):
     state = operation.attention_state(problem, operands, (kernel,))
-    return state._replace(output=with_sink(state, sink).astype(problem.dtype))
+    return calls.finished(problem, state, sink)
 
 
-def kernels(query, key, value, *, interpret, sink=None, **options) -> State:
-    """By the kernels alone, forward and backward: nothing stands in for them."""
-    problem, operands = pose("emulated_tpu", query, key, value, **options)
-    problem, operands = prepare(problem, operands)
-    leaves, tree = jax.tree.flatten(operands)
+def kernels(query, key, value, *, interpret, **options) -> State:
     kernel = TPU(BLOCKS, TUNING, interpret)
-    wanted = tree.unflatten([jnp.issubdtype(x.dtype, jnp.floating) for x in leaves])
-
-    @jax.custom_vjp
-    def run(leaves):
-        return tuple(kernel.forward(problem, tree.unflatten(leaves)))
-
-    def forward(leaves):
-        results = run(leaves)
-        return results, (leaves, results)
-
-    def backward(kept, cotangents):
-        leaves, results = kept
-        operands = tree.unflatten(leaves)
-        sums = Sums(*results), Sums(*cotangents)
-        found = kernel.backward(problem, operands, *sums, wanted)
-        pairs = zip(tree.flatten_up_to(found), leaves, strict=True)
-        return ([None if d is None else d.astype(x.dtype) for d, x in pairs],)
-
-    run.defvjp(forward, backward)
-    state = operation.state_of(*run(leaves))
-    sink = check_sink("emulated_tpu", sink, problem.sizes)
-    return state._replace(output=with_sink(state, sink).astype(problem.dtype))
+    return calls.by_kernels("emulated_tpu", kernel, query, key, value, **options)

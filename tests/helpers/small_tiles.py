@@ -4,20 +4,13 @@ import functools
 
 import jax
 
-from jattn.call.pose import check_sink, pose
 from jattn.implementations import run as operation
-from jattn.state import State, with_sink
+from jattn.state import State
+from tests.helpers import calls
 
 
-def attention_state(query, key, value, *, sink=None, **options) -> State:
-    problem, operands = pose("small_tiles", query, key, value, **options)
-    sink = check_sink("small_tiles", sink, problem.sizes)
-    output, logsumexp = _state(problem, operands, sink)
-    batch = problem.sizes.batch
-    return State(
-        output.reshape(*batch, *output.shape[1:]),
-        logsumexp.reshape(*batch, *logsumexp.shape[1:]),
-    )
+def attention_state(query, key, value, **options) -> State:
+    return calls.state("small_tiles", _state, query, key, value, **options)
 
 
 def attention(query, key, value, **options) -> jax.Array:
@@ -27,4 +20,4 @@ def attention(query, key, value, **options) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _state(problem, operands, sink):
     state = operation.attention_state(problem, operands, tile=(4, 4))
-    return state._replace(output=with_sink(state, sink).astype(problem.dtype))
+    return calls.finished(problem, state, sink)

@@ -30,6 +30,7 @@ from jax import lax
 from jattn.call.problem import Operands
 from jattn.call.program import Arrays
 from jattn.implementations import shared
+from jattn.implementations.blockwise.cells import block_of, part_of, put_part
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.schedule import schedules
 from jattn.implementations.blockwise.tiles import (
@@ -57,8 +58,8 @@ class Rows(NamedTuple):
 
     def at(self, layout: Layout, place) -> "Rows":
         """Gives the rows of one tile: those of a whole block, or of a cell."""
-        block, place = layout.block_of(place)
-        return Rows(*(layout.part_of(_at(x, block), place) for x in self))
+        block, place = block_of(layout, place)
+        return Rows(*(part_of(layout, _at(x, block), place) for x in self))
 
 
 def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
@@ -134,8 +135,10 @@ def _deltas(layout: Layout, head, queries: Rows, by_key):
     """
 
     def one_block(j, deltas):
-        def one_tile(tile, masked, i, j, deltas):
-            rows, (key, value) = queries.at(tile, i), _keys(tile, head, j)
+        keys, cells = _keys(layout, head, j), layout.in_cells()
+
+        def one_tile(tile, masked, keys, i, j, deltas):
+            rows, (key, value) = queries.at(tile, i), keys
             view, allowed, products = _pairs(tile, head, (i, j), rows, key, masked)
             logits = view.logits(products, view.active)
             weights, _ = _weights(tile, logits, rows, allowed)
@@ -143,8 +146,8 @@ def _deltas(layout: Layout, head, queries: Rows, by_key):
             part = part if tile.narrow else part * rows.inverse
             return _add_rows(tile, deltas, part, i)
 
-        whole = lambda masked: lambda i, carry: one_tile(layout, masked, i, j, carry)
-        cell = functools.partial(one_tile, layout.in_cells(), True)
+        whole = lambda masked: lambda i, carry: one_tile(layout, masked, keys, i, j, carry)
+        cell = lambda i, s, carry: one_tile(cells, True, _keys(cells, head, s), i, s, carry)
         return over_tiles(by_key, head, j, layout.counts["T"], whole, deltas, cell)
 
     return loop(layout.counts["S"], one_block, jnp.zeros_like(queries.delta))
@@ -159,10 +162,11 @@ def _actives(layout: Layout) -> Active:
 def _backward_block(layout, head, queries: Rows, by_key, j, carry):
     """Adds everything that one block of keys contributes: loops over rows that see it."""
     d_rows, d_key, d_value, *others = carry
-    zeros = [jnp.zeros(x.shape, layout.problem.wide) for x in _keys(layout, head, j)]
+    keys, cells = _keys(layout, head, j), layout.in_cells()
+    zeros = [jnp.zeros(x.shape, layout.problem.wide) for x in keys]
     tile = functools.partial(_backward_tile, head, queries, layout.first_key(j))
-    whole = lambda masked: lambda i, carry: tile(layout, masked, i, j, carry)
-    cell = functools.partial(tile, layout.in_cells(), True)
+    whole = lambda masked: lambda i, carry: tile(layout, masked, keys, (i, j), carry)
+    cell = lambda i, s, carry: tile(cells, True, _keys(cells, head, s), (i, s), carry)
     start = (d_rows, *zeros, *others)
     carry = over_tiles(by_key, head, j, layout.counts["T"], whole, start, cell)
     d_rows, key_part, value_part, *others = carry
@@ -207,7 +211,7 @@ def _d_weights(view: Tile, rows: Rows, value):
     return view.drop(dot("BKSD,BKRD->BKSR", value, rows.d_output, wide))
 
 
-def _backward_tile(head, queries: Rows, first, layout, masked, i, j, carry):
+def _backward_tile(head, queries: Rows, first, layout, masked, keys, at, carry):
     """Adds the contribution of one tile: of a whole one, or of a cell.
 
     It computes, with δ and d_logsumexp of the row,
@@ -220,8 +224,9 @@ def _backward_tile(head, queries: Rows, first, layout, masked, i, j, carry):
     isolated = masked and layout.problem.mask is not None
     row = lambda x: x[..., None, :]
     *sums, d_active, d_scale = carry
-    (key, value), rows = _keys(layout, head, j), queries.at(layout, i)
-    view, allowed, products = _pairs(layout, head, (i, j), rows, key, masked)
+    (i, j), (key, value) = at, keys
+    rows = queries.at(layout, i)
+    view, allowed, products = _pairs(layout, head, at, rows, key, masked)
     keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
     # Only arrays whose cotangents are wanted are differentiated.
     chosen = view.active.where(d_active)
@@ -283,10 +288,10 @@ def _add_keys(sums, part, first):
 
 def _add_rows(layout: Layout, blocks, part, place, axis=2):
     """Adds the numbers of a tile's rows to those of all rows: blocks × BKR or BKHR."""
-    block, place = layout.block_of(place)
+    block, place = block_of(layout, place)
     rows = _at(blocks, block)
-    total = layout.part_of(rows, place, axis) + part
-    total = layout.put_part(rows, total, place, axis)
+    total = part_of(layout, rows, place, axis) + part
+    total = put_part(layout, rows, total, place, axis)
     return lax.dynamic_update_index_in_dim(blocks, total, block, 0)
 
 

@@ -18,6 +18,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
+from jattn.implementations.blockwise.cells import in_cell
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.schedule import schedules
 from jattn.implementations.blockwise.tiles import (
@@ -121,12 +122,11 @@ def _forward_tile(layout, head, query, i, masked):
 
 def _forward_cell(layout, head, query, row, column, carry):
     """Adds one cell of a partial tile to the sums of its query block."""
-    cells = layout.in_cells()
-    _, place = cells.block_of(row)
-    query, *sums = (cells.part_of(x, place) for x in (query, *carry))
-    sums = _forward_tile(cells, head, query, row, masked=True)(column, sums)
-    put = lambda whole, part: cells.put_part(whole, part, place)
-    return tuple(map(put, carry, sums))
+
+    def tile(cells, query, sums):
+        return _forward_tile(cells, head, query, row, masked=True)(column, sums)
+
+    return in_cell(layout, row, query, carry, tile)
 
 
 def _folded_products(layout, query, key):

@@ -85,32 +85,6 @@ class Layout:
         cells.is_uneven = self.is_uneven or self.plan.S % cells.plan.S != 0
         return cells
 
-    def block_of(self, place):
-        """Gives the block of queries that a tile is in, and its place in this block."""
-        return (place, 0) if self.per_block == 1 else divmod(place, self.per_block)
-
-    def part_of(self, rows, place, axis=2):
-        """Cuts the rows of a tile from those of its block, BK(GT)…."""
-        G, T = self.plan.G, self.plan.T
-        if rows.shape[axis] == G * T:
-            return rows
-        rows = self._by_head(rows, axis)
-        rows = lax.dynamic_slice_in_dim(rows, place * T, T, axis + 1)
-        return rows.reshape(*rows.shape[:axis], G * T, *rows.shape[axis + 2 :])
-
-    def put_part(self, rows, part, place, axis=2):
-        """Writes rows to the place that `part_of` reads."""
-        if rows.shape == part.shape:
-            return part
-        split = self._by_head(rows, axis)
-        part = self._by_head(part, axis)
-        split = lax.dynamic_update_slice_in_dim(split, part, place * self.plan.T, axis + 1)
-        return split.reshape(rows.shape)
-
-    def _by_head(self, rows, axis):
-        shape, G = rows.shape, self.plan.G
-        return rows.reshape(*shape[:axis], G, shape[axis] // G, *shape[axis + 1 :])
-
     def first_key(self, j):
         """Gives the column at which block `j` of the keys starts."""
         start = jnp.asarray(j, jnp.int32) * self.plan.S
@@ -231,10 +205,10 @@ class Layout:
         part = part.reshape(B, count * T, K * G, *rest)
         return self.put(array, part, "BTN" + "." * len(rest), **at)
 
-    def by_head(self, array):
-        """Separates the rows of a tile by query head, BK(GT)… to BKGT…."""
-        B, K, _, *rest = array.shape
-        return array.reshape(B, K, self.plan.G, self.plan.T, *rest)
+    def by_head(self, array, axis=2):
+        """Separates rows by query head, BK(GT)… to BKGT…; they are at `axis`."""
+        shape, G = array.shape, self.plan.G
+        return array.reshape(*shape[:axis], G, shape[axis] // G, *shape[axis + 1 :])
 
     def lay(self, array, columns_first: bool = False):
         """Reshapes an aligned part, BKGTS, to four axes: G and T become rows."""

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jattn.blocks import of_call
-from jattn.blocks.kinds import resize, spread
+from jattn.blocks.kinds import cut_last, resize, spread, visits
 from jattn.implementations.blockwise.layout import Layout
 from jattn.shapes import is_one
 
@@ -86,11 +86,10 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
         table, (*table.shape[:2], layout.counts["T"], layout.counts["S"])
     )
     if layout.is_uneven:  # the last block shares columns, which its mask must hide
-        last = xp.arange(table.shape[-1]) == table.shape[-1] - 1
-        table = xp.where(last, xp.minimum(table, of_call.PARTIAL), table)
+        table = cut_last(table)
     masked = problem.mask is not None or layout.is_uneven
-    by_query = _schedule(xp, table, masked)
-    by_key = _schedule(xp, xp.swapaxes(table, 2, 3), masked)
+    by_query = Schedule(*visits(table), masked)
+    by_key = Schedule(*visits(xp.swapaxes(table, 2, 3)), masked)
     if plan.cuts == 1:
         return by_query, by_key
     live = _live(xp, spread(cells, (sizes.T, sizes.S), plan.cell), table, plan.cuts)
@@ -111,14 +110,6 @@ def _common(xp, table, axis, size):
     table = table.reshape(shape)
     low, high = xp.min(table, axis + 1), xp.max(table, axis + 1)
     return xp.where(low == high, low, xp.full_like(low, of_call.PARTIAL))
-
-
-def _schedule(xp, table, masked: bool) -> Schedule:
-    # A stable sort by FULL − kind: full tiles first, then partial ones, then empty ones.
-    order = xp.argsort(of_call.FULL - table, axis=-1, stable=True).astype(xp.int32)
-    full = xp.sum(table == of_call.FULL, axis=-1, dtype=xp.int32)
-    live = xp.sum(table != of_call.EMPTY, axis=-1, dtype=xp.int32)
-    return Schedule(jnp.asarray(order), jnp.asarray(full), jnp.asarray(live), masked)
 
 
 def _live(xp, cells, table, cuts: int):

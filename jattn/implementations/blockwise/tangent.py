@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jattn.call.problem import Operands
 from jattn.implementations import shared
+from jattn.implementations.blockwise.cells import in_cell
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.schedule import schedules
 from jattn.implementations.blockwise.tiles import (
@@ -163,12 +164,11 @@ def _tangent_tile(layout, head, d_head, given, i, masked):
 
 def _tangent_cell(layout, head, d_head, given, row, column, carry):
     """Adds one cell of a partial tile to the sums of its query block."""
-    cells = layout.in_cells()
-    _, place = cells.block_of(row)
-    part = lambda x: cells.part_of(x, place)
-    given, sums = jax.tree.map(part, (given, carry))
-    sums = _tangent_tile(cells, head, d_head, given, row, masked=True)(column, sums)
-    return jax.tree.map(lambda x, y: cells.put_part(x, y, place), carry, sums)
+
+    def tile(cells, given, sums):
+        return _tangent_tile(cells, head, d_head, given, row, masked=True)(column, sums)
+
+    return in_cell(layout, row, given, carry, tile)
 
 
 def _of_products(query, key, d_query, d_key, products):

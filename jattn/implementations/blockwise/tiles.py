@@ -155,9 +155,10 @@ _at_most_zero.defjvp(lambda x, d: (_at_most_zero(*x), *d))
 def exponentials(logits, top):
     """Computes exp(logits − top), at most 1.
 
-    `top` is the maximum of these logits. If products were summed in another order than in
-    the forward pass, it is so only up to rounding. For logits of 1e8 the last place is 8,
-    and exp(8) ≈ 3000, so the difference is cut off at 0.
+    `top` is the maximum that the forward pass found. Logits that are computed again may
+    differ from those by a rounding error, and one of them may then be larger than `top`.
+    For logits of 1e8 the last place is 8, and exp(8) ≈ 3000. So the difference is cut off
+    at 0.
     """
     return jnp.exp(_at_most_zero(logits - top))
 

@@ -108,7 +108,7 @@ class GPU(Kernel):
         machine = Machine(self.interpret)
         call = Call(problem, plan, pairs, shapes, by_query, counts, machine)
         blocks = (layout.BLOCK, plan.inner)
-        kinds = layout.kinds(problem, operands, blocks if by_query else blocks[::-1])
+        kinds = joint.block_kinds(problem, operands, blocks if by_query else blocks[::-1])
         if not by_query:
             kinds = kinds.swapaxes(2, 3)
         sign, numbers = layout.numbers(problem, operands)

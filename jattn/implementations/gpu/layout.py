@@ -11,12 +11,10 @@ whole blocks are padded:
     tiles      examples × heads × T × S        bias of both sides
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
-from jattn.blocks import of_call
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.gpu.pairs import LOG2_E
 from jattn.implementations.joint import Extras, Pairs, extras, kind
@@ -115,19 +113,6 @@ def _pad(array, axis: int, **how):
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, round_up(array.shape[axis], BLOCK) - array.shape[axis])
     return jnp.pad(array, widths, **how) if widths[axis][1] else array
-
-
-def kinds(problem: Problem, operands: Operands, blocks: tuple[int, int]):
-    """Gives the kind of each block; the last keys are partial if some are padding."""
-    found = of_call.block_table(problem, operands, *blocks)
-    xp: Any = np if isinstance(found, np.ndarray) else jnp
-    sizes = problem.sizes
-    queries, keys = -(-sizes.T // blocks[0]), -(-sizes.S // blocks[1])
-    found = xp.broadcast_to(found, (*found.shape[:2], queries, keys))
-    if keys * blocks[1] != sizes.S:
-        last = xp.arange(keys).reshape(1, 1, 1, -1) == keys - 1
-        found = xp.where(last, xp.minimum(found, of_call.PARTIAL), found)
-    return found
 
 
 def numbers(problem: Problem, operands: Operands):

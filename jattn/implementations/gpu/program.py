@@ -84,7 +84,7 @@ class Context(NamedTuple):
     turn: Callable
 
     def in_turns(self, loop: Callable):
-        """Runs a loop of which each step takes two turns, one group after the other."""
+        """Runs a loop whose steps take two turns each; the two groups alternate."""
         pl.when(self.group == 1)(self.turn)
         result = loop()
         pl.when(self.group == 0)(self.turn)

@@ -12,10 +12,8 @@ the empty ones. Examples and heads may be 1: then all of them share the steps.
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jattn.blocks.kinds import EMPTY, FULL
+from jattn.blocks.kinds import visits
 
 
 class Steps(NamedTuple):
@@ -28,10 +26,4 @@ class Steps(NamedTuple):
 
 def schedule(kinds: Any) -> Steps:
     """Makes the steps over kinds: B or 1 × N or 1 × outer × inner, NumPy's or traced."""
-    xp: Any = np if isinstance(kinds, np.ndarray) else jnp
-    # The kinds are 0 empty, 1 partial, 2 full, so the sort is by falling kinds. It is
-    # stable: blocks of a kind stay in the order of memory.
-    order = xp.argsort(FULL - kinds, axis=3, stable=True)
-    full = xp.sum(kinds == FULL, axis=3)
-    live = xp.sum(kinds != EMPTY, axis=3)
-    return Steps(*(jnp.asarray(x.astype(np.int32)) for x in (order, full, live)))
+    return Steps(*visits(kinds))

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.blocks import of_call
-from jattn.call.hoist import joint_equations
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import joint
 from jattn.implementations.kernel import Kernel, Sums
@@ -29,25 +27,13 @@ def _objection(problem: Problem) -> str | None:
     sizes = problem.sizes
     if problem.dtype.name not in ("bfloat16", "float32"):
         return f"takes bfloat16 and float32, which TPUs multiply, got {problem.dtype}."
-    if not all(isinstance(size, int) for size in sizes.BNTS):
-        return "needs sizes that are numbers; these are symbols."
-    if 0 in (*sizes.BNTS, sizes.H, sizes.D):
-        return "needs at least one query, key and number in each."
-    if max(sizes.H, sizes.D) > 256:
-        return f"takes head sizes up to 256, got H={sizes.H} and D={sizes.D}."
+    found = joint.objection_to_sizes(problem)
+    if found:
+        return found
     block_q, block_kv = _block_sizes(problem, BLOCKS)
     if MOST_INNER * block_q < sizes.T or MOST_INNER * block_kv < sizes.S:
         return f"takes up to {MOST_INNER} blocks of 512, got T={sizes.T} and S={sizes.S}."
-    for name in ("mask", "modifier"):
-        program = getattr(problem, name)
-        if program is not None:
-            found = objection(joint_equations(program, logit=name == "modifier"))
-            if found:
-                return (
-                    f"the {name} joins queries and keys by {found}, which a kernel cannot "
-                    f"evaluate; it can where only queries or only keys are indexed."
-                )
-    return None
+    return joint.objection_to_programs(problem, objection)
 
 
 def _block_sizes(problem: Problem, blocks: tuple[int, int]) -> tuple[int, int]:
@@ -184,14 +170,9 @@ class TPU(Kernel):
 
 def _kinds(problem: Problem, operands: Operands, plan):
     """Gives the kind of each block; the last keys are partial if some are padding."""
-    kinds = of_call.block_table(problem, operands, plan.block_q, plan.block_kv)
+    kinds = joint.block_kinds(problem, operands, (plan.block_q, plan.block_kv))
     xp = np if isinstance(kinds, np.ndarray) else jnp
-    lengths = -(-problem.sizes.T // plan.block_q), plan.keys
-    kinds = xp.broadcast_to(kinds, (*kinds.shape[:2], *lengths))
-    if plan.keys * plan.block_kv != problem.sizes.S:
-        last = xp.arange(plan.keys).reshape(1, 1, 1, -1) == plan.keys - 1
-        kinds = xp.where(last, xp.minimum(kinds, of_call.PARTIAL), kinds)
-    more = plan.queries - lengths[0]  # empty blocks that fill up the last segment
+    more = plan.queries - kinds.shape[2]  # empty blocks that fill up the last segment
     return xp.pad(kinds, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else kinds
 
 

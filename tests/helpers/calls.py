@@ -1,0 +1,54 @@
+"""A call of an implementation in place of `jattn`, and of its kernels alone."""
+
+import jax
+import jax.numpy as jnp
+
+from jattn.call.pose import check_sink, pose
+from jattn.implementations import run as operation
+from jattn.implementations.blockwise.prepare import prepare
+from jattn.implementations.kernel import Kernel, Sums
+from jattn.state import State, with_sink
+
+
+def state(where: str, compute, query, key, value, *, sink=None, **options) -> State:
+    """What `compute(problem, operands, sink)` gives, in the shape of the batch."""
+    problem, operands = pose(where, query, key, value, **options)
+    output, logsumexp = compute(problem, operands, check_sink(where, sink, problem.sizes))
+    batch = problem.sizes.batch
+    return State(
+        output.reshape(*batch, *output.shape[1:]),
+        logsumexp.reshape(*batch, *logsumexp.shape[1:]),
+    )
+
+
+def finished(problem, state: State, sink) -> State:
+    """The state with its sink, and its output in the dtype of the call."""
+    return state._replace(output=with_sink(state, sink).astype(problem.dtype))
+
+
+def by_kernels(where: str, kernel: Kernel, query, key, value, *, sink=None, **options):
+    """The state by the kernels alone, forward and backward: nothing stands in for them."""
+    problem, operands = pose(where, query, key, value, **options)
+    problem, operands = prepare(problem, operands)
+    leaves, tree = jax.tree.flatten(operands)
+    wanted = tree.unflatten([jnp.issubdtype(x.dtype, jnp.floating) for x in leaves])
+
+    @jax.custom_vjp
+    def run(leaves):
+        return tuple(kernel.forward(problem, tree.unflatten(leaves)))
+
+    def forward(leaves):
+        results = run(leaves)
+        return results, (leaves, results)
+
+    def backward(kept, cotangents):
+        leaves, results = kept
+        operands = tree.unflatten(leaves)
+        sums = Sums(*results), Sums(*cotangents)
+        found = kernel.backward(problem, operands, *sums, wanted)
+        pairs = zip(tree.flatten_up_to(found), leaves, strict=True)
+        return ([None if d is None else d.astype(x.dtype) for d, x in pairs],)
+
+    run.defvjp(forward, backward)
+    result = operation.state_of(*run(leaves))
+    return finished(problem, result, check_sink(where, sink, problem.sizes))
