@@ -1,8 +1,10 @@
 """What a GPU would run, compiled where there is none: `python -m bench.gpu`.
 
 Compiles `jattn.attention` for an H100 from a description of one, forward and forward with
-gradients, and prints the memory that XLA plans besides arguments and results, and whether
-cuDNN is called. Nothing runs and nothing is timed.
+gradients. Prints the memory that XLA plans besides arguments and results, how many kernels
+are launched, for how many loops and branches the host waits for a number of the device, and
+whether cuDNN is called. A loop of unknown length counts as one turn. Nothing runs and
+nothing is timed.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 import jattn
+from bench.gpu_launches import Launches, count
 from jattn.implementations import cudnn
 from jattn.masks import Causal, Segments, Window
 
@@ -26,6 +29,7 @@ MISSING = (
     "pip install --no-deps jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0}"
 )
 CALL = "__cudnn$fmha"
+COUNTED = ("kernels", "waits", "cuDNN")
 DTYPE = jnp.bfloat16
 
 
@@ -47,6 +51,7 @@ class Compiled:
     """What one program takes."""
 
     calls: int  # of cuDNN
+    launches: Launches
     temporaries: int  # bytes
     seconds: float  # to lower and compile
 
@@ -98,7 +103,8 @@ def compile_for(target, function, arguments) -> Compiled:
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     bytes_planned = compiled.memory_analysis().temp_size_in_bytes
-    return Compiled(compiled.as_text().count(CALL), bytes_planned, seconds)
+    text = compiled.as_text()
+    return Compiled(text.count(CALL), count(text), bytes_planned, seconds)
 
 
 def main(arguments=None) -> int:
@@ -130,8 +136,8 @@ def main(arguments=None) -> int:
     for name, mask, shape in rows()[: options.rows]:
         arguments = structs(shape)
         sizes = " ".join(f"{x}={size}" for x, size in zip("BTNHK", shape, strict=True))
-        heads = ("forward", "cuDNN calls", "fwd+bwd", "cuDNN calls", "compile")
-        print(f"\n{name}   {sizes}\n{'':10}" + "".join(f"{x:>13}" for x in heads))
+        heads = (*("forward", *COUNTED), *("fwd+bwd", *COUNTED), "compile")
+        print(f"\n{name}   {sizes}\n{'':10}" + "".join(f"{x:>11}" for x in heads))
         found = jattn.explain(*arguments, mask=mask, platform="gpu").refusals
         for implementation in ("cudnn", "blockwise"):
             print(f"{implementation:10}", end="", flush=True)
@@ -152,9 +158,12 @@ def line(target, mask, implementation, arguments) -> str:
         compile_for(target, function, arguments)
         for function in functions(mask, choice).values()
     ]
-    cells = [x for one in found for x in (f"{one.temporaries / 2**20:.1f} MiB", one.calls)]
+    cells = []
+    for one in found:
+        kernels, waits = one.launches.kernels, one.launches.waits
+        cells += [f"{one.temporaries / 2**20:.1f} MiB", kernels, waits, one.calls]
     cells.append("+".join(f"{one.seconds:.1f}" for one in found) + " s")
-    return "".join(f"{cell:>13}" for cell in cells)
+    return "".join(f"{cell:>11}" for cell in cells)
 
 
 if __name__ == "__main__":

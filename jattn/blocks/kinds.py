@@ -39,7 +39,7 @@ def resize(kinds, lengths, blocks, wanted):
         overlaps = _overlaps(length, have, want)
         low = _over(low, overlaps, axis, "min")
         high = _over(high, overlaps, axis, "max")
-    xp = _module(kinds)
+    xp = module(kinds)
     return xp.where(low == high, low, PARTIAL).astype(np.int8)
 
 
@@ -56,7 +56,7 @@ def _overlaps(length: int, have: int, want: int) -> np.ndarray:
 
 
 def _over(kinds, overlaps, axis, extreme):
-    xp = _module(kinds)
+    xp = module(kinds)
     parts = xp.take(kinds, overlaps.reshape(-1), axis=axis)
     shape = list(kinds.shape)
     shape[kinds.ndim + axis : kinds.ndim + axis + 1] = overlaps.shape
@@ -66,12 +66,12 @@ def _over(kinds, overlaps, axis, extreme):
 def spread(kinds, lengths, blocks):
     """Gives the kinds with their two last axes in full."""
     counts = [-(-length // block) for length, block in zip(lengths, blocks, strict=True)]
-    return _module(kinds).broadcast_to(kinds, (*kinds.shape[:-2], *counts))
+    return module(kinds).broadcast_to(kinds, (*kinds.shape[:-2], *counts))
 
 
 def cut_last(kinds):
     """Makes the last block of keys partial where it is full: not all its keys count."""
-    xp = _module(kinds)
+    xp = module(kinds)
     last = xp.arange(kinds.shape[-1]) == kinds.shape[-1] - 1
     return xp.where(last, xp.minimum(kinds, PARTIAL), kinds)
 
@@ -82,7 +82,7 @@ def visits(kinds) -> tuple[jax.Array, jax.Array, jax.Array]:
     Returns:
         The order, how many of them are full, and how many are full or partial; int32.
     """
-    xp = _module(kinds)
+    xp = module(kinds)
     # The sort is by FULL − kind. It is stable: blocks of a kind stay in order.
     order = xp.argsort(FULL - kinds, axis=-1, stable=True)
     full = xp.sum(kinds == FULL, axis=-1)
@@ -118,5 +118,6 @@ def draw(kinds: np.ndarray) -> list[str]:
     return ["".join(_GLYPHS[kind] for kind in row).rstrip() for row in cells]
 
 
-def _module(kinds):
+def module(kinds):
+    """Gives NumPy for kinds that are known, and its namesake in JAX for traced ones."""
     return np if isinstance(kinds, np.ndarray) else jnp

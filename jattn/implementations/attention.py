@@ -23,7 +23,7 @@ from jattn.implementations.blockwise.backward import backward
 from jattn.implementations.blockwise.forward import forward
 from jattn.implementations.blockwise.join import join
 from jattn.implementations.blockwise.layout import Layout
-from jattn.implementations.blockwise.plan import plan
+from jattn.implementations.blockwise.plan import GPU_LOGITS, plan
 from jattn.implementations.blockwise.tangent import tangent
 from jattn.implementations.blockwise.whole_rows import by_rows
 from jattn.implementations.kernel import (
@@ -37,6 +37,10 @@ from jattn.implementations.processor import multiplies_bfloat16
 from jattn.operations.join import Joined, Leading
 from jattn.operations.mapped import cond_any
 from jattn.operations.operation import Operation
+
+# The names of GPUs; "export" is one of NVIDIA, see `Operation.on`. Where a program computes
+# how many turns a loop has, the host waits for it. So there is one loop, not two a block.
+FLAT = ("gpu", "cuda", "rocm", "export")
 
 
 def _precise(method):
@@ -68,6 +72,8 @@ class Attention(Operation):
         tree: The structure of its operands.
         tile: How many queries and keys a tile has; replaces the choice of `plan`.
         kernels: The kernels that may run, in order of preference.
+        flat: The most logits in a tile where one loop visits the tiles of all blocks, as
+            on a GPU; 0 where there are loops for each block.
         kernel: The kernel that runs on the current platform.
         widens: Whether backward computes bfloat16 products in float32. XLA:CPU lacks some
             batched bfloat16 products, and float32 costs nothing there. So the logits of
@@ -79,6 +85,7 @@ class Attention(Operation):
     tree: Any
     tile: tuple[int, int] | None = None
     kernels: tuple[Kernel, ...] = ()
+    flat: int = 0
     kernel: Any = dataclasses.field(default=None, kw_only=True)
     widens: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -103,8 +110,9 @@ class Attention(Operation):
     def on(self, platform: str) -> Operation:
         """Chooses the first kernel that accepts the problem on the platform, if any."""
         taking = (x for x in self.kernels if x.refusal(self.problem, platform) is None)
-        kernel, widens = next(taking, None), platform == "cpu"
-        return dataclasses.replace(self, kernels=(), kernel=kernel, widens=widens)
+        chosen = {"kernel": next(taking, None), "widens": platform == "cpu"}
+        flat = self.flat or (GPU_LOGITS if platform in FLAT else 0)
+        return dataclasses.replace(self, kernels=(), flat=flat, **chosen)
 
     def joined(self, size, mapped, apart):
         """Joins the slices into a call with more examples; None if they share keys."""
@@ -150,7 +158,9 @@ class Attention(Operation):
         """Computes the tangents of the outputs tile by tile."""
         if self.kernel is not None:
             return self._push_own(active, primals, outputs, tangents, spread)
-        layout = Layout(self.problem, self.tree.unflatten(primals), self._plan(spread))
+        # As wide as in `pull`: the logits are those of forward, to the last bit.
+        operands, widths = self.tree.unflatten(primals), (self.widens, self.widens)
+        layout = Layout(self.problem, operands, self._plan(spread), *widths)
         # Tangents are given for the active arguments only; None stands for the others.
         tangents = iter(tangents)
         tangents = [next(tangents) if flag else None for flag in active]
@@ -241,7 +251,7 @@ class Attention(Operation):
         return dataclasses.replace(self, problem=problem, kernel=None)
 
     def _plan(self, spread: bool):
-        return plan(self.problem, spread, self.tile)
+        return plan(self.problem, spread, self.tile, self.flat)
 
     def _chosen(self, active, primals, results: Operands) -> list[jax.Array]:
         """Picks the cotangents of the active arguments, each in its argument's dtype."""

@@ -36,10 +36,12 @@ from jattn.implementations.blockwise.schedule import schedules
 from jattn.implementations.blockwise.tiles import (
     Active,
     Tile,
+    block_at,
     columns_of,
     dot,
     exponentials,
     loop,
+    over_all_tiles,
     over_heads,
     over_tiles,
 )
@@ -59,13 +61,13 @@ class Rows(NamedTuple):
     def at(self, layout: Layout, place) -> "Rows":
         """Gives the rows of one tile: those of a whole block, or of a cell."""
         block, place = block_of(layout, place)
-        return Rows(*(part_of(layout, _at(x, block), place) for x in self))
+        return Rows(*(part_of(layout, block_at(x, block), place) for x in self))
 
 
 def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     """Computes the cotangents of the wanted operands; None for the others."""
     wide = layout.problem.wide
-    _, by_key = schedules(layout)
+    _, order = schedules(layout)
     rows = _rows(layout, outputs, cotangents)
     d_active = _zeros(layout, wanted)
     # These cotangents sum over many pairs, so the rounding error of δ would add up.
@@ -79,11 +81,11 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
             query=layout.scaled(queries.query), d_output=layout.narrowed(queries.d_output)
         )
         if felt:
-            queries = queries._replace(delta=_deltas(layout, head, queries, by_key))
+            queries = queries._replace(delta=_deltas(layout, head, queries, order))
         # Summed up transposed, blocks × BKHR: see `_add_products`.
         d_rows = jnp.zeros_like(jnp.swapaxes(queries.query, -1, -2), wide)
-        body = functools.partial(_backward_block, layout, head, queries, by_key)
-        d_rows, *carry = loop(layout.counts["S"], body, (d_rows, *carry))
+        run = _over_all_tiles if layout.plan.flat else _over_blocks
+        d_rows, *carry = run(layout, head, queries, order, (d_rows, *carry))
         d_rows = jnp.swapaxes(d_rows, -1, -2)
         if not wanted.scale:  # d_scale needs d_query before it is scaled
             d_rows = d_rows * layout.operands.scale
@@ -124,7 +126,7 @@ def _zeros(layout: Layout, wanted: Operands) -> Active:
     return Active(*(jax.tree.map(pick, x, y) for x, y in pairs))
 
 
-def _deltas(layout: Layout, head, queries: Rows, by_key):
+def _deltas(layout: Layout, head, queries: Rows, order):
     """Computes δ of each row from the products that δ will be subtracted from.
 
         δ = Σₛ weightₛ vₛ · d_output
@@ -134,29 +136,52 @@ def _deltas(layout: Layout, head, queries: Rows, by_key):
     would then not add up to the cotangent of its logsumexp.
     """
 
+    def one_tile(tile, masked, keys, i, j, deltas):
+        rows, (key, value) = queries.at(tile, i), keys
+        view, allowed, products = _pairs(tile, head, (i, j), rows, key, masked)
+        logits = view.logits(products, view.active)
+        weights, _ = _weights(tile, logits, rows, allowed)
+        part = jnp.sum(weights * _d_weights(view, rows, value), axis=-2)
+        part = part if tile.narrow else part * rows.inverse
+        return _add_rows(tile, deltas, part, i)
+
     def one_block(j, deltas):
         keys, cells = _keys(layout, head, j), layout.in_cells()
-
-        def one_tile(tile, masked, keys, i, j, deltas):
-            rows, (key, value) = queries.at(tile, i), keys
-            view, allowed, products = _pairs(tile, head, (i, j), rows, key, masked)
-            logits = view.logits(products, view.active)
-            weights, _ = _weights(tile, logits, rows, allowed)
-            part = jnp.sum(weights * _d_weights(view, rows, value), axis=-2)
-            part = part if tile.narrow else part * rows.inverse
-            return _add_rows(tile, deltas, part, i)
-
         whole = lambda masked: lambda i, carry: one_tile(layout, masked, keys, i, j, carry)
         cell = lambda i, s, carry: one_tile(cells, True, _keys(cells, head, s), i, s, carry)
-        return over_tiles(by_key, head, j, layout.counts["T"], whole, deltas, cell)
+        return over_tiles(order, head, j, layout.counts["T"], whole, deltas, cell)
 
-    return loop(layout.counts["S"], one_block, jnp.zeros_like(queries.delta))
+    deltas = jnp.zeros_like(queries.delta)
+    if layout.plan.flat:
+        keys = functools.partial(_keys, layout, head)
+        whole = lambda masked: lambda i, j, x: one_tile(layout, masked, keys(j), i, j, x)
+        return over_all_tiles(layout, order, head, whole, deltas)
+    return loop(layout.counts["S"], one_block, deltas)
 
 
 def _actives(layout: Layout) -> Active:
     """Gives what the logits depend on beside the products, for the whole call."""
     operands, aligned = layout.operands, layout.aligned
     return Active(aligned.bias, operands.modifier.captured, aligned.modifier)
+
+
+def _over_all_tiles(layout, head, queries: Rows, order, carry):
+    """Adds everything that a head contributes, in one loop over its tiles."""
+    d_rows, d_key, d_value, *others = carry
+    zeros = (jnp.zeros(x.shape, layout.problem.wide) for x in (head.key, head.value))
+    tile = functools.partial(_backward_tile, head, queries, 0, layout)
+    keys = functools.partial(_keys, layout, head)
+    body = lambda masked: lambda i, j, carry: tile(masked, keys(j), (i, j), carry)
+    carry = over_all_tiles(layout, order, head, body, (d_rows, *zeros, *others))
+    d_rows, key_part, value_part, *others = carry
+    put = lambda whole, part: layout.put(whole, jnp.moveaxis(part, 1, 2), "BSK.", **head.at)
+    return d_rows, put(d_key, key_part), put(d_value, value_part), *others
+
+
+def _over_blocks(layout, head, queries: Rows, by_key, carry):
+    """Adds everything that a head contributes, one block of keys after the other."""
+    body = functools.partial(_backward_block, layout, head, queries, by_key)
+    return loop(layout.counts["S"], body, carry)
 
 
 def _backward_block(layout, head, queries: Rows, by_key, j, carry):
@@ -289,7 +314,7 @@ def _add_keys(sums, part, first):
 def _add_rows(layout: Layout, blocks, part, place, axis=2):
     """Adds the numbers of a tile's rows to those of all rows: blocks × BKR or BKHR."""
     block, place = block_of(layout, place)
-    rows = _at(blocks, block)
+    rows = block_at(blocks, block)
     total = part_of(layout, rows, place, axis) + part
     total = put_part(layout, rows, total, place, axis)
     return lax.dynamic_update_index_in_dim(blocks, total, block, 0)
@@ -303,10 +328,6 @@ def _add_active(layout: Layout, whole: Active, part: Active, **at) -> Active:
         jax.tree.map(lambda x, y: x + y.astype(x.dtype), whole.captured, part.captured),
         jax.tree.map(add, whole.modifier, part.modifier),
     )
-
-
-def _at(blocks, i):
-    return lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)
 
 
 def _cotangents(layout, wanted, d_query, d_key, d_value, d_active, d_scale) -> Operands:

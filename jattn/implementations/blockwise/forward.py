@@ -20,18 +20,10 @@ from jax import lax
 
 from jattn.implementations.blockwise.cells import in_cell
 from jattn.implementations.blockwise.layout import Layout
-from jattn.implementations.blockwise.schedule import schedules
-from jattn.implementations.blockwise.tiles import (
-    Tile,
-    dot,
-    loop,
-    over_heads,
-    over_tiles,
-    products_of,
-    sums_of,
-)
+from jattn.implementations.blockwise.rows import by_rows
+from jattn.implementations.blockwise.tiles import Tile, dot, products_of, sums_of
 from jattn.operations.mapped import cond_any
-from jattn.shapes import is_one, wide_dtype
+from jattn.shapes import wide_dtype
 
 
 def forward(layout: Layout):
@@ -48,36 +40,18 @@ def forward(layout: Layout):
 
 
 def _forward(layout: Layout):
-    sizes, wide = layout.problem.sizes, layout.problem.wide
-    folded = layout.plan.folded
-    by_query, _ = schedules(layout)
-    shape = layout.query.shape[:3]
-    output = jnp.zeros((*shape, sizes.D), wide)
-
-    def one_head(head, carry):
-        def one_block(i, carry):
+    def of_head(head):
+        def block(i):
             query = layout.scaled(layout.rows(layout.query, T=i, **head.at))
-            body = functools.partial(_forward_tile, layout, head, query, i)
-            cell = functools.partial(_forward_cell, layout, head, query)
-            start = None
-            if not is_one(layout.counts["S"]) or layout.plan.cuts > 1:
-                rows = query.shape[:3]
-                start = (
-                    jnp.full(rows, jnp.finfo(wide).min),
-                    jnp.zeros(rows, wide),
-                    jnp.zeros((*rows, sizes.D), wide),
-                )
-            state = over_tiles(by_query, head, i, layout.counts["S"], body, start, cell)
-            return tuple(
-                layout.put_rows(whole, part, T=i, **head.at)
-                for whole, part in zip(carry, finish(*state), strict=True)
-            )
+            tile = functools.partial(_forward_tile, layout, head, query, i)
+            return tile, functools.partial(_forward_cell, layout, head, query)
 
-        return loop(layout.counts["T"], one_block, carry)
+        return block
 
-    start = (output, jnp.zeros(shape, wide), jnp.zeros(shape, wide))
-    results = over_heads(layout, one_head, start, folded)
-    return tuple(map(layout.unqueries, results))
+    wide, rows = layout.problem.wide, layout.rows_of_block
+    zeros = jnp.zeros(rows, wide), jnp.zeros((*rows, layout.problem.sizes.D), wide)
+    lowest = jnp.full(rows, jnp.finfo(wide).min)
+    return by_rows(layout, of_head, (lowest, *zeros), lambda x: finish(*x), bare=True)
 
 
 def _forward_tile(layout, head, query, i, masked):
@@ -110,7 +84,11 @@ def _forward_tile(layout, head, query, i, masked):
         weights = jnp.exp(logits - row_max[..., None])
         row_sum = jnp.sum(weights, axis=-1)
         weights = layout.narrowed(view.drop(weights))
-        sums = _folded_sums(weights, value) if folded else sums_of(weights, value, allowed)
+        sums = (
+            _folded_sums(weights, value)
+            if folded
+            else sums_of(weights, value, allowed, layout.plan.flat)
+        )
         if carry is not None:
             shrink = jnp.exp(carry[0] - row_max)
             row_sum = carry[1] * shrink + row_sum

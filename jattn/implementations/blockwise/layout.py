@@ -180,6 +180,11 @@ class Layout:
         array = jnp.moveaxis(array.reshape(B, T, N // G, G, *rest), 1, 3)  # BKGT…
         return array.reshape(B, N // G, G * T, *rest)
 
+    @property
+    def rows_of_block(self) -> tuple[Any, Any, Any]:
+        """Gives the shape BK(GT) of the numbers of a block of queries."""
+        return self.plan.B, self.plan.K, self.plan.G * self.plan.T
+
     def put_rows(self, array, part, **at):
         """Writes rows to the place that `rows` reads."""
         B, K, GT, *rest = part.shape

@@ -15,6 +15,7 @@ class Plan(NamedTuple):
     S: int  # keys
     folded: bool = False  # whether the forward pass multiplies all heads in one product
     cuts: int = 1  # into how many blocks of queries, and of keys, a partial tile is cut
+    flat: bool = False  # whether one loop visits the tiles of all blocks, as on a GPU
 
     @property
     def N(self) -> int:
@@ -49,12 +50,25 @@ MOST = 1024
 CUTS, FEWEST = 2, 384
 
 
-def plan(problem: Problem, spread: bool, tile: tuple[int, int] | None = None) -> Plan:
+# The most logits in a tile of a GPU, 64 MB in float32. Each step of a tile is a kernel that
+# takes some µs to launch; with so many logits it runs for 20 to 50 µs (estimated, H100).
+GPU_LOGITS = 2**24
+
+
+def plan(
+    problem: Problem,
+    spread: bool,
+    tile: tuple[int, int] | None = None,
+    flat: int = 0,
+) -> Plan:
     """Chooses the sizes of tiles from those of the problem.
 
-    `tile`, if given, overrides the number of queries and of keys.
+    `tile`, if given, overrides the number of queries and of keys. `flat`, if not 0, asks
+    for the tiles of a GPU with so many logits at most.
     """
     sizes = problem.sizes
+    if flat and sizes.are_known:
+        return _gpu_plan(problem, spread, tile, flat)
     if tile is not None:
         T, S = min(tile[0], sizes.T), min(tile[1], sizes.S)
         is_even = problem.mask is not None and T % CUTS == S % CUTS == 0
@@ -81,6 +95,24 @@ def plan(problem: Problem, spread: bool, tile: tuple[int, int] | None = None) ->
     K = _divisor(sizes.K, fit)
     B = _divisor(sizes.B, fit // K) if K == sizes.K else 1
     return Plan(B, K, sizes.G, T, S, cuts=cuts)
+
+
+def _gpu_plan(problem: Problem, spread: bool, tile, logits: int) -> Plan:
+    """Chooses the tiles of a GPU: all heads and examples, as far as `logits` allow."""
+    sizes = problem.sizes
+    T, S = _even(sizes.T, MOST), _even(sizes.S, MOST, 64)
+    if problem.mask is None:  # nothing is skipped, so keys are cut only if they must be
+        S = _even(sizes.S, max(MOST, logits // (sizes.B * sizes.N * T)), 64)
+    elif sizes.G * sizes.T <= FEW_ROWS:  # most time goes into reading the keys
+        S = _even(sizes.S, 8192, 64)
+    if tile is not None:
+        T, S = min(tile[0], sizes.T), min(tile[1], sizes.S)
+    if spread:  # all examples and heads: a loop would cut axes that devices divide
+        return Plan(sizes.B, sizes.K, sizes.G, T, S, flat=True)
+    fit = max(1, logits // (T * S * sizes.G))
+    K = _divisor(sizes.K, fit)
+    B = _divisor(sizes.B, fit // K) if K == sizes.K else 1
+    return Plan(B, K, sizes.G, T, S, flat=True)
 
 
 def rows_plan(problem: Problem) -> Plan:

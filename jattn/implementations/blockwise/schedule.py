@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jattn.blocks import of_call
-from jattn.blocks.kinds import cut_last, resize, spread, visits
+from jattn.blocks.kinds import cut_last, module, resize, spread, visits
 from jattn.implementations.blockwise.layout import Layout
 from jattn.shapes import is_one
 
@@ -69,16 +68,14 @@ def _pick(array, b, k, i):
 def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     """Makes two schedules: by query block over key blocks, and the other way round.
 
-    Both are None if no tile can be skipped and none is partial.
+    Both are None if no tile can be skipped and none is partial. If the plan is flat, both
+    are one list of all tiles, as if they were of one block.
     """
     problem, plan, sizes = layout.problem, layout.plan, layout.problem.sizes
     if not (of_call.skips(problem, layout.operands) or layout.is_uneven):
         return None, None
-    cells = of_call.block_table(problem, layout.operands, *plan.cell)
-    xp: Any = np if isinstance(cells, np.ndarray) else jnp
-    cells = _common(xp, _common(xp, cells, 0, plan.B), 1, plan.K * plan.G)
-    if problem.mask is None:  # a modifier hides pairs by −∞ logits, so no mask is applied
-        cells = xp.where(cells == of_call.EMPTY, cells, xp.full_like(cells, of_call.FULL))
+    cells = _kinds(layout)
+    xp: Any = module(cells)
     table = cells
     if sizes.are_known:
         table = resize(cells, (sizes.T, sizes.S), plan.cell, (plan.T, plan.S))
@@ -88,6 +85,9 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     if layout.is_uneven:  # the last block shares columns, which its mask must hide
         table = cut_last(table)
     masked = problem.mask is not None or layout.is_uneven
+    if plan.flat:
+        flat = Schedule(*visits(table.reshape(*table.shape[:2], 1, -1)), masked)
+        return flat, flat
     by_query = Schedule(*visits(table), masked)
     by_key = Schedule(*visits(xp.swapaxes(table, 2, 3)), masked)
     if plan.cuts == 1:
@@ -99,6 +99,17 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     chosen = lambda axis: live & (partial | is_one(layout.counts[axis]))
     by_query = by_query._replace(cells=_cells(xp, chosen("S"), 2))
     return by_query, by_key._replace(cells=_cells(xp, chosen("T"), 4))
+
+
+def _kinds(layout: Layout):
+    """Finds the kinds of cells, for each step in B and K."""
+    problem, plan = layout.problem, layout.plan
+    cells = of_call.block_table(problem, layout.operands, *plan.cell)
+    xp: Any = module(cells)
+    cells = _common(xp, _common(xp, cells, 0, plan.B), 1, plan.K * plan.G)
+    if problem.mask is None:  # a modifier hides pairs by −∞ logits, so no mask is applied
+        cells = xp.where(cells == of_call.EMPTY, cells, xp.full_like(cells, of_call.FULL))
+    return cells
 
 
 def _common(xp, table, axis, size):

@@ -23,15 +23,12 @@ from jattn.call.problem import Operands
 from jattn.implementations import shared
 from jattn.implementations.blockwise.cells import in_cell
 from jattn.implementations.blockwise.layout import Layout
-from jattn.implementations.blockwise.schedule import schedules
+from jattn.implementations.blockwise.rows import by_rows
 from jattn.implementations.blockwise.tiles import (
     Active,
     Tile,
     dot,
     exponentials,
-    loop,
-    over_heads,
-    over_tiles,
     products_of,
     sums_of,
 )
@@ -45,40 +42,29 @@ def tangent(layout: Layout, outputs, tangents: Operands):
 
     A tangent of None is zero. The maximum is a constant in derivatives.
     """
-    by_query, _ = schedules(layout)
     _, top, total = outputs
     top = layout.queries(top)
     d_query, d_keys, d_active = _laid_out(layout, tangents)
 
-    def zeros(rows):
-        numbers = jnp.zeros(rows, layout.problem.wide)
-        sums = jnp.zeros((*rows, layout.problem.sizes.D), layout.problem.wide)
-        return Sums(numbers, numbers, sums, sums, sums)
-
-    def one_head(head, carry):
+    def of_head(head):
         cut = lambda x: jnp.moveaxis(layout.cut(x, "BSK.", **head.at), 2, 1)
         d_head = (*jax.tree.map(cut, d_keys), _cut_active(layout, d_active, **head.at))
 
-        def one_block(i, carry):
+        def block(i):
             rows = lambda x: layout.rows(x, T=i, **head.at)
-            query = layout.scaled(rows(layout.query))
             d_rows = None if d_query is None else rows(d_query)
-            given = (query, rows(top), d_rows)
-            body = functools.partial(_tangent_tile, layout, head, d_head, given, i)
-            cell = functools.partial(_tangent_cell, layout, head, d_head, given)
-            start = zeros(query.shape[:3])
-            sums = over_tiles(by_query, head, i, layout.counts["S"], body, start, cell)
-            parts = sums.mean, sums.by_logits + sums.by_values
-            return tuple(
-                layout.put_rows(whole, part, T=i, **head.at)
-                for whole, part in zip(carry, parts, strict=True)
-            )
+            given = (layout.scaled(rows(layout.query)), rows(top), d_rows)
+            tile = functools.partial(_tangent_tile, layout, head, d_head, given, i)
+            return tile, functools.partial(_tangent_cell, layout, head, d_head, given)
 
-        return loop(layout.counts["T"], one_block, carry)
+        return block
 
-    start = zeros(layout.query.shape[:3])
-    results = over_heads(layout, one_head, (start.mean, start.by_values))
-    mean, d_output = map(layout.unqueries, results)
+    wide, rows = layout.problem.wide, layout.rows_of_block
+    numbers = jnp.zeros(rows, wide)
+    vectors = jnp.zeros((*rows, layout.problem.sizes.D), wide)
+    zeros = Sums(numbers, numbers, vectors, vectors, vectors)
+    finish = lambda sums: (sums.mean, sums.by_logits + sums.by_values)
+    mean, d_output = by_rows(layout, of_head, zeros, finish)
     inverse, _ = shared.row_factors(total)
     return inverse[..., None] * d_output, jnp.zeros_like(total), total * mean
 
@@ -113,53 +99,80 @@ class Sums(NamedTuple):
 
 
 def _tangent_tile(layout, head, d_head, given, i, masked):
-    """Makes the body of the loop over the tiles of one query block.
+    """Makes the body of the loop over the tiles of one query block."""
+    _, top, _ = given
+    _, d_values, _ = d_head
+
+    def body(j, sums):
+        view = Tile(layout, head.aligned, i, j)
+        allowed = view.allowed() if masked else None
+        logits, d_logits = _logits(view, head, d_head, given, allowed)
+        weights = exponentials(logits, top[..., None])
+        d_logits = d_logits - sums.mean[..., None]
+        if allowed is not None:
+            weights = jnp.where(allowed, weights, 0)
+            d_logits = jnp.where(allowed, d_logits, 0)
+        values = (None if x is None else _cut(layout, x, j) for x in (head.value, d_values))
+        return _add(view, sums, weights, d_logits, values, allowed)
+
+    return body
+
+
+def _cut(layout: Layout, keys, j):
+    return layout.cut(keys, "BKS.", S=j).astype(layout.problem.wide)
+
+
+def _logits(view: Tile, head, d_head, given, allowed):
+    """Computes the logits of a tile and their tangents.
 
     The tangents of the products are query′ · kₛ + scale · q · kₛ′. Modifier and bias turn
     them into the tangents of the logits.
     """
-    wide = layout.problem.wide
-    d_keys, d_values, d_actives = d_head
+    layout = view.layout
+    query, _, d_query = given
+    d_keys, _, d_actives = d_head
+    products = products_of(layout, query, layout.cut(head.key, "BKS.", S=view.j))
+    if allowed is not None and layout.problem.modifier is not None:
+        products = shared.harmless(products, allowed)
+    if layout.narrow_logits:  # these queries are not scaled yet
+        query = query.astype(layout.problem.wide) * layout.operands.scale
+    d_products = jnp.zeros_like(products)
+    if d_query is not None:
+        key = _cut(layout, head.key, view.j)
+        d_products += dot("BKRH,BKSH->BKRS", d_query, key, products.dtype)
+    if d_keys is not None:
+        d_key = _cut(layout, d_keys, view.j)
+        d_products += dot("BKRH,BKSH->BKRS", query, d_key, products.dtype)
+    d_active = _cut_active(layout, d_actives, T=view.i, S=view.j)
+    chosen = view.active.where(d_active)
+    d_active = jax.tree.map(lambda d, x: d.astype(x.dtype), d_active, chosen)
+    return jax.jvp(
+        lambda x, chosen: view.logits(x, chosen.fill(view.active)),
+        (products, chosen),
+        (d_products, d_active),
+    )
 
-    def body(j, carry):
-        total, mean, by_logits, by_values, output = carry
-        query, top, d_query = given
-        cut = lambda x: None if x is None else layout.cut(x, "BKS.", S=j).astype(wide)
-        key, value, d_key, d_value = map(cut, (head.key, head.value, d_keys, d_values))
-        view = Tile(layout, head.aligned, i, j)
-        products, allowed = products_of(layout, query, key), None
-        if masked:
-            allowed = view.allowed()
-            if layout.problem.modifier is not None:
-                products = shared.harmless(products, allowed)
-        d_products = _of_products(query, key, d_query, d_key, products)
-        d_active = _cut_active(layout, d_actives, T=i, S=j)
-        chosen = view.active.where(d_active)
-        d_active = jax.tree.map(lambda d, x: d.astype(x.dtype), d_active, chosen)
-        logits, d_logits = jax.jvp(
-            lambda x, chosen: view.logits(x, chosen.fill(view.active)),
-            (products, chosen),
-            (d_products, d_active),
-        )
-        # weightsₛ = eₛ, not yet divided by the total; d_logitsₛ = logitₛ′ − mean so far.
-        weights, d_logits = exponentials(logits, top[..., None]), d_logits - mean[..., None]
-        if allowed is not None:
-            weights = jnp.where(allowed, weights, 0)
-            d_logits = jnp.where(allowed, d_logits, 0)
-        total = total + jnp.sum(weights, axis=-1)
-        # step = Σₛ eₛ (logitₛ′ − mean) / total: how far this tile moves the running mean.
-        step = jnp.sum(weights * d_logits, axis=-1) / jnp.where(total == 0, 1, total)
-        # With the new mean: by_logits = Σₛ eₛ (logitₛ′ − mean − step) vₛ.
-        d_weights = weights * (d_logits - step[..., None])
-        by_logits = by_logits - step[..., None] * output
-        by_logits = by_logits + sums_of(view.drop(d_weights), value, allowed)
-        dropped = view.drop(weights)
-        output = output + sums_of(dropped, value, allowed)
-        if d_value is not None:
-            by_values = by_values + sums_of(dropped, d_value, allowed)
-        return Sums(total, mean + step, by_logits, by_values, output)
 
-    return body
+def _add(view: Tile, old: Sums, weights, d_logits, values, allowed) -> Sums:
+    """Adds a tile to the sums of its rows.
+
+    The weights are the exponentials eₛ, not yet divided by the total. `d_logits` is
+    logitₛ′ − mean, with the mean so far.
+    """
+    value, d_value = values
+    flat = view.layout.plan.flat
+    sums = lambda x, value: sums_of(view.drop(x), value, allowed, unasked=flat)
+    total = old.total + jnp.sum(weights, axis=-1)
+    # step = Σₛ eₛ (logitₛ′ − mean) / total: how far this tile moves the running mean.
+    step = jnp.sum(weights * d_logits, axis=-1) / jnp.where(total == 0, 1, total)
+    # With the new mean: by_logits = Σₛ eₛ (logitₛ′ − mean − step) vₛ.
+    d_weights = weights * (d_logits - step[..., None])
+    by_logits = old.by_logits - step[..., None] * old.output + sums(d_weights, value)
+    by_values = old.by_values
+    if d_value is not None:
+        by_values = by_values + sums(weights, d_value)
+    output = old.output + sums(weights, value)
+    return Sums(total, old.mean + step, by_logits, by_values, output)
 
 
 def _tangent_cell(layout, head, d_head, given, row, column, carry):
@@ -169,16 +182,6 @@ def _tangent_cell(layout, head, d_head, given, row, column, carry):
         return _tangent_tile(cells, head, d_head, given, row, masked=True)(column, sums)
 
     return in_cell(layout, row, given, carry, tile)
-
-
-def _of_products(query, key, d_query, d_key, products):
-    """Computes query′ · kₛ + scale · q · kₛ′, where the queries are scaled already."""
-    d_products = jnp.zeros_like(products)
-    if d_query is not None:
-        d_products += dot("BKRH,BKSH->BKRS", d_query, key, products.dtype)
-    if d_key is not None:
-        d_products += dot("BKRH,BKSH->BKRS", query, d_key, products.dtype)
-    return d_products
 
 
 def _cut_active(layout: Layout, active: Active, **at) -> Active:

@@ -38,7 +38,8 @@ class Tile:
 
     def __init__(self, layout: Layout, aligned: Aligned, i, j, columns_first=False):
         cut = lambda x: layout.cut(x, "BKGTS", T=i, S=j)
-        self.layout, self.problem, self.j = layout, layout.problem, j
+        self.layout, self.problem = layout, layout.problem
+        self.i, self.j = i, j
         self.part = jax.tree.map(cut, aligned)
         self.lay = functools.partial(layout.lay, columns_first=columns_first)
         self.index = Index(*map(self.lay, self.part.index))
@@ -138,6 +139,18 @@ def over_tiles(schedule, head: Head, i, count, body, carry, cell=None):
     return lax.fori_loop(full, live, at(True), carry)
 
 
+def over_all_tiles(layout: Layout, schedule, head: Head, body, carry):
+    """Runs `body(masked)(i, j, carry)` over the tiles of all blocks that are not empty."""
+    rows, columns = layout.counts["T"], layout.counts["S"]
+    step = lambda masked: lambda x, carry: body(masked)(*divmod(x, columns), carry)
+    return over_tiles(schedule, head, 0, rows * columns, step, carry)
+
+
+def block_at(blocks, i):
+    """Gives the part of one block, from an array of all blocks."""
+    return lax.dynamic_index_in_dim(blocks, i, 0, keepdims=False)
+
+
 def dot(spec: str, x, y, wide):
     """Computes a product whose sums are in the wide precision."""
     return jnp.einsum(spec, x, y, preferred_element_type=wide)
@@ -207,11 +220,12 @@ def _whole_lanes(rows):
     return jnp.pad(rows, [(0, 0), (0, 0), (0, -count % LANES), (0, 0)])
 
 
-def sums_of(weights, value, allowed):
+def sums_of(weights, value, allowed, unasked: bool = False):
     """Sums up the values BKSD, times weights BKRS.
 
     With a mask, a non-finite number in a value counts as 0 in the sum, because 0 · NaN is
-    NaN. After the sum, each row that sees such a value gets NaN.
+    NaN. After the sum, each row that sees such a value gets NaN; `unasked` does so without
+    a condition on whether there is one, for which a GPU would make the host wait.
     """
     wide = wide_dtype(weights.dtype)
     if allowed is None:
@@ -224,4 +238,6 @@ def sums_of(weights, value, allowed):
         seen = jnp.where(allowed, poison[..., None, :], 0)
         return total + jnp.sum(seen, axis=-1)[..., None]
 
+    if unasked:
+        return spoil(total)
     return cond_any(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)
