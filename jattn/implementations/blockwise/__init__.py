@@ -14,6 +14,7 @@ are computed without the mask.
 `tiles`         one tile, and the loops over tiles
 `rows`          sums over the tiles of each row, in loops as the device likes them
 `forward`       the output, and the sums of each row, over the tiles of a query block
+`cotangents`    cotangents of one tile
 `backward`      cotangents, over the tiles of a key block
 `tangent`       tangents, over the tiles of a query block
 `whole_rows`    the same function plainly, for derivatives of higher order

@@ -21,47 +21,24 @@ Reference:
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jattn.call.problem import Operands
 from jattn.call.program import Arrays
 from jattn.implementations import shared
-from jattn.implementations.blockwise.cells import block_of, part_of, put_part
+from jattn.implementations.blockwise.cotangents import Rows, add_deltas, add_tile, keys_of
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.schedule import schedules
 from jattn.implementations.blockwise.tiles import (
     Active,
-    Tile,
-    block_at,
-    columns_of,
-    dot,
-    exponentials,
     loop,
     over_all_tiles,
     over_heads,
     over_tiles,
 )
-
-
-class Rows(NamedTuple):
-    """What backward needs of each query: blocks × BKR, then any further axes."""
-
-    query: jax.Array  # scaled, unless products are narrow
-    d_output: jax.Array
-    top: jax.Array
-    inverse: jax.Array  # 1 / total
-    settled: jax.Array  # see `shared.row_factors`
-    delta: jax.Array
-    d_logsumexp: jax.Array
-
-    def at(self, layout: Layout, place) -> "Rows":
-        """Gives the rows of one tile: those of a whole block, or of a cell."""
-        block, place = block_of(layout, place)
-        return Rows(*(part_of(layout, block_at(x, block), place) for x in self))
 
 
 def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
@@ -135,26 +112,18 @@ def _deltas(layout: Layout, head, queries: Rows, order):
     error differs from that of the products, and the cotangents of the logits of a row
     would then not add up to the cotangent of its logsumexp.
     """
-
-    def one_tile(tile, masked, keys, i, j, deltas):
-        rows, (key, value) = queries.at(tile, i), keys
-        view, allowed, products = _pairs(tile, head, (i, j), rows, key, masked)
-        logits = view.logits(products, view.active)
-        weights, _ = _weights(tile, logits, rows, allowed)
-        part = jnp.sum(weights * _d_weights(view, rows, value), axis=-2)
-        part = part if tile.narrow else part * rows.inverse
-        return _add_rows(tile, deltas, part, i)
+    tile = functools.partial(add_deltas, head, queries)
 
     def one_block(j, deltas):
-        keys, cells = _keys(layout, head, j), layout.in_cells()
-        whole = lambda masked: lambda i, carry: one_tile(layout, masked, keys, i, j, carry)
-        cell = lambda i, s, carry: one_tile(cells, True, _keys(cells, head, s), i, s, carry)
+        keys, cells = keys_of(layout, head, j), layout.in_cells()
+        whole = lambda masked: lambda i, carry: tile(layout, masked, keys, (i, j), carry)
+        cell = lambda i, s, carry: tile(cells, True, keys_of(cells, head, s), (i, s), carry)
         return over_tiles(order, head, j, layout.counts["T"], whole, deltas, cell)
 
     deltas = jnp.zeros_like(queries.delta)
     if layout.plan.flat:
-        keys = functools.partial(_keys, layout, head)
-        whole = lambda masked: lambda i, j, x: one_tile(layout, masked, keys(j), i, j, x)
+        keys = functools.partial(keys_of, layout, head)
+        whole = lambda masked: lambda i, j, x: tile(layout, masked, keys(j), (i, j), x)
         return over_all_tiles(layout, order, head, whole, deltas)
     return loop(layout.counts["S"], one_block, deltas)
 
@@ -169,8 +138,8 @@ def _over_all_tiles(layout, head, queries: Rows, order, carry):
     """Adds everything that a head contributes, in one loop over its tiles."""
     d_rows, d_key, d_value, *others = carry
     zeros = (jnp.zeros(x.shape, layout.problem.wide) for x in (head.key, head.value))
-    tile = functools.partial(_backward_tile, head, queries, 0, layout)
-    keys = functools.partial(_keys, layout, head)
+    tile = functools.partial(add_tile, head, queries, 0, layout)
+    keys = functools.partial(keys_of, layout, head)
     body = lambda masked: lambda i, j, carry: tile(masked, keys(j), (i, j), carry)
     carry = over_all_tiles(layout, order, head, body, (d_rows, *zeros, *others))
     d_rows, key_part, value_part, *others = carry
@@ -187,11 +156,11 @@ def _over_blocks(layout, head, queries: Rows, by_key, carry):
 def _backward_block(layout, head, queries: Rows, by_key, j, carry):
     """Adds everything that one block of keys contributes: loops over rows that see it."""
     d_rows, d_key, d_value, *others = carry
-    keys, cells = _keys(layout, head, j), layout.in_cells()
+    keys, cells = keys_of(layout, head, j), layout.in_cells()
     zeros = [jnp.zeros(x.shape, layout.problem.wide) for x in keys]
-    tile = functools.partial(_backward_tile, head, queries, layout.first_key(j))
+    tile = functools.partial(add_tile, head, queries, layout.first_key(j))
     whole = lambda masked: lambda i, carry: tile(layout, masked, keys, (i, j), carry)
-    cell = lambda i, s, carry: tile(cells, True, _keys(cells, head, s), (i, s), carry)
+    cell = lambda i, s, carry: tile(cells, True, keys_of(cells, head, s), (i, s), carry)
     start = (d_rows, *zeros, *others)
     carry = over_tiles(by_key, head, j, layout.counts["T"], whole, start, cell)
     d_rows, key_part, value_part, *others = carry
@@ -199,135 +168,6 @@ def _backward_block(layout, head, queries: Rows, by_key, j, carry):
     write = layout.add if layout.is_uneven else layout.put
     put = lambda whole, part: write(whole, jnp.moveaxis(part, 1, 2), "BSK.", S=j, **head.at)
     return d_rows, put(d_key, key_part), put(d_value, value_part), *others
-
-
-def _keys(layout: Layout, head, j):
-    """Cuts the keys and values of one block, in the dtype of products."""
-    cut = lambda x: layout.narrowed(layout.cut(x, "BKS.", S=j))
-    return cut(head.key), cut(head.value)
-
-
-def _pairs(layout: Layout, head, at, rows: Rows, key, masked):
-    """Makes a tile: the tile itself, which pairs count, and their scaled products BKSR."""
-    view = Tile(layout, head.aligned, *at, columns_first=True)
-    allowed = view.allowed() if masked else None
-    products = columns_of(rows.query, key, layout.problem.wide)
-    products = products * layout.operands.scale if layout.narrow else products
-    if layout.problem.modifier is not None:
-        products = shared.harmless(products, allowed)
-    return view, allowed, products
-
-
-def _weights(layout: Layout, logits, rows: Rows, allowed):
-    """Computes the weights of a tile, and the exponentials exp(logit − top).
-
-    A weight is exponential / total. Only narrow products need this division here;
-    otherwise `_rows` has divided by the total already, and the weights are exponentials.
-    """
-    row = lambda x: x[..., None, :]
-    powers = exponentials(logits, row(rows.top))
-    weights = powers * row(rows.inverse) if layout.narrow else powers
-    return weights if allowed is None else jnp.where(allowed, weights, 0), powers
-
-
-def _d_weights(view: Tile, rows: Rows, value):
-    """Computes the cotangents of the weights, vₛ · d_output, after dropout's choice."""
-    wide = view.problem.wide
-    return view.drop(dot("BKSD,BKRD->BKSR", value, rows.d_output, wide))
-
-
-def _backward_tile(head, queries: Rows, first, layout, masked, keys, at, carry):
-    """Adds the contribution of one tile: of a whole one, or of a cell.
-
-    It computes, with δ and d_logsumexp of the row,
-
-        d_logitₛ = weightₛ (vₛ · d_output − (δ − d_logsumexp))
-
-    and pulls it back through bias and modifier to the products. The sums over the queries
-    are those of a block of keys, which starts at the key `first`.
-    """
-    isolated = masked and layout.problem.mask is not None
-    row = lambda x: x[..., None, :]
-    *sums, d_active, d_scale = carry
-    (i, j), (key, value) = at, keys
-    rows = queries.at(layout, i)
-    view, allowed, products = _pairs(layout, head, at, rows, key, masked)
-    keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
-    # Only arrays whose cotangents are wanted are differentiated.
-    chosen = view.active.where(d_active)
-    logits, pull = jax.vjp(
-        lambda x, chosen: view.logits(x, chosen.fill(view.active)), products, chosen
-    )
-    clean = rows.d_output
-    if isolated:  # the products below mix rows, and columns, and 0 · NaN is NaN
-        key = shared.isolate(key)[0]
-        clean, poison = shared.isolate(rows.d_output)
-        # Through top, a NaN of d_output reaches the pairs of its row that count.
-        top = rows.top + poison.astype(layout.problem.wide)
-        rows = rows._replace(query=shared.isolate(rows.query)[0], top=top)
-    weights, powers = _weights(layout, logits, rows, allowed)
-    d_weights = _d_weights(view, rows, value)
-    # Where a weight is 1, vₛ · d_output = δ exactly; see `shared.row_factors`.
-    d_weights = jnp.where(powers > row(rows.settled), row(rows.delta), d_weights)
-    offset = rows.delta - rows.d_logsumexp
-    d_products, d_chosen = pull(keep_allowed(weights * (d_weights - row(offset))))
-    # The derivative of a modifier may be infinite or NaN at a masked pair.
-    if layout.problem.modifier is not None:
-        d_products = keep_allowed(d_products)
-    if d_scale is not None:  # products are scaled, so this sums up scale · d_scale
-        d_scale = d_scale + shared.sum_all(keep_allowed(d_products * products))
-    given = rows.query, key, clean
-    place = i, layout.first_key(j) - first
-    sums = _add_products(layout, sums, given, place, d_products, view.drop(weights))
-    d_active = _add_active(layout, d_active, d_chosen, T=i, S=j, **head.at)
-    return *sums, d_active, d_scale
-
-
-def _add_products(layout, sums, given, place, d_products, weights):
-    """Adds the contribution of a tile to d_query, d_key and d_value.
-
-        d_q += Σₛ d_logitₛ kₛ        d_kₛ += Σ d_logitₛ q        d_vₛ += Σ weightₛ d_output
-
-    d_query is transposed, BKHR: its columns are queries. `place` says which ones the tile
-    has, and at which key of d_key and d_value it starts.
-    """
-    d_rows, d_key, d_value = sums
-    query, key, d_output = given
-    i, first = place
-    wide = layout.problem.wide
-    d_products, weights = layout.narrowed(d_products), layout.narrowed(weights)
-    d_key = _add_keys(d_key, dot("BKSR,BKRH->BKSH", d_products, query, wide), first)
-    d_value = _add_keys(d_value, dot("BKSR,BKRD->BKSD", weights, d_output, wide), first)
-    key = jnp.swapaxes(key, 2, 3)
-    d_query = dot("BKHS,BKSR->BKHR", key, d_products, wide)
-    return _add_rows(layout, d_rows, d_query, i, axis=3), d_key, d_value
-
-
-def _add_keys(sums, part, first):
-    """Adds the sums of a tile to those of its block of keys, from the key `first` on."""
-    if sums.shape == part.shape:
-        return sums + part
-    own = lax.dynamic_slice_in_dim(sums, first, part.shape[2], axis=2)
-    return lax.dynamic_update_slice_in_dim(sums, own + part, first, axis=2)
-
-
-def _add_rows(layout: Layout, blocks, part, place, axis=2):
-    """Adds the numbers of a tile's rows to those of all rows: blocks × BKR or BKHR."""
-    block, place = block_of(layout, place)
-    rows = block_at(blocks, block)
-    total = part_of(layout, rows, place, axis) + part
-    total = put_part(layout, rows, total, place, axis)
-    return lax.dynamic_update_index_in_dim(blocks, total, block, 0)
-
-
-def _add_active(layout: Layout, whole: Active, part: Active, **at) -> Active:
-    """Adds the derivatives of one tile to their sums."""
-    add = lambda whole, part: layout.add(whole, part, "BKGTS", **at)
-    return Active(
-        jax.tree.map(add, whole.bias, part.bias),
-        jax.tree.map(lambda x, y: x + y.astype(x.dtype), whole.captured, part.captured),
-        jax.tree.map(add, whole.modifier, part.modifier),
-    )
 
 
 def _cotangents(layout, wanted, d_query, d_key, d_value, d_active, d_scale) -> Operands:
