@@ -3,10 +3,14 @@
 import dataclasses
 import functools
 
+import chex
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bench.gpu_launches import Launches, count
+from jattn import definition
 from jattn.call.pose import pose
 from jattn.implementations import attention
 from jattn.implementations.attention import FLAT, Attention
@@ -14,6 +18,7 @@ from jattn.implementations.blockwise.plan import GPU_LOGITS, plan
 from jattn.masks import Causal
 from jattn.testing import CASES, assert_matches_definition
 from tests.helpers import flat
+from tests.helpers.draws import normal
 from tests.helpers.params import quick_and_slow
 
 named = {case.name: case for case in CASES}
@@ -30,6 +35,25 @@ def test_one_loop_over_all_tiles_equals_the_definition(case):
 def test_one_loop_for_each_head_equals_the_definition(name):
     one_head = functools.partial(flat.attention_state, logits=flat.ONE_HEAD)
     assert_matches_definition(one_head, named[name])
+
+
+def test_batch_and_heads_can_be_sharded():
+    query, key, value = (normal(i, (2, 8, n, 4)) for i, n in enumerate((4, 2, 2)))
+
+    def loss(attend, query, key, value):
+        output, logsumexp = attend(query, key, value, mask=Causal())
+        return jnp.sum(output**2) + jnp.sum(logsumexp)
+
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    where = NamedSharding(mesh, PartitionSpec("data", None, "model"))
+    placed = [jax.device_put(x, where) for x in (query, key, value)]
+    step = jax.jit(jax.grad(functools.partial(loss, flat.attention_state), (0, 1, 2)))
+    compiled = step.lower(*placed).compile()
+    assert "all-gather" not in compiled.as_text()
+    want = jax.grad(functools.partial(loss, definition.attention_state), (0, 1, 2))
+    pairs = zip(compiled(*placed), want(query, key, value), strict=True)
+    for got, expected in pairs:
+        chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 
 NARROW = [named[name] for name in ("large_logits", "everything", "scale", "soft_cap")]
