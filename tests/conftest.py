@@ -1,11 +1,12 @@
 """The sternest settings that JAX has, for every test; docstrings keep a user's."""
 
-import itertools
 import pathlib
 import zlib
 
 import jax
 import pytest
+
+from tests.helpers.room import make_room
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -59,21 +60,10 @@ def quick_to_compile(request):
     jax.config.update(name, asked)
 
 
-MAPS = pathlib.Path("/proc/self/maps")  # of Linux
-TESTS = itertools.count(1)
-
-
 @pytest.fixture(autouse=True)
 def room_for_programs():
-    """Forgets compiled programs before there are too many for one process.
-
-    Each takes some of the 65,530 pieces of memory that Linux lets a process map, and XLA
-    crashes where it gets no more: after about 600 slow tests.
-    """
     yield
-    # Counting the pieces takes milliseconds, so it is not done after every test.
-    if next(TESTS) % 10 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 40_000:
-        jax.clear_caches()
+    make_room()
 
 
 @pytest.fixture(autouse=True)

@@ -6,18 +6,26 @@ are traced; each of these compiles, and takes longer.
 """
 
 import argparse
+import functools
 import time
 
 import hypothesis
 
 from tests import test_blocks
 from tests.helpers import random_masks
+from tests.helpers.room import make_room
 
 
 def check(function, examples: int, seed: int | None) -> None:
     """Runs one check on that many random masks."""
     start = time.perf_counter()
-    test = hypothesis.given(random_masks.problems())(function)
+
+    @functools.wraps(function)
+    def with_room(problem):
+        make_room()
+        function(problem)
+
+    test = hypothesis.given(random_masks.problems())(with_room)
     test = test_blocks.fuzz(max_examples=examples)(test)
     if seed is not None:
         test = hypothesis.seed(seed)(test)
