@@ -73,7 +73,7 @@ class Attention(Operation):
         tile: How many queries and keys a tile has; replaces the choice of `plan`.
         kernels: The kernels that may run, in order of preference.
         flat: The most logits in a tile where one loop visits the tiles of all blocks, as
-            on a GPU; 0 where there are loops for each block.
+            on a GPU; 0 for loops over the tiles of each block. None: as the platform asks.
         kernel: The kernel that runs on the current platform.
         widens: Whether backward computes bfloat16 products in float32. XLA:CPU lacks some
             batched bfloat16 products, and float32 costs nothing there. So the logits of
@@ -85,7 +85,7 @@ class Attention(Operation):
     tree: Any
     tile: tuple[int, int] | None = None
     kernels: tuple[Kernel, ...] = ()
-    flat: int = 0
+    flat: int | None = None
     kernel: Any = dataclasses.field(default=None, kw_only=True)
     widens: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -110,9 +110,11 @@ class Attention(Operation):
     def on(self, platform: str) -> Operation:
         """Chooses the first kernel that accepts the problem on the platform, if any."""
         taking = (x for x in self.kernels if x.refusal(self.problem, platform) is None)
-        chosen = {"kernel": next(taking, None), "widens": platform == "cpu"}
-        flat = self.flat or (GPU_LOGITS if platform in FLAT else 0)
-        return dataclasses.replace(self, kernels=(), flat=flat, **chosen)
+        chosen: dict[str, Any] = {"kernel": next(taking, None)}
+        chosen["widens"] = platform == "cpu"
+        if self.flat is None:
+            chosen["flat"] = GPU_LOGITS if platform in FLAT else 0
+        return dataclasses.replace(self, kernels=(), **chosen)
 
     def joined(self, size, mapped, apart):
         """Joins the slices into a call with more examples; None if they share keys."""
@@ -142,11 +144,11 @@ class Attention(Operation):
             slow = not (plan.folded or multiplies_bfloat16())
             wide = self.widens and (slow or _is_felt_wide(self.problem, operands))
             return forward(Layout(self.problem, operands, plan, wide, self.widens))
-        otherwise = functools.partial(self._blockwise(spread).fast, spread=spread)
         if spread:  # XLA cannot divide a kernel among devices
-            return otherwise(*leaves)
+            return self._blockwise(spread).fast(*leaves, spread=spread)
         sums = check_sums(self.problem, self.kernel.forward(self.problem, operands))
-        return self._unspoiled(sums, otherwise, leaves)
+        mend = functools.partial(self._frugal()._blockwise(spread).fast, spread=spread)
+        return self._unspoiled(sums, mend, leaves)
 
     @_precise
     def reference(self, *leaves):
@@ -206,7 +208,8 @@ class Attention(Operation):
         if results is None:
             return otherwise(primals, outputs, cotangents)
         results = self._chosen(active, primals, check_cotangents(operands, results))
-        return self._unspoiled(results, otherwise, (primals, outputs, cotangents))
+        mend = functools.partial(self._frugal()._pull_own, active, False)
+        return self._unspoiled(results, mend, (primals, outputs, cotangents))
 
     def _pull_own(self, active, spread, primals, outputs, cotangents):
         """Computes the cotangents tile by tile.
@@ -221,8 +224,16 @@ class Attention(Operation):
             outputs, cotangents = own, (d_output, d_top, d_total * _ratio(outputs, own))
         return blockwise.pull(active, primals, outputs, cotangents, spread)
 
-    def _unspoiled(self, results, otherwise, arrays):
-        """Gives the results, or computes them by `otherwise` if one is not finite.
+    def _frugal(self) -> "Attention":
+        """Gives the same operation with small tiles, for what runs rarely.
+
+        XLA plans the memory of both branches of a condition. One loop over all tiles needs
+        up to 30 times as much as loops for each block.
+        """
+        return dataclasses.replace(self, flat=0)
+
+    def _unspoiled(self, results, mend, arrays):
+        """Gives the results, or computes them by `mend` if one is not finite.
 
         The NaN may come from a pair that the mask hides. A kernel that `isolates` never
         lets such a NaN through, and without a mask no pair is hidden.
@@ -234,7 +245,7 @@ class Attention(Operation):
         spoiled = [~jnp.all(jnp.isfinite(x)) for x in floating]
         return cond_any(
             functools.reduce(jnp.logical_or, spoiled),
-            lambda xs: tuple(otherwise(*xs)),
+            lambda xs: tuple(mend(*xs)),
             lambda _: tuple(results),
             arrays,
         )
@@ -251,7 +262,7 @@ class Attention(Operation):
         return dataclasses.replace(self, problem=problem, kernel=None)
 
     def _plan(self, spread: bool):
-        return plan(self.problem, spread, self.tile, self.flat)
+        return plan(self.problem, spread, self.tile, self.flat or 0)
 
     def _chosen(self, active, primals, results: Operands) -> list[jax.Array]:
         """Picks the cotangents of the active arguments, each in its argument's dtype."""

@@ -35,14 +35,14 @@ def attention_state(
     operands: Operands,
     kernels: tuple[Kernel, ...] = (),
     tile: tuple[int, int] | None = None,
-    flat: int = 0,
+    flat: int | None = None,
 ) -> State:
     """Computes the output BTND in the wide precision, and the logsumexp BTN.
 
     The first of `kernels` that accepts the platform of compilation runs; blockwise runs if
     none does. `tile` gives the number of queries and of keys in a blockwise tile; it
     replaces the measured rule. `flat` asks for the loop of a GPU on every platform, with so
-    many logits in a tile at most.
+    many logits in a tile at most; 0 for the loops of a CPU.
     """
     sizes = problem.sizes
     if any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S)):
