@@ -175,11 +175,13 @@ def test_new_ids_of_one_shape_compile_nothing_again(with_table):
 # ---- every derivative skips the same blocks ----
 
 
+CELL = 384  # of the tiles of 768 × 768 that 1536 queries and keys have
+
+
 def wrong_table(problem, operands, block_q, block_kv):
-    """Claims of causal attention that nothing may look 512 keys or more back."""
-    assert (block_q, block_kv) == (512, 512)
-    kinds = np.tri(3, dtype=np.int8) * np.int8(PARTIAL)
-    return (kinds * np.eye(3, dtype=np.int8))[None, None]
+    """Claims of causal attention that no query may look beyond its own cell of keys."""
+    assert (block_q, block_kv) == (CELL, CELL)
+    return (np.eye(1536 // CELL, dtype=np.int8) * np.int8(PARTIAL))[None, None]
 
 
 def results(mask):
@@ -191,7 +193,7 @@ def results(mask):
 
 
 def test_output_gradients_and_tangent_skip_the_same_blocks(monkeypatch):
-    expected = results(lambda b, n, t, s: (t >= s) & (t // 512 == s // 512))
+    expected = results(lambda b, n, t, s: (t >= s) & (t // CELL == s // CELL))
     jax.clear_caches()
     monkeypatch.setattr(of_call, "block_table", wrong_table)
     found = results(Causal() & Segments(jnp.zeros(1536, jnp.int32)))

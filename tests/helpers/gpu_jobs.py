@@ -24,7 +24,13 @@ SIZES = Sizes(batch=(1,), T=150, S=280, N=2, K=1, H=16, D=8)
 
 
 def strict():
-    """Makes JAX as strict as `conftest.py` does."""
+    """Makes JAX as strict as `conftest.py` does.
+
+    The emulator runs inside a callback, which holds one thread of the CPU client, and it
+    waits for programs that need another one. With a thread for each of 2 cores it may wait
+    for ever; for each device that is asked for there is one more.
+    """
+    jax.config.update("jax_num_cpu_devices", 8)
     warnings.simplefilter("error", DeprecationWarning)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
