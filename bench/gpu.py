@@ -20,6 +20,7 @@ from jax.experimental import topologies
 
 import jattn
 from bench.gpu_launches import Launches, count
+from bench.gpu_rows import with_gradients
 from jattn.implementations import cudnn
 from jattn.masks import Causal, Segments, Window
 
@@ -79,16 +80,6 @@ def functions(mask, implementation):
         return jattn.attention(query, key, value, mask=mask, implementation=implementation)
 
     return {"forward": forward, "fwd+bwd": with_gradients(forward)}
-
-
-def with_gradients(function):
-    """Gives a function of query, key and value that computes their gradients too."""
-
-    def both(query, key, value):
-        output, pull = jax.vjp(function, query, key, value)
-        return output, pull(output)
-
-    return both
 
 
 def compile_for(target, function, arguments) -> Compiled:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 import jattn
-from bench.gpu import with_gradients
 from jattn import modifiers
 from jattn.call.pose import pose
 from jattn.implementations import run as operation
@@ -99,6 +98,16 @@ def by_kernels(query, key, value, **options):
     problem, operands = pose("bench", query, key, value, **options)
     state = operation.attention_state(problem, operands, (GPU(),))
     return state.output.astype(problem.dtype)
+
+
+def with_gradients(function):
+    """Gives a function of query, key and value that computes their gradients too."""
+
+    def both(query, key, value):
+        output, pull = jax.vjp(function, query, key, value)
+        return output, pull(output)
+
+    return both
 
 
 def timed(function, row: Row):
