@@ -209,7 +209,7 @@ def _explain(
     # q·k takes 2H operations for each pair, and weight·v takes 2D.
     item = problem.dtype.itemsize
     name = choose(where, problem, platform, implementation)
-    blocks = _blocks(problem, operands, name)
+    blocks = _blocks(problem, operands, name, platform)
     pairs = None if blocks is None else blocks.pairs
     return Explanation(
         implementation=name,
@@ -225,12 +225,14 @@ def _explain(
     )
 
 
-def _blocks(problem: Problem, operands: Operands | None, name: str) -> Blocks | None:
+def _blocks(
+    problem: Problem, operands: Operands | None, name: str, platform: str
+) -> Blocks | None:
     """Gives the blocks that are skipped; None where no block can be skipped."""
     B, N, T, S = problem.sizes.BNTS
     if not of_call.skips(problem, operands) or 0 in (B, N, T, S):
         return None
-    sizes = block_sizes(problem, operands, name)
+    sizes = block_sizes(problem, operands, name, platform)
     if sizes is None:
         return None
     counts = -(-T // sizes[0]), -(-S // sizes[1])

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import jattn
 from bench.gpu_launches import Launches, count
 from jattn import definition
 from jattn.call.pose import pose
 from jattn.implementations import attention
-from jattn.implementations.attention import FLAT, Attention
-from jattn.implementations.blockwise.plan import GPU_LOGITS, plan
+from jattn.implementations.attention import Attention
+from jattn.implementations.blockwise.plan import GPU_LOGITS, GPUS, plan
 from jattn.masks import Causal
 from jattn.testing import CASES, assert_matches_definition
 from tests.helpers import flat
@@ -81,10 +82,17 @@ def posed(B=1, T=4096, N=16, K=16, H=128, mask=None):
 
 def test_only_gpus_get_the_flat_plan():
     operation = Attention(posed(), None)
-    assert {name: operation.on(name).flat for name in FLAT} == dict.fromkeys(
-        FLAT, GPU_LOGITS
-    )
+    assert [operation.on(name).flat for name in GPUS] == [GPU_LOGITS] * len(GPUS)
     assert operation.on("cpu").flat == operation.on("tpu").flat == 0
+
+
+def test_explain_tells_the_blocks_of_the_platform():
+    query = jax.ShapeDtypeStruct((1, 4096, 16, 64), "float32")
+    explain = functools.partial(
+        jattn.explain, query, query, query, mask=Causal(), implementation="blockwise"
+    )
+    assert explain(platform="gpu").blocks.sizes == (1024, 1024)
+    assert explain(platform="cpu").blocks.sizes == (512, 512)
 
 
 @pytest.mark.parametrize("B", [1, 8])

@@ -23,7 +23,7 @@ from jattn.implementations.blockwise.backward import backward
 from jattn.implementations.blockwise.forward import forward
 from jattn.implementations.blockwise.join import join
 from jattn.implementations.blockwise.layout import Layout
-from jattn.implementations.blockwise.plan import GPU_LOGITS, plan
+from jattn.implementations.blockwise.plan import flat_logits, plan
 from jattn.implementations.blockwise.tangent import tangent
 from jattn.implementations.blockwise.whole_rows import by_rows
 from jattn.implementations.kernel import (
@@ -37,10 +37,6 @@ from jattn.implementations.processor import multiplies_bfloat16
 from jattn.operations.join import Joined, Leading
 from jattn.operations.mapped import cond_any
 from jattn.operations.operation import Operation
-
-# The names of GPUs; "export" is one of NVIDIA, see `Operation.on`. Where a program computes
-# how many turns a loop has, the host waits for it. So there is one loop, not two a block.
-FLAT = ("gpu", "cuda", "rocm", "export")
 
 
 def _precise(method):
@@ -113,7 +109,7 @@ class Attention(Operation):
         chosen: dict[str, Any] = {"kernel": next(taking, None)}
         chosen["widens"] = platform == "cpu"
         if self.flat is None:
-            chosen["flat"] = GPU_LOGITS if platform in FLAT else 0
+            chosen["flat"] = flat_logits(platform)
         return dataclasses.replace(self, kernels=(), **chosen)
 
     def joined(self, size, mapped, apart):

@@ -133,9 +133,9 @@ class CuDNN(Kernel):
             return f"runs on NVIDIA GPUs only, and the platform is {platform}."
         return _objection(problem) or _device()
 
-    def block_sizes(self, problem: Problem, operands: Operands | None) -> None:
+    def block_sizes(self, problem, operands, platform) -> None:
         """Gives None: cuDNN does not say which blocks it skips."""
-        del problem, operands
+        del problem, operands, platform
 
     def forward(self, problem: Problem, operands: Operands) -> Sums:
         """Computes the output and the sums of each row, by cuDNN's rounded logsumexp.

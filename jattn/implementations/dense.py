@@ -77,9 +77,9 @@ class Dense(Plain):
         """Refuses nothing, on any platform."""
         del problem, platform
 
-    def block_sizes(self, problem: Problem, operands: Operands | None) -> None:
+    def block_sizes(self, problem, operands, platform) -> None:
         """Gives None, as it skips no block."""
-        del problem, operands
+        del problem, operands, platform
 
     def attention_state(self, problem: Problem, operands: Operands) -> State:
         """Computes the output BTND in the wide precision and the logsumexp BTN."""

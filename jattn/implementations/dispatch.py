@@ -107,7 +107,7 @@ def attention_state(problem: Problem, operands: Operands, names: tuple[str, ...]
 
 
 def block_sizes(
-    problem: Problem, operands: Operands | None, name: str
+    problem: Problem, operands: Operands | None, name: str, platform: str
 ) -> tuple[int, int] | None:
     """Gives the queries and keys of a block that `name` can skip; None if it skips none."""
-    return IMPLEMENTATIONS[name].block_sizes(problem, operands)
+    return IMPLEMENTATIONS[name].block_sizes(problem, operands, platform)

@@ -45,7 +45,7 @@ class Implementation(abc.ABC):
 
     @abc.abstractmethod
     def block_sizes(
-        self, problem: Problem, operands: Operands | None
+        self, problem: Problem, operands: Operands | None, platform: str
     ) -> tuple[int, int] | None:
         """Gives the queries and keys of a block that it can skip; None if it skips none.
 

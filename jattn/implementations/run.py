@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.attention import Attention
-from jattn.implementations.blockwise.plan import plan
+from jattn.implementations.blockwise.plan import flat_logits, plan
 from jattn.implementations.blockwise.prepare import prepare
 from jattn.implementations.kernel import (
     Kernel,
@@ -21,9 +21,10 @@ class Blockwise(Plain):
         """Refuses nothing, on any platform."""
         del problem, platform
 
-    def block_sizes(self, problem: Problem, operands: Operands | None) -> tuple[int, int]:
+    def block_sizes(self, problem, operands, platform) -> tuple[int, int]:
         """Gives the number of queries and of keys in a cell, the unit of skipping."""
-        return plan(problem, spread=False).cell
+        del operands
+        return plan(problem, spread=False, flat=flat_logits(platform)).cell
 
     def attention_state(self, problem: Problem, operands: Operands) -> State:
         """Computes the state without any kernel."""

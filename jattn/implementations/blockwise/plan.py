@@ -50,9 +50,21 @@ MOST = 1024
 CUTS, FEWEST = 2, 384
 
 
+# The names of GPUs; "export" is one of NVIDIA, see `Operation.on`.
+GPUS = ("gpu", "cuda", "rocm", "export")
 # The most logits in a tile of a GPU, 64 MB in float32. Each step of a tile is a kernel that
 # takes some µs to launch; with so many logits it runs for 20 to 50 µs (estimated, H100).
 GPU_LOGITS = 2**24
+
+
+def flat_logits(platform: str) -> int:
+    """Gives the most logits in a tile where one loop visits all tiles; 0 on a CPU or TPU.
+
+    On a GPU the host launches a kernel for each step of a loop. Where the program computes
+    how many turns the loop has, the host waits for this number in each of them. So there
+    is one loop with large tiles, rather than two loops for each block.
+    """
+    return GPU_LOGITS if platform in GPUS else 0
 
 
 def plan(

@@ -65,9 +65,9 @@ class TPU(Kernel):
             return f"runs on TPU only, and the platform is {platform}."
         return _objection(problem)
 
-    def block_sizes(self, problem: Problem, operands: Operands | None) -> tuple[int, int]:
+    def block_sizes(self, problem, operands, platform) -> tuple[int, int]:
         """Gives the queries and keys of a block that it can skip, if heads are folded."""
-        del operands
+        del operands, platform
         return _block_sizes(problem, self.blocks)
 
     def forward(self, problem: Problem, operands: Operands) -> Sums:
