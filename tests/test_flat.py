@@ -124,12 +124,19 @@ HloModule jit_f
   ROOT %w = f32[4]{0} while(%x), condition=%cond, body=%body
 }
 
+%again (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %a = f32[4]{0} negate(%x)
+  %b = f32[4]{0} negate(%a)
+  ROOT %w = f32[4]{0} while(%b), condition=%cond, body=%body
+}
+
 ENTRY %main (x: f32[4]) -> f32[4] {
   %x = f32[4]{0} parameter(0)
   %known = f32[4]{0} while(%x), condition=%c, body=%inner, \
 backend_config={"known_trip_count":{"n":"3"}}
   %if = f32[4]{0} conditional(%p, %known, %known), true_computation=%body, \
-false_computation=%inner
+false_computation=%again
   %t = (f32[4]{0}, f32[4]{0}) tuple(%if, %known)
   ROOT %copy = f32[4]{0} copy(%if)
 }
@@ -137,7 +144,7 @@ false_computation=%inner
 
 
 def test_launches_are_counted_through_loops_and_branches():
-    # 3 turns with an unknown loop of 2 kernels each; a branch of 2 kernels; a copy.
+    # 3 turns with an unknown loop of 2 kernels each; the shorter branch; a copy.
     found = count(PROGRAM)
     assert found.kernels == 3 * 2 + 2 + 1
     assert found.waits == 3 + 1

@@ -49,6 +49,12 @@ def test_blockwise_in_one_tile_equals_definition(case):
     assert_matches_definition(state("blockwise"), case)
 
 
+@pytest.mark.parametrize("name", ["ungrouped", "one_query"])
+def test_blockwise_with_few_queries_equals_definition(name):
+    """Forward multiplies all heads at once there; tangents and cotangents do not."""
+    assert_matches_definition(state("blockwise"), named[name])
+
+
 @every
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("case", most_telling)

@@ -51,7 +51,14 @@ def _forward(layout: Layout):
     wide, rows = layout.problem.wide, layout.rows_of_block
     zeros = jnp.zeros(rows, wide), jnp.zeros((*rows, layout.problem.sizes.D), wide)
     lowest = jnp.full(rows, jnp.finfo(wide).min)
-    return by_rows(layout, of_head, (lowest, *zeros), lambda x: finish(*x), bare=True)
+    return by_rows(
+        layout,
+        of_head,
+        (lowest, *zeros),
+        lambda sums: finish(*sums),
+        bare=True,
+        folded=layout.plan.folded,
+    )
 
 
 def _forward_tile(layout, head, query, i, masked):

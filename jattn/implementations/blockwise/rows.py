@@ -16,7 +16,7 @@ from jattn.implementations.blockwise.tiles import (
 from jattn.shapes import is_one
 
 
-def by_rows(layout: Layout, of_head, zeros, finish, bare: bool = False):
+def by_rows(layout: Layout, of_head, zeros, finish, *, bare=False, folded=False):
     """Sums up over the tiles of each row; gives arrays BTN….
 
     Args:
@@ -27,13 +27,14 @@ def by_rows(layout: Layout, of_head, zeros, finish, bare: bool = False):
         zeros: The sums of the rows of a block before its first tile.
         finish: Turns sums into results.
         bare: Whether `tile` takes None for the sums before the first tile.
+        folded: Whether keys and values of a head stay BSK…, for one product of all heads.
     """
     plan, wide = layout.plan, layout.problem.wide
     run = _over_all_tiles if plan.flat else _over_blocks
     one_head = run(layout, of_head, zeros, finish, bare)
     results = jax.eval_shape(finish, zeros)
     whole = lambda x: jnp.zeros((*layout.query.shape[:3], *x.shape[3:]), wide)
-    results = over_heads(layout, one_head, jax.tree.map(whole, results), plan.folded)
+    results = over_heads(layout, one_head, jax.tree.map(whole, results), folded)
     return tuple(map(layout.unqueries, results))
 
 
