@@ -1,11 +1,13 @@
-"""Counts what a kernel for a GPU is compiled to, where there is no GPU.
+"""What kernels are compiled to, where there is no GPU: `python -m bench.gpu_kernels`.
 
 The plugin of `jax[cuda13]` compiles a kernel of Pallas by `ptxas`; here its report and its
 PTX are kept, and the instructions of its loops are counted. Nothing runs.
 """
 
+import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
@@ -132,3 +134,28 @@ def _spans(listing: str):
             if jump and jump[1] in labels:
                 spans.append((labels[jump[1]], len(instructions)))
     return instructions, spans
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints what the forward kernels are compiled to, for each compute capability."""
+    from bench import gpu_rows
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("capability", nargs="*", default=list(SHARED), help="such as 8.6")
+    row = "{:12}{:16}{:>9}{:>9}{:>11}   {}"
+    head = ("capability", "call", "multiply", "spilled", "registers")
+    print(row.format(*head, "instructions of a turn of each loop"))
+    for capability in parser.parse_args(arguments).capability:
+        for what in ("causal", "documents", "softcap+alibi"):
+            call = gpu_rows.Row(what, 4096)
+            forward = functools.partial(
+                gpu_rows.by_kernels, capability=capability, **call.options
+            )
+            for found in compiled(forward, *call.arrays(), capability=capability):
+                multiply = f"{found.wgmma or found.mma}"
+                counts = multiply, found.spilled, found.registers, found.loops
+                print(row.format(capability, what, *map(str, counts)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

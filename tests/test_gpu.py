@@ -14,6 +14,8 @@ import pytest
 
 import jattn
 from jattn.call.pose import pose
+from jattn.implementations import nvidia
+from jattn.implementations.gpu import pairs
 from jattn.implementations.gpu.kernel import GPU
 from jattn.implementations.gpu.refusal import OLDEST
 from jattn.testing import CASES
@@ -158,6 +160,27 @@ def test_large_heads_and_other_precisions_are_refused():
     with jax.default_matmul_precision("highest"):
         problem, _ = pose("test", query, query, query)
     assert "precision" in (GPU().refusal(problem, "cuda") or "")
+
+
+@pytest.mark.parametrize("power", [-3, -2, -1, 0, 1, 2, 5])
+def test_powers_are_those_that_mosaic_has(power):
+    x = jnp.array([-2.5, 0.3, 4.0])
+    raised = lambda x: pairs.plain(lambda x: jax.lax.integer_pow(x, power), x)
+    np.testing.assert_allclose(raised(x), x**power, rtol=1e-6)
+    equations = jax.make_jaxpr(raised)(x).eqns
+    powers = [e.params["y"] for e in equations if e.primitive.name == "integer_pow"]
+    assert all(y > 1 for y in powers)
+
+
+@mark
+@pytest.mark.parametrize("capability", ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
+def test_only_some_devices_are_taken(monkeypatch, capability):
+    monkeypatch.setattr(nvidia, "lacking", lambda lacks: lacks(capability))
+    query = jnp.zeros((4, 1, 8), "bfloat16")
+    problem, _ = pose("test", query, query, query)
+    sentence = GPU().refusal(problem, "cuda")
+    assert (sentence is None) == (capability[0] in "89")
+    assert nvidia.capability() == capability
 
 
 def test_no_call_chooses_it_by_itself():

@@ -37,7 +37,7 @@ def attend(query, key, value, capability=HOPPER, **options):
 
 def gradients(function):
     total = lambda *xs: jnp.sum(function(*xs).astype(jnp.float32))
-    return jax.grad(total, (0, 1, 2))
+    return jax.grad(total, (0, 1, 2))  # the first three arguments
 
 
 def arrays(T=1024, S=None, N=2, K=1, H=128, D=None, dtype="bfloat16"):
@@ -117,18 +117,33 @@ def test_gradients_compile_for_masks_and_modifiers(options):
     assert all(kernel.wgmma > 0 for kernel in kernels)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [HOPPER, "8.9"])
+def test_gradient_of_a_number_in_a_modifier_compiles(capability):
+    def attention(cap, *arrays):
+        bent = modifiers.SoftCap(cap) >> modifiers.ALiBi()
+        return attend(*arrays, capability=capability, modifier=bent)
+
+    cap = jax.ShapeDtypeStruct((), "float32")
+    kernels = gpu_kernels.compiled(
+        gradients(attention), cap, *arrays(T=384), capability=capability
+    )
+    assert len(kernels) >= 3
+    assert all(kernel.wgmma + kernel.mma > 0 for kernel in kernels)
+
+
 def test_second_derivatives_compile_beside_kernels():
     attention = functools.partial(attend, mask=masks.Causal())
     hessian = lambda *xs: jax.jvp(gradients(attention), xs, xs)[1]
     assert len(gpu_kernels.compiled(hessian, *arrays(T=512))) == 1  # forward
 
 
-# Instructions of the unmasked and of the masked loop for a tile of 64 x 64, D = 128. In
-# each turn a warp has 128 `mma` and 72 loads of matrices.
-AMPERE = {"8.0": (550, 700), "8.6": (550, 700), "8.9": (550, 700)}
+# Instructions of the unmasked and of the masked loop for a tile of 64 x 64 with D = 128. Of
+# them 128 multiply. A tenth more than were counted:
+AMPERE = (540, 660)
 
 
-@pytest.mark.parametrize("capability", AMPERE)
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9"])
 def test_kernels_for_ampere_and_ada_use_tensor_cores_and_registers(capability):
     attention = functools.partial(attend, capability=capability, mask=masks.Causal())
     found = gpu_kernels.compiled(
@@ -138,10 +153,10 @@ def test_kernels_for_ampere_and_ada_use_tensor_cores_and_registers(capability):
     for kernel in found:
         assert kernel.mma > 0
         assert kernel.wgmma == 0
-        assert kernel.spilled == 0
+        assert kernel.spilled <= (0 if kernel.name == "jattn_forward" else SPILLED)
     (forward,) = [kernel for kernel in found if kernel.name == "jattn_forward"]
     if gpu_kernels.tools():
-        pairs = zip(forward.loops[:2], AMPERE[capability], strict=True)
+        pairs = zip(forward.loops[:2], AMPERE, strict=True)
         assert all(mine <= most for mine, most in pairs), forward.loops
 
 
