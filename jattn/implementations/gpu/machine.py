@@ -45,14 +45,14 @@ class Machine(abc.ABC):
         """Runs a program: copies what it reads, and lets its groups compute."""
 
     @abc.abstractmethod
-    def products(self, x, y, meanwhile: Callable = lambda: None):
+    def products(self, x, y, meanwhile: Callable = lambda: None) -> jax.Array:
         """Multiplies each row of x by each row of y, both in shared memory.
 
         `meanwhile` is called when the product has begun.
         """
 
     @abc.abstractmethod
-    def add(self, sums, x, y):
+    def add(self, sums, x, y) -> jax.Array:
         """Computes sums + x y, with x in registers and y in shared memory.
 
         x is rounded to the dtype of y.

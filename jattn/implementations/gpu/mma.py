@@ -11,6 +11,7 @@ Compiled for 8.0, 8.6 and 8.9 and emulated, never run on one.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,7 +96,7 @@ class Mma(Machine):
         else:
             plgpu.wait_gmem_to_smem(0)
 
-    def products(self, x, y, meanwhile=lambda: None):
+    def products(self, x, y, meanwhile: Callable = lambda: None):
         """Multiplies each row of x by each row of y, both in shared memory."""
         meanwhile()
         if self.interpret:

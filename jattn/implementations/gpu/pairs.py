@@ -96,7 +96,7 @@ def _plain(jaxpr, constants, inputs) -> list:
         if primitive.name in _REWRITTEN:
             return [_REWRITTEN[primitive.name](*operands)]
         if primitive.name == "integer_pow":
-            return [_integer_pow(*operands, equation.params["y"])]
+            return [_integer_pow(operands[0], equation.params["y"])]
         result = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
         return list(result) if primitive.multiple_results else [result]
 

@@ -12,6 +12,7 @@ of the schedule, while the others compute:
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ class Wgmma(Machine):
             plgpu.set_max_registers(_COPY, action="decrease")
             _copy_blocks(program, streams)
 
-    def products(self, x, y, meanwhile=lambda: None):
+    def products(self, x, y, meanwhile: Callable = lambda: None):
         """Multiplies each row of x by each row of y, both in shared memory."""
 
         def run(sums):
@@ -104,7 +105,8 @@ class Wgmma(Machine):
         """Computes sums + x y, with x in registers and y in shared memory."""
         if self.interpret:
             return sums + self.emulated(x, y[...])
-        run = lambda ref: plgpu.wgmma(ref, x.astype(y.dtype), y)
+        narrow = x.astype(y.dtype)
+        run = lambda ref: plgpu.wgmma(ref, narrow, y)
         return pl.run_state(run)(plgpu.ACC.init(sums))
 
 
