@@ -39,9 +39,10 @@ CALLS = (  # jobs that take paths of their own through the kernels
     ("kernels_match", "bent", "bfloat16"),
     ("kernels_match", "dropout", "float16"),
     ("matches_definition", "alibi", "bfloat16"),
-    ("kernels_match", "bent", "bfloat16", AMPERE),
+    ("kernels_match", "causal", "bfloat16", AMPERE),
 )
 OTHERS = (  # the same for Ampere, whose masks and modifiers are those of Hopper
+    ("kernels_match", "bent", "bfloat16"),
     ("kernels_match", "dropout", "float16"),
     ("kernels_match", "rows that see nothing", "bfloat16"),
     ("kernels_match", "lengths", "float16"),
