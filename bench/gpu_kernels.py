@@ -1,11 +1,13 @@
-"""Counts what a kernel for an H100 is compiled to, where there is no H100.
+"""What kernels are compiled to, where there is no GPU: `python -m bench.gpu_kernels`.
 
 The plugin of `jax[cuda13]` compiles a kernel of Pallas by `ptxas`; here its report and its
 PTX are kept, and the instructions of its loops are counted. Nothing runs.
 """
 
+import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
@@ -18,6 +20,10 @@ from unittest import mock
 import jax
 
 from bench.gpu import device
+from jattn.implementations.gpu.refusal import HOPPER
+
+# KiB of shared memory that a program can have, from NVIDIA's table of compute capabilities.
+SHARED = {"8.0": 163, "8.6": 99, "8.9": 99, HOPPER: 227}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +32,14 @@ class Kernel:
 
     name: str
     wgmma: int  # instructions of the tensor cores, in PTX
+    mma: int  # likewise, those that Ampere has
     spilled: int  # bytes that do not fit the registers
     registers: int  # of a thread, before the groups share them out
     loops: tuple[int, ...]  # instructions of a turn of each loop that multiplies
 
 
-def compiled(function, *arguments) -> list[Kernel]:
-    """Compiles a function of arrays for an H100, and describes its kernels.
+def compiled(function, *arguments, capability=HOPPER) -> list[Kernel]:
+    """Compiles a function of arrays for a GPU, and describes its kernels.
 
     A kernel that this process has compiled before is not compiled again, and is left out.
     """
@@ -40,10 +47,27 @@ def compiled(function, *arguments) -> list[Kernel]:
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments
     )
-    with _kept() as folder:
+    with _kept() as folder, _described_as(capability):
         traced = jax.jit(function).trace(*arguments)
         traced.lower(lowering_platforms=("cuda",)).compile()
         return [_described(path) for path in sorted(folder.glob("*.ptx"))]
+
+
+@contextlib.contextmanager
+def _described_as(capability: str):
+    """Makes Mosaic compile for a compute capability; without a GPU it takes Hopper's.
+
+    A kernel that takes more shared memory than these devices have raises an error.
+    """
+    from jax.experimental.mosaic.gpu import core, utils
+
+    numbers = tuple(map(int, capability.split(".")))
+    bound = SHARED[capability] * 1024
+    with (
+        mock.patch.object(utils, "_infer_arch", return_value=numbers),
+        mock.patch.object(core, "_SMEM_SIZE_BOUND", bound),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -63,6 +87,7 @@ def _described(path: pathlib.Path) -> Kernel:
     return Kernel(
         name=entry[1] if entry else path.stem,
         wgmma=text.count("wgmma.mma_async"),
+        mma=text.count("mma.sync.aligned"),
         spilled=number(r"(\d+) bytes spill stores"),
         registers=number(r"Used (\d+) reg"),
         loops=tuple(loops(path)) if tools() else (),
@@ -82,12 +107,13 @@ def loops(path: pathlib.Path) -> list[int]:
     """Counts the instructions of each loop that multiplies, the shortest one first."""
     names = tools()
     binary = path.with_suffix(".cubin")
-    subprocess.run([names["ptxas"], "-arch=sm_90a", path, "-o", binary], check=True)
+    target = re.search(r"\.target (\w+)", path.read_text())[1]
+    subprocess.run([names["ptxas"], f"-arch={target}", path, "-o", binary], check=True)
     listing = subprocess.run(
         [names["nvdisasm"], "-c", binary], check=True, capture_output=True, text=True
     ).stdout
     instructions, spans = _spans(listing)
-    multiplies = lambda a, b: sum("HGMMA" in x for x in instructions[a:b])
+    multiplies = lambda a, b: sum("HGMMA" in x or "HMMA" in x for x in instructions[a:b])
     spans = [x for x in spans if multiplies(*x)]
     inside = lambda x, y: x != y and y[0] <= x[0] and x[1] <= y[1]
     inner = [x for x in spans if not any(inside(y, x) for y in spans)]
@@ -108,3 +134,28 @@ def _spans(listing: str):
             if jump and jump[1] in labels:
                 spans.append((labels[jump[1]], len(instructions)))
     return instructions, spans
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints what the forward kernels are compiled to, for each compute capability."""
+    from bench import gpu_rows
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("capability", nargs="*", default=list(SHARED), help="such as 8.6")
+    row = "{:12}{:16}{:>9}{:>9}{:>11}   {}"
+    head = ("capability", "call", "multiply", "spilled", "registers")
+    print(row.format(*head, "instructions of a turn of each loop"))
+    for capability in parser.parse_args(arguments).capability:
+        for what in ("causal", "documents", "softcap+alibi"):
+            call = gpu_rows.Row(what, 4096)
+            forward = functools.partial(
+                gpu_rows.by_kernels, capability=capability, **call.options
+            )
+            for found in compiled(forward, *call.arrays(), capability=capability):
+                multiply = f"{found.wgmma or found.mma}"
+                counts = multiply, found.spilled, found.registers, found.loops
+                print(row.format(capability, what, *map(str, counts)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

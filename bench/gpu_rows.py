@@ -94,9 +94,10 @@ def mgpu_forward(query, key, value):
     return attention_mgpu._attention_forward(*narrow, config)
 
 
-def by_kernels(query, key, value, **options):
+def by_kernels(query, key, value, capability=None, **options):
     problem, operands = pose("bench", query, key, value, **options)
-    state = operation.attention_state(problem, operands, (GPU(),))
+    kernel = GPU(capability=capability)
+    state = operation.attention_state(problem, operands, (kernel,))
     return state.output.astype(problem.dtype)
 
 

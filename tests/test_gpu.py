@@ -1,21 +1,27 @@
-"""The kernels for Hopper GPUs, emulated: equal to the definition, without races.
+"""The kernels for NVIDIA GPUs, emulated: equal to the definition, without races.
 
 An emulated kernel that waits for something that never comes hangs for good. So each call
 runs in a process of its own, under a time limit.
 """
 
 import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jattn
 from jattn.call.pose import pose
+from jattn.implementations import nvidia
+from jattn.implementations.gpu import pairs
 from jattn.implementations.gpu.kernel import GPU
 from jattn.implementations.gpu.refusal import OLDEST
 from jattn.testing import CASES
 from tests.helpers.limited import Worker
+
+AMPERE = "8.0"
 
 SECONDS = 400  # a call takes 3 to 20 of them, and the machine may be busy
 JOBS = "tests.helpers.gpu_jobs"
@@ -33,6 +39,20 @@ CALLS = (  # jobs that take paths of their own through the kernels
     ("kernels_match", "bent", "bfloat16"),
     ("kernels_match", "dropout", "float16"),
     ("matches_definition", "alibi", "bfloat16"),
+    ("kernels_match", "causal", "bfloat16", AMPERE),
+)
+OTHERS = (  # the same for Ampere, whose masks and modifiers are those of Hopper
+    ("kernels_match", "bent", "bfloat16"),
+    ("kernels_match", "dropout", "float16"),
+    ("kernels_match", "rows that see nothing", "bfloat16"),
+    ("kernels_match", "lengths", "float16"),
+    ("kernels_match", "ample heads", "bfloat16"),
+    ("output_matches", "large heads", "bfloat16"),
+    ("output_matches", "wide values", "bfloat16"),
+    *[
+        ("matches_definition", name, "bfloat16")
+        for name in ("causal", "segments", "soft_cap", "alibi", "bias")
+    ],
 )
 SEVERAL = ("plain", "causal", "window with empty blocks", "rows that see nothing")
 SEVERAL += ("segments", "lengths", "bias per key", "negative scale", "large heads")
@@ -42,6 +62,9 @@ FAULTS = (
     "keys are read before they arrive",
     "values are read before they arrive",
     "a block of keys is given back before it is read",
+    "the groups do not meet",
+    "a copy is not waited for",
+    "queries are read before they arrive",
 )
 
 
@@ -63,6 +86,14 @@ def mark(test):
 def test_emulated_kernels_equal_definition(worker, call):
     job, *arguments = call
     worker.run(f"{JOBS}:{job}", *arguments, seconds=SECONDS)
+
+
+@mark
+@pytest.mark.slow
+@pytest.mark.parametrize("call", OTHERS, ids=" ".join)
+def test_emulated_kernels_for_ampere_equal_definition(worker, call):
+    job, *arguments = call
+    worker.run(f"{JOBS}:{job}", *arguments, AMPERE, seconds=SECONDS)
 
 
 @mark
@@ -132,6 +163,27 @@ def test_large_heads_and_other_precisions_are_refused():
     assert "precision" in (GPU().refusal(problem, "cuda") or "")
 
 
+@pytest.mark.parametrize("power", [-3, -2, -1, 0, 1, 2, 5])
+def test_powers_are_those_that_mosaic_has(power):
+    x = jnp.array([-2.5, 0.3, 4.0])
+    raised = lambda x: pairs.plain(lambda x: jax.lax.integer_pow(x, power), x)
+    np.testing.assert_allclose(raised(x), x**power, rtol=1e-6)
+    equations = jax.make_jaxpr(raised)(x).eqns
+    powers = [e.params["y"] for e in equations if e.primitive.name == "integer_pow"]
+    assert all(y > 1 for y in powers)
+
+
+@mark
+@pytest.mark.parametrize("capability", ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
+def test_only_some_devices_are_taken(monkeypatch, capability):
+    monkeypatch.setattr(nvidia, "lacking", lambda lacks: lacks(capability))
+    query = jnp.zeros((4, 1, 8), "bfloat16")
+    problem, _ = pose("test", query, query, query)
+    sentence = GPU().refusal(problem, "cuda")
+    assert (sentence is None) == (capability[0] in "89")
+    assert nvidia.capability() == capability
+
+
 def test_no_call_chooses_it_by_itself():
     query = jnp.zeros((256, 1, 64), "bfloat16")
     found = jattn.explain(query, query, query, platform="gpu")
@@ -158,3 +210,31 @@ def test_every_row_of_the_day_has_someone_to_compute_it():
         assert len([x for x in names if gpu_rows.by_name(x, row) is not None]) >= 2
         assert row.operations > 0
     assert sum(gpu_day.PARTS.values()) <= 8 * 60
+
+
+@mark
+def test_a_tile_and_the_operand_of_mma_are_in_the_same_registers():
+    """What `mma._left` says: of each 16 columns, both layouts have equal numbers there."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    tile = _by_registers(plgpu.Layout.WGMMA.to_mgpu(), (64, 48))
+    operand = _by_registers(plgpu.Layout.MMA_LHS(jnp.bfloat16).to_mgpu(), (64, 48))
+    parts = np.split(tile, 3, axis=2), np.split(operand, 3, axis=2)
+    for of_tile, of_operand in zip(*parts, strict=True):
+        np.testing.assert_array_equal(of_tile, of_operand)
+
+
+def _by_registers(layout, shape):
+    """The numbers of a matrix: by warp, lane, register, and place in the register."""
+    array = np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        lead, count = array.ndim - len(tile), len(tile)
+        whole, inner = array.shape[:lead], array.shape[lead:]
+        split = [(n // size, size) for n, size in zip(inner, tile, strict=True)]
+        array = array.reshape(*whole, *itertools.chain(*split))
+        outer = range(lead, lead + 2 * count, 2)
+        array = array.transpose([*range(lead), *outer, *(i + 1 for i in outer)])
+    warps = [axis for axis in layout.warp_dims if isinstance(axis, int)]
+    named = [*warps, *layout.lane_dims, layout.vector_dim]
+    array = np.moveaxis(array, named, [*range(len(named) - 1), -1])
+    return array.reshape(4, 32, -1, array.shape[-1])

@@ -1,4 +1,4 @@
-"""The kernels compile for an H100 that is not there, and are as short as JAX's own."""
+"""The kernels compile for GPUs that are not there, and are as short as JAX's own."""
 
 import functools
 import importlib.util
@@ -12,7 +12,7 @@ from bench import gpu, gpu_kernels, gpu_rows
 from jattn import masks, modifiers
 from jattn.call.pose import pose
 from jattn.implementations.gpu.kernel import GPU
-from jattn.implementations.gpu.refusal import OLDEST
+from jattn.implementations.gpu.refusal import HOPPER, OLDEST
 
 NEEDED = ("jax_cuda13_plugin", "absl")
 pytestmark = [
@@ -28,16 +28,16 @@ SPILLED = 200  # bytes at most in a backward kernel: stored and loaded once a tu
 INSTRUCTIONS = {"causal": 1.1, "softcap and alibi": 2.8}  # times those of JAX's kernel
 
 
-def attend(query, key, value, **options):
+def attend(query, key, value, capability=HOPPER, **options):
     """`jattn.attention` by the kernels, whatever device is here."""
     problem, _ = pose("test", query, key, value, **options)
     assert GPU().refusal(problem, "cuda") is None
-    return gpu_rows.by_kernels(query, key, value, **options)
+    return gpu_rows.by_kernels(query, key, value, capability, **options)
 
 
 def gradients(function):
     total = lambda *xs: jnp.sum(function(*xs).astype(jnp.float32))
-    return jax.grad(total, (0, 1, 2))
+    return jax.grad(total, (0, 1, 2))  # the first three arguments
 
 
 def arrays(T=1024, S=None, N=2, K=1, H=128, D=None, dtype="bfloat16"):
@@ -117,6 +117,21 @@ def test_gradients_compile_for_masks_and_modifiers(options):
     assert all(kernel.wgmma > 0 for kernel in kernels)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [HOPPER, "8.9"])
+def test_gradient_of_a_number_in_a_modifier_compiles(capability):
+    def attention(cap, *arrays):
+        bent = modifiers.SoftCap(cap) >> modifiers.ALiBi()
+        return attend(*arrays, capability=capability, modifier=bent)
+
+    cap = jax.ShapeDtypeStruct((), "float32")
+    kernels = gpu_kernels.compiled(
+        gradients(attention), cap, *arrays(T=384), capability=capability
+    )
+    assert len(kernels) >= 3
+    assert all(kernel.wgmma + kernel.mma > 0 for kernel in kernels)
+
+
 def test_second_derivatives_compile_beside_kernels():
     attention = functools.partial(attend, mask=masks.Causal())
     hessian = lambda *xs: jax.jvp(gradients(attention), xs, xs)[1]
@@ -145,3 +160,35 @@ def test_blockwise_has_one_loop_of_each_kind_where_the_mask_is_known_at_run_time
     documents = masks.Segments(jnp.arange(4096) // 512)
     forward, _ = compiled_blockwise(masks.Causal() & documents)
     assert forward.launches.waits == 2  # full tiles, and partial ones
+
+
+# Instructions of the unmasked and of the masked loop for a tile of 64 x 64 with D = 128. Of
+# them 128 multiply. A tenth more than were counted:
+AMPERE = (540, 660)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9"])
+def test_kernels_for_ampere_and_ada_use_tensor_cores_and_registers(capability):
+    attention = functools.partial(attend, capability=capability, mask=masks.Causal())
+    found = gpu_kernels.compiled(
+        gradients(attention), *arrays(T=1280), capability=capability
+    )
+    assert len(found) == 3  # forward; backward for queries, and for keys and values
+    for kernel in found:
+        assert kernel.mma > 0
+        assert kernel.wgmma == 0
+        assert kernel.spilled <= (0 if kernel.name == "jattn_forward" else SPILLED)
+    (forward,) = [kernel for kernel in found if kernel.name == "jattn_forward"]
+    if gpu_kernels.tools():
+        pairs = zip(forward.loops[:2], AMPERE, strict=True)
+        assert all(mine <= most for mine, most in pairs), forward.loops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", SIZES)
+def test_kernels_for_ada_compile_for_sizes(sizes):
+    attention = functools.partial(attend, capability="8.9", modifier=BENT)
+    kernels = gpu_kernels.compiled(attention, *arrays(**SIZES[sizes]), capability="8.9")
+    assert [kernel.name for kernel in kernels] == ["jattn_forward"]
+    assert kernels[0].mma > 0
+    assert kernels[0].spilled == 0

@@ -7,7 +7,7 @@
 `dense`         attention in one tile
 `blockwise`     attention in many tiles: forward, backward, tangent
 `tpu`           attention on TPU, by Pallas kernels
-`gpu`           attention on NVIDIA Hopper GPUs, by Pallas kernels: named only
+`gpu`           attention on NVIDIA GPUs, by Pallas kernels: named only
 `cudnn`         attention on NVIDIA GPUs by cuDNN, where it is the same function
 `processor`     what the processor of this machine can do
 `attention`     the operation: a kernel where there is one, blockwise for all the rest

@@ -21,7 +21,7 @@ IMPLEMENTATIONS: dict[str, Kernel | Plain] = {
     "dense": Dense(),
     "tpu": TPU(),
     "cudnn": cudnn.CuDNN(),
-    # Compiled for H100 and emulated, never run on one: so it is in no order below.
+    # Compiled and emulated, never run on a GPU: so it is in no order below.
     "gpu": GPU(),
 }
 

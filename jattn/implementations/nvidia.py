@@ -18,3 +18,10 @@ def lacking(lacks: Callable[[str], str | None]) -> str | None:
     if "cuda" not in device.client.platform_version:
         return "runs on NVIDIA GPUs only, and this one is not."
     return lacks(device.compute_capability)
+
+
+def capability() -> str | None:
+    """Gives the compute capability of the default device; None if it is no NVIDIA GPU."""
+    found: list[str] = []
+    lacking(lambda capability: found.append(capability))
+    return found[0] if found else None

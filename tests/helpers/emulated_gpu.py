@@ -1,4 +1,4 @@
-"""The kernels for Hopper GPUs, emulated: what a test calls in place of `jattn`."""
+"""The kernels for NVIDIA GPUs, emulated: what a test calls in place of `jattn`."""
 
 import functools
 
@@ -7,24 +7,27 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jattn.implementations import run as operation
 from jattn.implementations.gpu.kernel import GPU
+from jattn.implementations.gpu.refusal import HOPPER
 from jattn.state import State
 from tests.helpers import calls
 
 
-def kernel() -> GPU:
+def kernel(capability: str = HOPPER) -> GPU:
     """The kernel, emulated with the detection of races."""
-    return GPU(plgpu.InterpretGPUParams(detect_races=True))
+    return GPU(plgpu.InterpretGPUParams(detect_races=True), capability)
 
 
-def attention_state(query, key, value, **options) -> State:
-    return calls.state("emulated_gpu", _state, query, key, value, **options)
+def attention_state(query, key, value, *, capability=HOPPER, **options) -> State:
+    compute = functools.partial(_state, capability)
+    return calls.state("emulated_gpu", compute, query, key, value, **options)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _state(problem, operands, sink):
-    state = operation.attention_state(problem, operands, (kernel(),))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _state(capability, problem, operands, sink):
+    state = operation.attention_state(problem, operands, (kernel(capability),))
     return calls.finished(problem, state, sink)
 
 
-def kernels(query, key, value, **options) -> State:
-    return calls.by_kernels("emulated_gpu", kernel(), query, key, value, **options)
+def kernels(query, key, value, *, capability=HOPPER, **options) -> State:
+    by = kernel(capability)
+    return calls.by_kernels("emulated_gpu", by, query, key, value, **options)

@@ -1,6 +1,7 @@
-"""What tests of the kernels for Hopper GPUs run in a process of their own."""
+"""What tests of the kernels for NVIDIA GPUs run in a process of their own."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import sys
@@ -13,11 +14,13 @@ import numpy as np
 import jattn
 from jattn import definition, testing
 from jattn.call.pose import pose
+from jattn.implementations.gpu.refusal import HOPPER
 from jattn.masks import Causal, Lengths, Segments, Window
 from jattn.shapes import Sizes
 from jattn.testing.cases import cast
 from tests.helpers import emulated_gpu
 
+AMPERE = "8.0"
 NAMED = {case.name: case for case in testing.CASES}
 # Several blocks of queries and of keys, the last ones not full; H and D need padding.
 SIZES = Sizes(batch=(1,), T=150, S=280, N=2, K=1, H=16, D=8)
@@ -37,20 +40,24 @@ def strict():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def matches_definition(name: str, dtype: str):
+def matches_definition(name: str, dtype: str, capability: str = HOPPER):
     """Output, logsumexp, every gradient and tangent of a case, within the error budget."""
-    testing.assert_matches_definition(emulated_gpu.attention_state, NAMED[name], dtype)
+    attend = functools.partial(emulated_gpu.attention_state, capability=capability)
+    testing.assert_matches_definition(attend, NAMED[name], dtype)
 
 
-def output_matches(name: str, dtype: str):
+def output_matches(name: str, dtype: str, capability: str = HOPPER):
     """Output and logsumexp of a case against the definition in float64."""
-    case = NAMED[name]
+    case = NAMED.get(name) or SEVERAL[name]
     inputs = testing.random_inputs(case, dtype)
-    got = case.call(emulated_gpu.attention_state, inputs)
+    attend = functools.partial(emulated_gpu.attention_state, capability=capability)
+    got = case.call(attend, inputs)
     with jax.enable_x64(True):
         want = case.call(definition.attention_state, _wide(inputs))
     assert_near(got.output, want.output, 2 * jnp.finfo(dtype).eps, name)
-    assert_near(got.logsumexp, want.logsumexp, 2 * jnp.finfo("float32").eps, name)
+    # Each block of keys rescales the sum, and the largest heads have blocks of 16 on Ada:
+    # an error of 2.6 eps was seen for 13 of them.
+    assert_near(got.logsumexp, want.logsumexp, 4 * jnp.finfo("float32").eps, name)
 
 
 def refused(name: str, dtype: str) -> str | None:
@@ -134,6 +141,7 @@ SEVERAL = {
     "bias per key": several(lambda x: {"bias": x["bias"]}, {"bias": normal("S")}),
     "dropout": several(NAMED["dropout"].options),
     "negative scale": several(lambda x: {"scale": x["scale"]}, {"scale": lambda *_: -0.3}),
+    "ample heads": several(lambda x: {"mask": Causal(40)}, H=100, D=120, S=200),
     "large heads": several(lambda x: {"mask": Causal(40)}, H=200, D=130, S=200),
     "wide values": several(
         lambda x: {"modifier": jattn.modifiers.SoftCap(3.0)}, H=70, D=140, S=200, N=1
@@ -141,7 +149,7 @@ SEVERAL = {
 }
 
 
-def kernels_match(name: str, dtype: str):
+def kernels_match(name: str, dtype: str, capability: str = HOPPER):
     """By the kernels alone: output, logsumexp and every gradient of several blocks."""
     case = SEVERAL[name]
     inputs = testing.random_inputs(case, dtype)
@@ -154,7 +162,8 @@ def kernels_match(name: str, dtype: str):
         like = lambda x: jnp.where(jnp.isfinite(x), jnp.asarray(x), 0)
         return {"state": state, "gradients": pull(jax.tree.map(like, state))[0]}
 
-    got = derived(emulated_gpu.kernels, extra)
+    attend = functools.partial(emulated_gpu.kernels, capability=capability)
+    got = derived(attend, extra)
     with jax.enable_x64(True):
         want = derived(definition.attention_state, _wide(extra))
     both = zip(*(jax.tree_util.tree_leaves_with_path(x) for x in (got, want)), strict=True)
@@ -199,7 +208,7 @@ def traced_tables_match():
 # Faults of synchronisation, as a change of the text of a module.
 FAULTS = {
     "the copier does not wait until a block is used": (
-        "program",
+        "wgmma",
         "pl.when(j >= stages)(lambda s=stream: plgpu.barrier_wait(s.used.at[slot]))",
         "pass",
     ),
@@ -210,12 +219,16 @@ FAULTS = {
         "keys.wait(slot)\n",
         "keys.wait(slot)\n        keys.release(slot)\n",
     ),
+    "the groups do not meet": ("mma", "plgpu.barrier_arrive_and_wait(met)", "pass"),
+    "a copy is not waited for": ("mma", "self._wait(arrived, group)", "pass"),
+    "queries are read before they arrive": ("mma", "self._wait(ready, group)", "pass"),
 }
 
 
 def faulty(name: str):
     """Runs a causal call by kernels with a fault."""
     module, old, new = FAULTS[name]
+    capability = AMPERE if module == "mma" else HOPPER
     module = importlib.import_module(f"jattn.implementations.gpu.{module}")
     text = inspect.getsource(module)
     assert text.count(old) == 1, (name, text.count(old))
@@ -226,6 +239,7 @@ def faulty(name: str):
                 setattr(sys.modules[other], key, vars(module)[key])
     case = several(lambda x: {"mask": Causal(400)}, S=500)
     inputs = testing.random_inputs(case, "bfloat16")
-    output = case.call(emulated_gpu.kernels, inputs).output
+    attend = functools.partial(emulated_gpu.kernels, capability=capability)
+    output = case.call(attend, inputs).output
     want = case.call(definition.attention_state, inputs).output
     assert_near(output, want, 3 * jnp.finfo("bfloat16").eps, "output")

@@ -1,4 +1,4 @@
-"""Cotangents, block by block, on Hopper GPUs: one kernel for queries, one or two for keys.
+"""Cotangents, block by block, on NVIDIA GPUs: one kernel for queries, one or two for keys.
 
     d_logitₛ = weightₛ (vₛ · d_output − (δ − d_logsumexp))        δ = output · d_output
     d_q = Σₛ d_logitₛ kₛ        d_kₛ = Σ d_logitₛ q        d_vₛ = Σ weightₛ d_output
@@ -89,8 +89,9 @@ def _kernel(context: Context, sums, chosen):
     call, given = context.call, context.given
     own = own_vectors(call, given.extras, context.at, context.rows)
     numbers = Numbers(context)
-    widths = {"query": 0, "key": 0, "value": -1}
-    start = tuple(zeros((ROWS, given.inputs[widths[x]].shape[3])) for x in sums)
+    first, last = context.own[0], context.streams[-1].memory
+    like = {"query": first, "key": first, "value": last}
+    start = tuple(zeros((ROWS, like[x].shape[-1])) for x in sums)
     start += (zeros((ROWS,)),) * sum(chosen)
 
     def step(masked, j, carry):
@@ -163,8 +164,7 @@ def _keep(kept, array):
 
 def _add(context: Context, sums, factors, stream, slot):
     """Adds the block of a stream, each of its rows times a factor."""
-    narrow = factors.astype(context.call.problem.dtype)
-    return context.call.machine.add(sums, narrow, stream.memory.at[slot])
+    return context.call.machine.add(sums, factors, stream.memory.at[slot])
 
 
 def _weights(tile: Tile, products, level, options):

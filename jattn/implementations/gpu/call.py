@@ -10,9 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jattn.call.problem import Problem
-from jattn.implementations.gpu.layout import BLOCK, GROUPS, ROWS, Plan
+from jattn.implementations.gpu.layout import BLOCK, Plan
 from jattn.implementations.gpu.machine import Machine
-from jattn.implementations.gpu.program import Stream, run_program
+from jattn.implementations.gpu.program import run_program
 from jattn.implementations.gpu.schedule import Steps
 from jattn.implementations.joint import Extras, Pairs
 
@@ -95,14 +95,16 @@ class Call:
             jax.ShapeDtypeStruct((B, *shape), jnp.float32, manual_axis_type=varying)
             for shape in results
         ]
-        leaves, tree = jax.tree.flatten(arguments)
+        # The copies of Ampere take rows of all heads, and cut a head out of them.
+        flat = tuple(x.reshape(*x.shape[:2], -1) for x in arguments.inputs)
+        leaves, tree = jax.tree.flatten(arguments._replace(inputs=flat))
 
         def entry(*refs):
             given = tree.unflatten(refs[: len(leaves)])
             outputs = refs[len(leaves) :]
             pl.run_scoped(
                 lambda *memory: run_program(self, kernel, given, own, outputs, memory),
-                *_memory(self, arguments, own),
+                *self.machine.memory(self, arguments, own),
                 collective_axes="group",
             )
 
@@ -112,33 +114,9 @@ class Call:
             out_type=types,
             grid=(self.problem.sizes.N, length // BLOCK, B),
             grid_names=("head", "block", "example"),
-            num_threads=GROUPS + 1,
+            num_threads=self.machine.threads,
             thread_name="group",
             compiler_params=plgpu.CompilerParams(approx_math=True),
             interpret=self.machine.interpret,
         )
         return self.machine.call(run, types, leaves)
-
-
-def _memory(call: Call, arguments: Arguments, own: int):
-    """Describes the shared memory and the barriers of a program."""
-    stages = call.plan.stages
-    dtype = call.problem.dtype
-    owned = [_tiled((GROUPS, ROWS, x.shape[3]), dtype) for x in arguments.inputs[:own]]
-    copied = [
-        Stream(
-            _tiled((stages, call.plan.inner, x.shape[3]), dtype),
-            plgpu.Barrier(num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=GROUPS),
-        )
-        for x in arguments.inputs[own:]
-    ]
-    ready = plgpu.Barrier(num_barriers=GROUPS, num_arrivals=own)
-    return owned, copied, ready, plgpu.Barrier(num_arrivals=GROUPS)
-
-
-def _tiled(shape, dtype):
-    """Describes shared memory as wgmma reads it: swizzled tiles of 8 rows."""
-    swizzle = plgpu.find_swizzle(shape[-1] * 16)
-    tiling = plgpu.TilingTransform((8, swizzle // 2))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))

@@ -1,4 +1,4 @@
-"""Output, maximum and sum, block by block, on Hopper GPUs.
+"""Output, maximum and sum, block by block, on NVIDIA GPUs.
 
 Logits are queries × keys. For each block of keys
 
@@ -40,7 +40,7 @@ def _kernel(context: Context):
     start = (
         zeros((ROWS,)) - jnp.inf,
         zeros((ROWS,)),
-        zeros((ROWS, given.inputs[2].shape[3])),
+        zeros((ROWS, context.streams[1].memory.shape[-1])),
     )
 
     def step(masked, j, carry):
@@ -80,11 +80,10 @@ def _add_values(context: Context, tile: Tile, slot, state):
     (sums, shrink, weights), values = state, context.streams[1]
     kept = tile.kept()
     weights = weights if kept is None else jnp.where(kept, weights, 0)
-    narrow = weights.astype(context.call.problem.dtype)
     sums = sums * spread(shrink, sums.shape, 0)
     context.turn()
     values.wait(slot)
-    sums = context.call.machine.add(sums, narrow, values.memory.at[slot])
+    sums = context.call.machine.add(sums, weights, values.memory.at[slot])
     values.release(slot)
     return sums
 

@@ -1,4 +1,4 @@
-"""Attention by kernels for NVIDIA Hopper GPUs: forward and backward."""
+"""Attention by kernels for NVIDIA GPUs: forward and backward."""
 
 import dataclasses
 import functools
@@ -8,22 +8,33 @@ import jax
 import jax.numpy as jnp
 
 from jattn.call.problem import Operands, Problem
-from jattn.implementations import joint
+from jattn.implementations import joint, nvidia
 from jattn.implementations.gpu import layout
 from jattn.implementations.gpu.cotangents import of_operands, representable, share_kernel
-from jattn.implementations.gpu.refusal import refusal
+from jattn.implementations.gpu.refusal import HOPPER, refusal
 from jattn.implementations.kernel import Kernel, Sums
 
 
 @dataclasses.dataclass(frozen=True)
 class GPU(Kernel):
-    """Forward and backward by Pallas kernels for Hopper.
+    """Forward and backward by Pallas kernels for Hopper, Ampere and Ada.
 
     Attributes:
         interpret: How the kernels are emulated, which works on any platform; for tests.
+        capability: The compute capability of the device; by default that of the device
+            that is here, or Hopper's where none is.
     """
 
     interpret: Any = None
+    capability: str | None = None
+
+    @property
+    def _is_hopper(self) -> bool:
+        return (self.capability or nvidia.capability() or HOPPER) == HOPPER
+
+    @property
+    def _limits(self) -> layout.Limits:
+        return layout.HOPPER if self._is_hopper else layout.AMPERE
 
     def refusal(self, problem: Problem, platform: str) -> str | None:
         """Says why no kernel can be written for a problem, or run; None if it can."""
@@ -32,7 +43,7 @@ class GPU(Kernel):
     def block_sizes(self, problem, operands, platform) -> tuple[int, int]:
         """Gives the queries and keys of a block that forward can skip."""
         del operands, platform
-        plan = layout.forward_plan(problem.sizes.H, problem.sizes.D)
+        plan = layout.forward_plan(problem.sizes.H, problem.sizes.D, self._limits)
         return layout.BLOCK, plan.inner
 
     def forward(self, problem: Problem, operands: Operands) -> Sums:
@@ -40,19 +51,23 @@ class GPU(Kernel):
         from jattn.implementations.gpu.forward import forward
 
         sizes = problem.sizes
-        plan = layout.forward_plan(sizes.H, sizes.D)
+        plan = layout.forward_plan(sizes.H, sizes.D, self._limits)
         call, arguments = self._call(problem, operands, plan)
         output, top, total = forward(call, arguments)
         output = output[:, : sizes.T, :, : sizes.D]
         return Sums(output, *(layout.unrows(x, sizes.T) for x in (top, total)))
 
     def backward(self, problem, operands, outputs, cotangents, wanted) -> Operands | None:
-        """Computes the cotangents of the operands; None if one of them is for each pair.
+        """Computes the cotangents of the operands; None if a kernel cannot.
 
-        The kernels write no cotangent as large as T × S.
+        The kernels write no cotangent as large as T × S. Those for Ampere and Ada have no
+        room for heads with H + D > 256.
         """
         from jattn.implementations.gpu.backward import row_numbers
 
+        sizes = problem.sizes
+        if layout.backward_plan(sizes.H, sizes.D, self._limits) is None:
+            return None
         _, read = layout.read(problem, operands)
         flags = joint.wanted_extras(read, wanted)
         leaves = zip(*map(jax.tree.leaves, (read, flags)), strict=True)
@@ -86,7 +101,7 @@ class GPU(Kernel):
         from jattn.implementations.gpu.backward import backward
 
         narrow, vectors, flags = given
-        plan = layout.backward_plan(problem.sizes.H, problem.sizes.D)
+        plan = layout.backward_plan(problem.sizes.H, problem.sizes.D, self._limits)
         by_query = sums == ("query",)
         call, arguments = self._call(problem, operands, plan, by_query)
         (query, key, value), narrow = arguments.inputs, layout.padded(narrow)
@@ -99,13 +114,14 @@ class GPU(Kernel):
     def _call(self, problem: Problem, operands: Operands, plan, by_query: bool = True):
         """Makes the call of a kernel, and its arguments: queries, keys and values."""
         from jattn.implementations.gpu.call import Arguments, Call
-        from jattn.implementations.gpu.machine import Machine
+        from jattn.implementations.gpu.mma import Mma
         from jattn.implementations.gpu.schedule import schedule
+        from jattn.implementations.gpu.wgmma import Wgmma
 
         pairs, read = layout.read(problem, operands)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), read)
         counts = operands.query_position is None
-        machine = Machine(self.interpret)
+        machine = (Wgmma if self._is_hopper else Mma)(self.interpret)
         call = Call(problem, plan, pairs, shapes, by_query, counts, machine)
         blocks = (layout.BLOCK, plan.inner)
         kinds = joint.block_kinds(problem, operands, blocks if by_query else blocks[::-1])

@@ -1,11 +1,11 @@
 """How a call is laid out for the kernels.
 
 A program of the grid computes 128 rows of one head: two groups of threads compute 64 rows
-each, and a third one copies blocks of the other side into shared memory. The kernels read
-queries, keys and values as the caller gives them, B × T × N × H. Only sizes that are not
-whole blocks are padded:
+each, and blocks of the other side are copied into shared memory. The kernels read queries,
+keys and values as the caller gives them, B × T × N × H. Only sizes that are not whole
+blocks are padded:
 
-    T and S to multiples of 128     H and D to multiples of 64, as wgmma and its swizzle ask
+    T and S to multiples of 128     H and D to multiples of 64, as the swizzle asks
     numbers    examples × heads                arrays that neither side of a pair changes
     rows       examples × heads × T            columns    examples × heads × S
     tiles      examples × heads × T × S        bias of both sides
@@ -20,11 +20,9 @@ from jattn.implementations.gpu.pairs import LOG2_E
 from jattn.implementations.joint import Extras, Pairs, extras, kind
 
 GROUPS = 2  # groups of threads that compute
-ROWS = 64  # rows that a group computes: one wgmma has 64
+ROWS = 64  # rows that a group computes: one `wgmma` has 64, and `mma` 16 in each of 4 warps
 BLOCK = GROUPS * ROWS  # rows that a program of the grid computes
 _HEAD = 64  # a head size in bytes is then a multiple of the 128 bytes of a swizzle
-# Bytes of shared memory that a program can have, 227 KiB, less 3 KiB for the barriers.
-_SHARED = 224 * 1024
 _WIDTH = 2  # bytes of float16 and bfloat16
 
 
@@ -35,21 +33,47 @@ class Plan(NamedTuple):
     stages: int  # blocks that shared memory has room for
 
 
-def forward_plan(H: int, D: int) -> Plan:
+class Limits(NamedTuple):
+    """What the blocks of a device may be.
+
+    Attributes:
+        shared: Bytes of shared memory that a program can have for blocks.
+        forward: The plans of forward, the best one first.
+        backward: Those of backward.
+    """
+
+    shared: int
+    forward: tuple[Plan, ...]
+    backward: tuple[Plan, ...]
+
+
+# Hopper has 227 KiB, less 3 KiB for the barriers. Backward has blocks of 64 rows, which
+# wgmma needs.
+HOPPER = Limits(224 * 1024, (Plan(128, 2), Plan(64, 2)), (Plan(64, 2), Plan(64, 1)))
+# Ada and Ampere 8.6 have 99 KiB, less 1 KiB for a barrier. The A100 has 163, but nobody
+# could measure yet whether a plan of its own would be faster. A block is copied while
+# another one is read, so there are two.
+AMPERE = Limits(
+    98 * 1024, (Plan(64, 2), Plan(32, 2), Plan(16, 2)), (Plan(64, 2), Plan(32, 2))
+)
+
+
+def forward_plan(H: int, D: int, limits: Limits) -> Plan:
     """Chooses as many keys for a block as shared memory has room for."""
     H, D = round_up(H, _HEAD), round_up(D, _HEAD)
-    for inner in (128, 64):
-        plan = Plan(inner, 2)
-        if _WIDTH * (BLOCK * H + plan.stages * inner * (H + D)) <= _SHARED:
+    for plan in limits.forward:
+        if _WIDTH * (BLOCK * H + plan.stages * plan.inner * (H + D)) <= limits.shared:
             return plan
     raise ValueError(f"forward_plan: H={H} and D={D} must be at most 256.")
 
 
-def backward_plan(H: int, D: int) -> Plan:
-    """Chooses blocks of 64 rows, which wgmma needs; two of them where there is room."""
-    H, D = round_up(H, _HEAD), round_up(D, _HEAD)
-    two = _WIDTH * (BLOCK + 2 * ROWS) * (H + D) <= _SHARED
-    return Plan(ROWS, 2 if two else 1)
+def backward_plan(H: int, D: int, limits: Limits) -> Plan | None:
+    """Chooses likewise; None if shared memory has no room."""
+    size = round_up(H, _HEAD) + round_up(D, _HEAD)
+    for plan in limits.backward:
+        if _WIDTH * (BLOCK + plan.stages * plan.inner) * size <= limits.shared:
+            return plan
+    return None
 
 
 def round_up(size: int, unit: int) -> int:

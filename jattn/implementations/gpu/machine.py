@@ -1,17 +1,19 @@
-"""The operations of a kernel that differ between the device and the emulator.
+"""What a kernel asks of the machine, whichever way it multiplies.
 
-The emulator multiplies no matrix that is in registers, and adds to no sum in registers. So
-an emulated kernel multiplies by `lax.dot` there. All else is the same: copies, barriers,
-memory, and the products of two matrices in shared memory.
+A tile of logits lies in the registers of 128 threads in the layout in which both `wgmma`
+and `mma` leave a product. So all that is elementwise is the same on all machines.
+
+Their own ways to copy and to multiply are in `wgmma` and `mma`.
 """
 
+import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 plgpu: Any = mosaic_gpu  # type checkers may see an older version than `refusal` asks for
@@ -20,37 +22,48 @@ VECTORS = (TILE.reduce(1), TILE.reduce(0))  # a number for each row, and for eac
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
-    """The device, or its emulator with `interpret`."""
+class Machine(abc.ABC):
+    """The device, or its emulator with `interpret`.
+
+    The emulator multiplies no matrix that is in registers, and adds to no sum in registers.
+    So an emulated kernel multiplies by `lax.dot` there.
+    """
 
     interpret: Any = None
 
-    def products(self, x, y, meanwhile=lambda: None):
+    @property
+    @abc.abstractmethod
+    def threads(self) -> int:
+        """Says how many groups of 128 threads a program has."""
+
+    @abc.abstractmethod
+    def memory(self, call: Any, arguments: Any, own: int) -> tuple:
+        """Describes the shared memory and the barriers of a program."""
+
+    @abc.abstractmethod
+    def run(self, program: Any, kernel: Callable, outputs, memory):
+        """Runs a program: copies what it reads, and lets its groups compute."""
+
+    @abc.abstractmethod
+    def products(self, x, y, meanwhile: Callable = lambda: None) -> jax.Array:
         """Multiplies each row of x by each row of y, both in shared memory.
 
         `meanwhile` is called when the product has begun.
         """
 
-        def run(sums):
-            plgpu.wgmma(sums, x, y.transpose((1, 0)))
-            meanwhile()
-            return sums[...]
+    @abc.abstractmethod
+    def add(self, sums, x, y) -> jax.Array:
+        """Computes sums + x y, with x in registers and y in shared memory.
 
-        return pl.run_scoped(run, plgpu.ACC((x.shape[0], y.shape[0]), jnp.float32))
+        x is rounded to the dtype of y.
+        """
 
-    def add(self, sums, x, y, meanwhile=lambda: None):
-        """Computes sums + x y, with x in registers and y in shared memory."""
-        if self.interpret:
-            more = lax.dot(x, y[...], preferred_element_type=jnp.float32)
-            plgpu.commit_smem()  # a plain load, unlike wgmma, needs a fence after it
-            meanwhile()
-            return sums + more
-
-        def run(ref):
-            plgpu.wgmma(ref, x, y)
-            meanwhile()
-
-        return pl.run_state(run)(plgpu.ACC.init(sums))
+    def emulated(self, x, y):
+        """Computes x y in the emulator; x is rounded to the dtype of y."""
+        x = x.astype(y.dtype)
+        product = lax.dot(x, y, preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # a plain load, unlike wgmma, needs a fence after it
+        return product
 
     def call(self, kernel, types, arrays):
         """Calls a kernel.
@@ -62,6 +75,13 @@ class Machine:
             return kernel(*arrays)
         run = jax.jit(lambda *xs: kernel(*xs))
         return jax.pure_callback(run, types, *arrays, vmap_method="sequential")
+
+
+def tiled(shape, dtype):
+    """Describes shared memory as the products read it: swizzled tiles of 8 rows."""
+    swizzle = plgpu.find_swizzle(shape[-1] * 16)
+    tiling = plgpu.TilingTransform((8, swizzle // 2))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 def vector(ref, axis: int):

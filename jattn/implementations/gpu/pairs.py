@@ -95,6 +95,8 @@ def _plain(jaxpr, constants, inputs) -> list:
             return _plain(inner[0], inner[1], operands)
         if primitive.name in _REWRITTEN:
             return [_REWRITTEN[primitive.name](*operands)]
+        if primitive.name == "integer_pow":
+            return [_integer_pow(operands[0], equation.params["y"])]
         result = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
         return list(result) if primitive.multiple_results else [result]
 
@@ -114,6 +116,13 @@ def _div(x, y):
         return lax.div(x, y)
     # One inverse for each number, row or column, and one product for each pair.
     return x * (1 / y)
+
+
+def _integer_pow(x, y: int):
+    # Mosaic lacks the powers 0 and 1, and those below −1. Derivatives have them.
+    if y < 0:
+        return 1 / _integer_pow(x, -y)
+    return lax.integer_pow(x, y) if y > 1 else (jnp.ones_like(x), x)[y]
 
 
 def _floor(x):

@@ -10,7 +10,8 @@ from jattn.implementations import joint, nvidia
 from jattn.implementations.gpu.pairs import objection
 
 OLDEST = (0, 11, 2)  # of jax: earlier ones call and emulate these kernels in another way
-CAPABILITY = "9.0"  # of Hopper, which alone has wgmma
+HOPPER = "9.0"  # the compute capability that alone has wgmma
+_AMPERE = "8."  # what those of Ampere and Ada begin with
 
 
 def refusal(problem: Problem, platform: str, is_emulated: bool) -> str | None:
@@ -50,11 +51,11 @@ def _device() -> str | None:
     """Says what the default device lacks, if it is a GPU; None if it lacks nothing."""
 
     def lacks(capability: str) -> str | None:
-        if capability == CAPABILITY:
+        if capability == HOPPER or capability.startswith(_AMPERE):
             return None
         return (
-            f"needs compute capability {CAPABILITY}, that of Hopper, and this device has "
-            f"{capability}."
+            f"needs compute capability {HOPPER}, that of Hopper, or 8.0 to 8.9, those of "
+            f"Ampere and Ada, and this device has {capability}."
         )
 
     return nvidia.lacking(lacks)
