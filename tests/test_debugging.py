@@ -171,7 +171,20 @@ def _check_transpose(attend):
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [*((name, "dense") for name in LINEAR), *((x, None) for x in ("sink", "merge"))],
+    [
+        *((name, "dense") for name in ("mask", "sink", "all")),
+        ("sink", None),
+        *(
+            pytest.param(name, x, marks=pytest.mark.slow)
+            for name, x in (
+                ("vmap", "dense"),
+                ("merge", "dense"),
+                ("twice", "dense"),
+                ("tangent", "dense"),
+                ("merge", None),
+            )
+        ),
+    ],
 )
 def test_linear_transpose_whatever_is_asked(name, implementation):
     _check_transpose(lambda v: LINEAR[name](v, implementation=implementation))
@@ -186,7 +199,8 @@ def test_linear_transpose_elsewhere(attend):
 
 @pytest.mark.parametrize("implementation", [None, "dense"])
 def test_linear_transpose_on_devices(implementation):
-    mesh = jax.make_mesh((2,), ("x",))
+    axis_types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=axis_types)
     spec = jax.sharding.PartitionSpec("x")
 
     @jax.jit

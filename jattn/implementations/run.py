@@ -42,8 +42,7 @@ def attention_state(
     none does. `tile` gives the number of queries and of keys in a blockwise tile; it
     replaces the measured rule.
     """
-    sizes = problem.sizes
-    if any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S)):
+    if problem.sizes.are_nothing:
         return _nothing(problem)
     problem, operands = prepare(problem, operands, tile)
     leaves, tree = jax.tree.flatten(operands)
