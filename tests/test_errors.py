@@ -202,6 +202,14 @@ MESSAGES = {
         lambda: modifiers.SoftCap(0),
         "modifiers.SoftCap: `cap` must be > 0, got 0.",
     ),
+    "mesh_axis_of_batch_and_heads": (
+        lambda: jattn.Context("a", batch="b", heads=("c", "b")),
+        "Context: a mesh axis must be named once in `axis`, `batch` and `heads`, got 'b'",
+    ),
+    "mesh_axis_twice": (
+        lambda: jattn.Context(("a", "a")),
+        "Context: a mesh axis must be named once in `axis`, `batch` and `heads`, got 'a'",
+    ),
     "cap_without_end": (
         lambda: modifiers.SoftCap(float("inf")),
         "modifiers.SoftCap: `cap` must be between 1.2e-38 and 3.4e+38, got inf; where",
