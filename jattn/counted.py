@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jattn.arrays import saturate
 from jattn.blocks.block_table import BlockTable
 from jattn.dropout import Dropout, Numbered
+from jattn.integers import check_whole
 from jattn.mask import Mask, as_mask
 from jattn.modifiers import Modifier
 from jattn.pytree import pytree
@@ -56,10 +58,13 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
         Array([[[[1., 0.],
                  [1., 0.]]]], dtype=float32)
     """
+    for name, number in (("b", b), ("n", n)):
+        check_whole("counted_from", name, number)
     if isinstance(rule, Dropout):
         if rule.shared:  # the same draw for all examples and heads: no numbers needed
             return rule
-        rng: Any = Numbered(rule.rng, _int32(b), _int32(n))
+        own = rule.rng if isinstance(rule.rng, Numbered) else Numbered(rule.rng, 0, 0)
+        rng: Any = Numbered(own.rng, own.b + _int32(b), own.n + _int32(n))
         return dataclasses.replace(rule, rng=rng)
     if isinstance(rule, BlockTable):
         rule = rule.mask
@@ -126,4 +131,4 @@ class _CountedModifier(_Counted, Modifier):
 
 
 def _int32(number):
-    return jnp.asarray(number, jnp.int32)
+    return saturate(jnp.asarray(number))

@@ -147,8 +147,9 @@ class Prefix(Mask):
 
     def __call__(self, b, n, t, s):
         """Says the same as `allows`, with the length itself."""
-        length: Any = self.length
-        length = length[b] if jnp.ndim(length) else as_int32(length)
+        length: Any = as_int32(self.length)
+        # b counts the examples of all batch axes.
+        length = jnp.ravel(length)[b] if jnp.ndim(length) else length
         return self.allows(b, n, t, s, length)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from jattn.arrays import align, check_array
 from jattn.buckets import distance, log_bucket
+from jattn.mask import Mask
 from jattn.pytree import as_written, pytree
 from jattn.shapes import Sizes
 
@@ -64,6 +65,16 @@ def as_modifier(modifier, where: str = "modifiers") -> Modifier:
     """Makes a modifier from a modifier or a function of (logit, b, n, t, s)."""
     if isinstance(modifier, Modifier):
         return modifier
+    if isinstance(modifier, type):
+        raise ValueError(
+            f"{where}: `modifier` must be a modifier, got the class {modifier.__name__}; "
+            f"call it."
+        )
+    if isinstance(modifier, Mask):
+        raise ValueError(
+            f"{where}: `modifier` must change a logit, got the mask {modifier!r}; give it "
+            f"as `mask`."
+        )
     if callable(modifier):
         return Pointwise(modifier)
     raise ValueError(
@@ -143,8 +154,17 @@ class SoftCap(Modifier):
     cap: float | jax.Array
 
     def __post_init__(self):
-        if isinstance(self.cap, int | float | np.number) and not self.cap > 0:
+        if not isinstance(self.cap, int | float | np.number):
+            return
+        if not self.cap > 0:
             raise ValueError(f"modifiers.SoftCap: `cap` must be > 0, got {self.cap}.")
+        ends = np.finfo(np.float32)  # beyond these, cap · tanh(logit / cap) is 0 · ∞
+        if not ends.tiny <= self.cap <= ends.max:
+            raise ValueError(
+                f"modifiers.SoftCap: `cap` must be between {ends.tiny:.2g} and "
+                f"{ends.max:.2g}, got {self.cap}; where nothing is to be capped, leave the "
+                f"modifier out."
+            )
 
     def aligned(self, sizes) -> Any:
         """Gives the cap as an operand, so that all caps share one program."""

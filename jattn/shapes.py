@@ -60,6 +60,11 @@ class Sizes:
         """Gives the shape of the logits and the weights."""
         return self.B, self.N, self.T, self.S
 
+    @property
+    def are_nothing(self) -> bool:
+        """Says whether it is known that there is no pair of a query and a key."""
+        return any(isinstance(size, int) and size == 0 for size in self.BNTS)
+
 
 def measure(where: str, query, key, value) -> Sizes:
     """Reads the sizes of the letters from the inputs; raises if an input does not fit."""

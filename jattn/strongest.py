@@ -11,6 +11,7 @@ from jattn.call.options import WeightOptions
 from jattn.call.problem import Problem, apart
 from jattn.implementations.blockwise import summaries
 from jattn.implementations.blockwise.strongest import strongest
+from jattn.integers import is_number
 from jattn.meshes import across
 from jattn.operations.varying import locally
 from jattn.shapes import unflatten_batch
@@ -51,7 +52,7 @@ def strongest_keys(
     Args:
         query: `BTNH`.
         key: `BSKH`.
-        k: How many keys, a Python integer; it may be more than S.
+        k: How many keys, an integer of Python or NumPy; it may be more than S.
         logsumexp: The logsumexp of the logits, `BTN`, as `attention_state` of the same
             arguments gives it; computed blockwise by default.
         average: Whether to average the weights over heads before the strongest are found.
@@ -72,10 +73,10 @@ def strongest_keys(
                [0.5, 0.5]], dtype=float32))
     """
     where = "strongest_keys"
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+    if not is_number(k) or k < 1:
         raise ValueError(f"{where}: `k` must be a Python integer above 0, got {k!r}.")
     problem, arrays = _pose(where, query, key, logsumexp, options)
-    found = _strongest(problem, k, bool(average), arrays)
+    found = _strongest(problem, int(k), bool(average), arrays)
     return StrongestKeys(*(unflatten_batch(x, problem.sizes) for x in found))
 
 

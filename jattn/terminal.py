@@ -255,8 +255,8 @@ def _legend(what: str, array: np.ndarray) -> str:
 
 def _shade(share: float) -> str:
     # Five shades: the limits between them are 0.1, 0.3, 0.5 and 0.7, as in the legend.
-    return _SHADES[min(int(5 * share + 0.5), 4)] if math.isfinite(share) else "?"
+    return _SHADES[min(int(5 * max(share, 0) + 0.5), 4)] if math.isfinite(share) else "?"
 
 
 def _height(share: float) -> str:
-    return _HEIGHTS[round(8 * share)] if math.isfinite(share) else "?"
+    return _HEIGHTS[round(8 * max(share, 0))] if math.isfinite(share) else "?"

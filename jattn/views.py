@@ -168,7 +168,8 @@ def _entropy(problem: Problem, average: bool, arrays, tile=None):
     if sink is not None:
         # The sink is one more key with the logit `sink`, so it adds its −w log w.
         sink = jnp.broadcast_to(sink.astype(problem.wide), normalizer.shape)
-        entropy += summaries.surprise(sink - summaries.closed(normalizer))
+        share = jnp.where(sink == jnp.inf, 0, sink - summaries.closed(normalizer))
+        entropy += summaries.surprise(share)
     return spoil(jnp.mean(entropy, axis=2) if average else entropy)
 
 

@@ -17,6 +17,7 @@ ADDED = {
     "least": np.array([0.0, np.finfo(np.float32).min], np.float32),
     "infinite": np.array([0.0, -np.inf], np.float32),
     "small": np.array([0.0, -1e4], np.float16),
+    "integer": np.array([0, -10_000]),
     "bfloat16": jnp.array([0.0, -1e9], jnp.bfloat16),
 }
 

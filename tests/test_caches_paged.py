@@ -179,6 +179,64 @@ def test_too_few_pages_are_an_error_where_that_is_known():
         )
 
 
+def filled(*counts):
+    """A paged cache whose examples hold so many tokens: those of example b are all b."""
+    kv = caches.paged(8, PAGE, K, H, D, batch_size=len(counts), max_pages=3)
+    number = jnp.arange(len(counts), dtype=jnp.float32).reshape(-1, 1, 1, 1)
+    one = lambda size: jnp.broadcast_to(number, (len(counts), PAGE, K, size))
+    return kv.append(one(H), one(D), count=jnp.array(counts))
+
+
+BEYOND = {
+    "release": lambda kv: kv.release([0, 3]),
+    "release_below": lambda kv: kv.release(-4),
+    "fork_source": lambda kv: kv.fork(3, 0),
+    "fork_target": lambda kv: kv.fork(0, [1, 5]),
+    "take": lambda kv: kv.take([0, 1, 3]),
+    "example": lambda kv: kv.attend_tokens(jnp.ones((2, N, H)), [0, 3], [0, 0]),
+    "uint32": lambda kv: kv.release(np.uint32(2**32 - 1)),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_examples_that_are_not_there_are_refused(name):
+    with pytest.raises(ValueError, match=r"must be less than B = 3"):
+        BEYOND[name](filled(1, 2, 3))
+
+
+def test_booleans_of_another_shape_are_refused():
+    kv = filled(1, 2, 3)
+    for chosen in (jnp.array([True]), [True, False], np.ones((3, 1), bool)):
+        with pytest.raises(ValueError, match=r"Booleans of shape B = \(3,\)"):
+            kv.release(chosen)
+    assert kv.release([True, False, True]).length.tolist() == [0, 2, 0]
+    assert kv.release([-1, 0]).length.tolist() == [0, 2, 0]
+
+
+@pytest.mark.parametrize("by", [take, lambda kv, indices: kv.take(indices)])
+def test_an_example_counted_from_the_end_is_the_same_example(by):
+    kv = by(filled(2, 2, 2), np.array([1, -2, -1], np.int32))
+    assert kv.length.tolist() == [2, 2, 2]
+    assert kv.table[0, 0] != kv.table[1, 0]  # both will write their next token there
+    assert int(kv.num_free) == 5
+
+
+def test_traced_examples_that_are_not_there_give_nan():
+    kv, indices = filled(2, 2, 2), np.array([1, 3, -5], np.int32)
+    query = jnp.ones((3, T, N, H))
+    taken, one = take(kv, indices), jnp.ones((3, 1, K, H))
+    flat = caches.empty(3, 8, K, H, D, ragged=True).append(one, one[..., :D])
+    flat = jax.jit(lambda kv, indices: kv.take(indices))(flat, indices)
+    for copy in (taken, flat):
+        longer = append(copy, one, one[..., :D], np.array([1, 1, 1], np.int32))
+        for cache in (copy, longer):
+            got = np.isnan(cache.attend(query)).all((1, 2, 3))
+            np.testing.assert_array_equal(got, [False, True, True])
+    assert release(kv, np.array([3, -5, 1], np.int32)).length.tolist() == [2, 0, 2]
+    got = by_token(kv, query[0], np.array([0, 3, 1], np.int32), np.array([1, 1, 1]))
+    np.testing.assert_array_equal(np.isnan(got).all((1, 2)), [False, True, False])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_gradients_and_rounded_pages(dtype):

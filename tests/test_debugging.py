@@ -124,6 +124,109 @@ def test_linear_transpose_in_the_values(mask):
     np.testing.assert_allclose(got, jnp.stack([want, 2 * want]), atol=1e-5)
 
 
+def _tokens(value):
+    """Values as the tokens of a cache, which rounds nothing."""
+    cache = jattn.caches.empty(2, 8, 2, 8).append(K, value)
+    return cache.attend(Q[:, -2:], sink=jnp.array([0.5, -1.0]))
+
+
+def _state_of_two(value, **options):
+    state = jattn.attention_state(Q, K, value, mask=Causal(), **options)
+    return jattn.merge(state, jattn.attention_state(Q, K, 2 * value, **options))
+
+
+LINEAR = {
+    "mask": lambda v, **o: jattn.attention(Q, K, v, mask=Causal(-2), **o),
+    "sink": lambda v, **o: jattn.attention(
+        Q, K, v, mask=Causal(), sink=jnp.array([0.5, -1.0]), **o
+    ),
+    "all": lambda v, **o: jattn.attention(
+        jnp.concatenate([Q, Q], 2),
+        K,
+        v,
+        mask=lambda b, n, t, s: (s < 3) | (t == s),
+        modifier=SoftCap(3.0),
+        dropout=jattn.Dropout(0.3, jax.random.key(0)),
+        **o,
+    ),
+    "vmap": lambda v, **o: jax.vmap(
+        lambda q, k, v: jattn.attention(q, k, v, mask=Causal(), sink=jnp.zeros(2), **o)
+    )(Q, K, v),
+    "merge": lambda v, **o: _state_of_two(v, **o),
+    "twice": lambda v, **o: jattn.attention(
+        Q, K, jattn.attention(Q, K, v, mask=Causal(), **o), mask=Causal(), **o
+    ),
+    "tangent": lambda v, **o: jax.linearize(
+        lambda v: jattn.attention(Q, K, v, mask=Causal(), **o), V
+    )[1](v),
+}
+
+
+def _check_transpose(attend):
+    want, pull = jax.vjp(attend, V)
+    cotangents = jax.tree.map(lambda x: normal(7, x.shape), want)
+    (got,) = jax.linear_transpose(attend, V)(cotangents)
+    np.testing.assert_allclose(got, pull(cotangents)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *((name, "dense") for name in ("mask", "sink", "all")),
+        ("sink", None),
+        *(
+            pytest.param(name, x, marks=pytest.mark.slow)
+            for name, x in (
+                ("vmap", "dense"),
+                ("merge", "dense"),
+                ("twice", "dense"),
+                ("tangent", "dense"),
+                ("merge", None),
+            )
+        ),
+    ],
+)
+def test_linear_transpose_whatever_is_asked(name, implementation):
+    _check_transpose(lambda v: LINEAR[name](v, implementation=implementation))
+
+
+@pytest.mark.parametrize("attend", [_tokens, jattn.definition.attention_state], ids=str)
+def test_linear_transpose_elsewhere(attend):
+    known = attend is _tokens
+    options = {"sink": jnp.zeros(2), "mask": Causal()}
+    _check_transpose(attend if known else lambda v: attend(Q, K, v, **options).output)
+
+
+@pytest.mark.parametrize("implementation", [None, "dense"])
+def test_linear_transpose_on_devices(implementation):
+    axis_types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=axis_types)
+    spec = jax.sharding.PartitionSpec("x")
+
+    @jax.jit
+    def attend(v):
+        part = lambda q, k, v: jattn.attention(
+            q, k, v, mask=Causal(), sink=jnp.zeros(2), implementation=implementation
+        )
+        return jax.shard_map(part, mesh=mesh, in_specs=spec, out_specs=spec)(Q, K, v)
+
+    (got,) = jax.linear_transpose(attend, V)(V)
+    want = jax.vjp(attend, V)[1](V)[0]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_hidden_values_stay_hidden_in_dense():
+    value = V.at[:, 4].set(jnp.nan).at[:, 5].set(jnp.inf)
+    attend = lambda v: jattn.attention(Q, K, v, mask=Lengths(4), implementation="dense")
+    out, tangent = jax.jvp(attend, (value,), (V,))
+    want = jattn.definition.attention(Q, K, V, mask=Lengths(4))
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    np.testing.assert_allclose(tangent, want, atol=1e-5)
+    assert np.isfinite(jax.vjp(attend, value)[1](V)[0]).all()
+    seen = jattn.attention(Q, K, value, mask=Causal(), implementation="dense")
+    np.testing.assert_array_equal(np.isnan(seen[0, :, 0, 0]), np.arange(6) >= 4)
+
+
 def test_linear_transpose_elsewhere_is_refused():
     with pytest.raises(ValueError, match="must be asked in the values alone"):
         jax.linear_transpose(lambda k: jattn.attention(Q, k, V), K)(V)

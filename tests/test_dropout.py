@@ -7,6 +7,7 @@ import pytest
 
 import jattn
 from jattn import Dropout
+from jattn.counted import counted_from
 from jattn.implementations import dispatch
 from tests.helpers.draws import normal
 
@@ -123,3 +124,11 @@ def test_shared_dropout_equals_the_definition(name):
     got = jattn.attention(QUERY, QUERY, QUERY, dropout=dropout, implementation=name)
     want = jattn.definition.attention(QUERY, QUERY, QUERY, dropout=dropout)
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_numbers_of_examples_and_heads_add_up():
+    query, dropout = jnp.zeros((3, 4, 2, 4)), Dropout(0.5, jax.random.key(0))
+    whole = jattn.attention_weights(query, query, dropout=dropout)
+    counted = counted_from(counted_from(dropout, b=1), b=1, n=1)
+    part = jattn.attention_weights(query[2:, :, 1:], query[2:, :, 1:], dropout=counted)
+    np.testing.assert_array_equal(part, whole[2:, 1:])

@@ -202,6 +202,42 @@ MESSAGES = {
         lambda: modifiers.SoftCap(0),
         "modifiers.SoftCap: `cap` must be > 0, got 0.",
     ),
+    "mesh_axis_of_batch_and_heads": (
+        lambda: jattn.Context("a", batch="b", heads=("c", "b")),
+        "Context: a mesh axis must be named once in `axis`, `batch` and `heads`, got 'b'",
+    ),
+    "mesh_axis_twice": (
+        lambda: jattn.Context(("a", "a")),
+        "Context: a mesh axis must be named once in `axis`, `batch` and `heads`, got 'a'",
+    ),
+    "cap_without_end": (
+        lambda: modifiers.SoftCap(float("inf")),
+        "modifiers.SoftCap: `cap` must be between 1.2e-38 and 3.4e+38, got inf; where",
+    ),
+    "cap_that_float32_has_not": (
+        lambda: modifiers.SoftCap(np.float64(1e-60)),
+        "modifiers.SoftCap: `cap` must be between 1.2e-38 and 3.4e+38, got 1e-60; where",
+    ),
+    "class_as_modifier": (
+        lambda: attend(modifier=modifiers.SoftCap),
+        "attention: `modifier` must be a modifier, got the class SoftCap; call it.",
+    ),
+    "mask_as_modifier": (
+        lambda: attend(modifier=Segments(IDS)),
+        "attention: `modifier` must change a logit, got the mask Segments(",
+    ),
+    "dropout_without_a_key": (
+        lambda: attend(dropout=jattn.Dropout(0.1, None)),
+        "attention: `dropout` must have one random key as `rng`, got NoneType; give",
+    ),
+    "dropout_with_a_seed": (
+        lambda: attend(dropout=jattn.Dropout(0.1, 5)),
+        "attention: `dropout` must have one random key as `rng`, got int; give",
+    ),
+    "dropout_with_several_keys": (
+        lambda: attend(dropout=jattn.Dropout(0.1, jax.random.split(jax.random.key(0)))),
+        "attention: `dropout` must have one random key as `rng`, got key<fry>[2]; give",
+    ),
     "slopes_per_key_head": (
         lambda: attend(modifier=modifiers.ALiBi(jnp.zeros(2))),
         "modifiers.ALiBi: `slopes` must have shape N = (4,), one per query head, got (2,).",

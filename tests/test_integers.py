@@ -152,3 +152,49 @@ def test_large_numbers_mean_everything_or_nothing():
 def test_rows_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="`rows` must hold integers of 32 bits"):
         jattn.attention_weights(KEY, KEY, rows=np.array([FAR]))
+
+
+def _truncated(kv, length):
+    return kv.truncate(length).length
+
+
+TOKENS = jnp.zeros((2, 3, 1, 4))
+CACHES = {
+    "plain": lambda: jattn.caches.empty(2, 4, 1, 4).append(*2 * [TOKENS]),
+    "ragged": lambda: jattn.caches.empty(2, 4, 1, 4, ragged=True).append(*2 * [TOKENS]),
+    "paged": lambda: jattn.caches.paged(4, 2, 1, 4, batch_size=2, max_pages=2).append(
+        *2 * [TOKENS]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_lengths_of_caches_do_not_wrap(name):
+    with jax.enable_x64(True):
+        kv = CACHES[name]()
+        traced = jax.jit(_truncated)
+        for length in (np.uint32(2**32 - 1), np.int64(2**32 + 1), np.uint64(2**63)):
+            assert (_truncated(kv, length) == 3).all()
+            assert (traced(kv, jnp.asarray(length)) == 3).all()
+        assert (traced(kv, jnp.int64(-(2**32) + 1)) == 0).all()
+        append = jax.jit(lambda kv, x, count: kv.append(x, x, count=count).length)
+        # More than T is T, also for a number that would wrap to 0.
+        assert (append(kv, TOKENS[:, :1], jnp.int64(2**32)) == 4).all()
+
+
+def test_examples_and_heads_are_counted_from_whole_numbers():
+    for number in (1.0, "1", np.float32(2)):
+        with pytest.raises(ValueError, match="counted_from: `b` must be a whole number"):
+            jattn.counted.counted_from(Causal(), b=number)
+    with pytest.raises(ValueError, match="counted_from: `n` must be a whole number"):
+        jattn.counted.counted_from(lambda b, n, t, s: b == n, n=0.5)
+
+
+def test_a_prefix_called_with_positions_does_not_wrap():
+    length = jnp.array([2**32 - 1], jnp.uint32)
+    got = weights(lambda b, n, t, s: Prefix(length)(b, n, t, s))
+    np.testing.assert_array_equal(got, BOTH)
+    lengths, x = np.array([[1, 2]]), jnp.zeros((1, 2, 2, 1, 4))
+    mask = lambda b, n, t, s: Prefix(lengths)(b, n, t, s)
+    got = jattn.attention_weights(x, x, mask=mask)[0, :, 0, 0]
+    np.testing.assert_array_equal(got, [[1, 0], [0.5, 0.5]])

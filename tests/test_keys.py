@@ -1,5 +1,7 @@
 """Programs are keyed by what they compute: never by printed text, never by identity."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -207,3 +209,53 @@ def test_skipping_is_as_exact_as_with_numbers_in_the_program(mask):
     plain = jattn.block_table(lambda b, n, t, s: mask(b, n, t, s), shape, shape, block=128)
     np.testing.assert_array_equal(table.kinds, plain.kinds)
     assert isinstance(table.kinds, np.ndarray)
+
+
+def _traced_anew(function):
+    """The key of a function that JAX has not traced before."""
+    return pose("test", QUERY, KEY, KEY, mask=lambda *at: function(*at))[0].mask
+
+
+def _mapped(factor):
+    @jax.custom_batching.custom_vmap
+    def scale(x):
+        return x * factor
+
+    scale.def_vmap(lambda size, mapped, x: (x * factor, mapped[0]))
+    return scale
+
+
+def _summed(factor):
+    x = KEY[0, :, 0]
+    held = [factor]  # a function that closes over what a literal cannot be
+    add = lambda x, y: x + held[0] * y
+    return lambda b, n, t, s: jax.lax.reduce(x, 0.0, add, (0, 1)) > 0.5
+
+
+SCALE = _mapped(2.0)
+KEPT = "kept"
+WITHOUT_JAXPR = {
+    "custom_vmap": lambda b, n, t, s: SCALE(KEY[0, s, 0, 0]) > 0.5,
+    "reduce": lambda b, n, t, s: _summed(2.0)(b, n, t, s),
+    "partial": lambda b, n, t, s: (
+        jax.lax.reduce(KEY[0, s], 0.0, functools.partial(lambda x, y: x + y), (0, 1)) > 0
+    ),
+    "policy": lambda b, n, t, s: jax.checkpoint(
+        lambda x: jnp.sin(x) > 0,
+        policy=jax.checkpoint_policies.save_only_these_names(KEPT),
+    )(KEY[0, s, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_JAXPR)
+def test_functions_in_parameters_are_one_program(name):
+    first, second = (_traced_anew(WITHOUT_JAXPR[name]) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
+
+
+def test_functions_that_hold_other_numbers_are_two_programs():
+    assert _traced_anew(_summed(2.0)) != _traced_anew(_summed(3.0))
+    rules = [_mapped(2.0), _mapped(3.0)]
+    one, two = (lambda b, n, t, s, f=f: f(KEY[0, s, 0, 0]) > 0 for f in rules)
+    assert _traced_anew(one) != _traced_anew(two)

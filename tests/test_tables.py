@@ -430,3 +430,11 @@ def test_a_table_is_made_once_for_what_is_hoisted(monkeypatch):
     assert len(asked) == 1
     expected = jattn.attention(*INPUTS, modifier=modifier, implementation="dense")
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_is_of_the_numbers_that_it_was_made_with():
+    ids, x = np.array([0, 0, 1, 1]), jnp.zeros((1, 4, 1, 4))
+    table = jattn.block_table(Segments(ids), x, x, block=2)
+    ids[:] = 0  # the mask would allow everything now, and the table skips half of it
+    got = jattn.attention_weights(x, x, mask=table)[0, 0]
+    np.testing.assert_array_equal(got, np.kron(np.eye(2), np.full((2, 2), 0.5)))

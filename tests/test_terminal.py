@@ -103,3 +103,9 @@ def test_tokens_are_shown_in_printable_letters():
 def test_what_does_not_fit_is_refused(draw, sentence):
     with pytest.raises(ValueError, match=sentence):
         draw()
+
+
+def test_numbers_below_zero_are_drawn_as_nothing():
+    text = terminal.weights([[1.0, -1.0], [-0.5, 0.0]])
+    assert body(text, 2) == ["0 ██", "1"]
+    assert terminal.received([1.0, -0.5, -1.0]).splitlines()[-1].split() == ["█"]

@@ -161,6 +161,17 @@ def test_of_equal_weights_the_first_key_wins(average):
     np.testing.assert_allclose(weights[0].reshape(32, -1)[:, 0], 1 / (last - first + 1))
 
 
+def test_a_sink_of_infinity_takes_everything():
+    query = normal(1, 3, 2, 4)
+    sink = jnp.array([jnp.inf, -jnp.inf])
+    entropy = jattn.attention_entropy(query, query, sink=sink)
+    without = jattn.attention_entropy(query, query)
+    np.testing.assert_array_equal(entropy[..., 0], 0)
+    np.testing.assert_allclose(entropy[..., 1], without[..., 1], atol=1e-6)
+    found = jattn.strongest_keys(query, query, np.int64(1), sink=sink)
+    np.testing.assert_array_equal(found.indices[..., 0, 0], -1)
+
+
 def test_more_keys_than_there_are_have_index_minus_one():
     query, key = jnp.zeros((1, 1, 2)), jnp.zeros((2, 1, 2))
     indices, weights = jattn.strongest_keys(query, key, 4)
@@ -180,6 +191,17 @@ def test_views_of_nothing_are_zero(T, S):
     assert indices.shape == weights.shape == (2, T, 2)
     assert jnp.all(indices == -1)
     assert not jnp.any(weights)
+
+
+def test_no_query_heads_give_no_results():
+    query, key = jnp.zeros((2, 3, 0, 4)), jnp.zeros((2, 3, 1, 4))
+    attend = lambda key: jattn.attention_state(query, key, key, mask=masks.Causal())
+    assert attend(key).output.shape == (2, 3, 0, 4)
+    assert attend(key).logsumexp.shape == (2, 3, 0)
+    assert not jnp.any(jax.grad(lambda key: jnp.sum(attend(key).output))(key))
+    assert jattn.attention_entropy(query, key).shape == (2, 3, 0)
+    assert jattn.attention_received(query, key).shape == (2, 3, 0)
+    assert jattn.strongest_keys(query, key, 2).indices.shape == (2, 3, 0, 2)
 
 
 @pytest.mark.parametrize("which", ["query", "key"])

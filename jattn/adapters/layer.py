@@ -70,14 +70,13 @@ def any_mask(where: str, mask) -> Mask | None:
     """Makes a mask from a function or an array; the array is Boolean, or ones and zeros.
 
     Raises:
-        ValueError: If it is a floating array with a negative number, and its numbers are
-            known: such an array is made to be added to the logits, where 0 means "may
-            attend".
+        ValueError: If it is an array with a negative number, and its numbers are known:
+            such an array is made to be added to the logits, where 0 means "may attend".
     """
     if mask is None or isinstance(mask, Mask) or callable(mask):
         return None if mask is None else as_mask(mask, where)
     array = check_array(where, "mask", mask)
-    if jnp.issubdtype(array.dtype, jnp.floating) and not isinstance(mask, jax.core.Tracer):
+    if array.dtype != jnp.bool_ and not isinstance(mask, jax.core.Tracer):
         least = np.min(np.asarray(mask, np.float64), initial=0)
         if not least >= 0:
             raise ValueError(
@@ -96,7 +95,7 @@ def both(*masks: Mask | None) -> Mask | None:
 
 def dropout(where: str, rate, rng, deterministic, shared=False) -> Dropout | None:
     """Makes the dropout of a layer; None if it is off."""
-    if deterministic or (isinstance(rate, int | float) and rate == 0):
+    if deterministic or (isinstance(rate, int | float | np.number) and rate == 0):
         return None
     if rng is None:
         raise ValueError(

@@ -151,6 +151,8 @@ def block_table(
     mask = as_mask(mask, where)
     # Of a table, only the mask counts: its kinds are for other blocks.
     mask = mask.mask if isinstance(mask, BlockTable) else mask
+    # The kinds are those of the numbers now, which a caller may write over in NumPy.
+    mask = jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, mask)
     places = {"query_position": query_position, "key_position": key_position}
     return BlockTable(
         mask,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays import check_array, check_integers, is_known
+from jattn.arrays import check_array, check_integers, is_known, saturate
 from jattn.blocks.block_table import BlockTable
 from jattn.caches.rounding import LARGEST
 from jattn.call.options import Options
@@ -144,12 +144,12 @@ def check_count(where: str, count, shape: tuple[int, ...], T: int):
             f"{where}: `count` must be between 0 and the T = {T} tokens that were given, "
             f"got {count}; give more tokens, or count fewer."
         )
-    return jnp.clip(jnp.asarray(count, jnp.int32), 0, T)
+    return jnp.clip(saturate(jnp.asarray(count)), 0, T)
 
 
 def check_whole(where: str, name: str, value, shape: tuple[int, ...] | None) -> jax.Array:
     """Checks whole numbers: int32, one of each of `shape`; of any shape for None."""
-    value = jnp.asarray(check_integers(where, name, value), jnp.int32)
+    value = saturate(jnp.asarray(check_integers(where, name, value)))
     if shape is None:
         return value
     if value.shape not in ((), shape):
@@ -158,6 +158,49 @@ def check_whole(where: str, name: str, value, shape: tuple[int, ...] | None) -> 
             f"number for all or one of each example."
         )
     return jnp.broadcast_to(value, shape)
+
+
+def check_examples(where: str, name: str, value, shape, count: int) -> jax.Array:
+    """Checks numbers of examples, of which there are `count`; −1 is the last one.
+
+    A number that is no example's is refused where it is known, and becomes `count` where
+    it is traced.
+    """
+    given = check_integers(where, name, value)
+    # Asked of NumPy: inside `jit`, what JAX computes of known numbers is not known.
+    if is_known(given) and not all(-count <= x < count for x in np.ravel(given)):
+        raise ValueError(
+            f"{where}: `{name}` must be less than B = {count}, got {given}; there are no "
+            f"other examples."
+        )
+    value = check_whole(where, name, given, shape)
+    value = jnp.where(value < 0, value + count, value)
+    return jnp.where(value < 0, count, value)
+
+
+def check_owners(where: str, example, shape, count: int) -> jax.Array:
+    """Checks the example of each token, of which there are `count`; below 0 for padding."""
+    example = check_integers(where, "example", example)
+    if is_known(example) and not all(x < count for x in np.ravel(example)):
+        raise ValueError(
+            f"{where}: `example` must be less than B = {count}, or −1 for padding, got "
+            f"{example}; there are no other examples."
+        )
+    return check_whole(where, "example", example, shape)
+
+
+def chosen_examples(where: str, examples, batch: tuple[int, ...]) -> jax.Array:
+    """Gives Booleans `B` from Booleans or from numbers of examples."""
+    array = check_array(where, "examples", examples)
+    if array.dtype != jnp.bool_:
+        numbers = check_examples(where, "examples", examples, None, *batch)
+        return jnp.zeros(batch, bool).at[numbers.reshape(-1)].set(True, mode="drop")
+    if array.shape != batch:
+        raise ValueError(
+            f"{where}: `examples` must be Booleans of shape B = {batch}, one of each "
+            f"example, or numbers, got Booleans of shape {array.shape}."
+        )
+    return array
 
 
 def check_pointwise(where: str, mask, modifier) -> None:

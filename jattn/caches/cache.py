@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays import check_integers, is_known
+from jattn.arrays import check_integers, is_known, saturate
 from jattn.caches import asked, attend, write
 from jattn.caches.store import Store, blank, put_at, put_run, taken
 from jattn.pytree import pytree
@@ -146,7 +146,7 @@ class Cache:
     def truncate(self, length) -> "Cache":
         """Forgets all tokens after the first `length`, one number or one of each."""
         where = "caches.truncate"
-        length = jnp.asarray(check_integers(where, "length", length), jnp.int32)
+        length = saturate(jnp.asarray(check_integers(where, "length", length)))
         if length.shape not in ((), self.length.shape):
             raise ValueError(
                 f"{where}: `length` must have shape () or {self.length.shape}, that of the "
@@ -159,8 +159,8 @@ class Cache:
         store = taken("caches.take", self.store, indices)
         length = self.length
         if length.ndim:  # an example that is not there attends to NaN
-            most = jnp.iinfo(jnp.int32).max
-            length = jnp.take(length, jnp.asarray(indices), 0, mode="fill", fill_value=most)
+            over = self.capacity + 1  # not the largest int32, which `append` adds to
+            length = jnp.take(length, jnp.asarray(indices), 0, mode="fill", fill_value=over)
         return dataclasses.replace(self, store=store, length=length)
 
     def dequantize(self, dtype="float32") -> "Cache":
@@ -220,8 +220,9 @@ def _check_room(where: str, length, count, T: int, capacity: int) -> None:
     if not (is_known(length) and is_known(count)):
         return
     count = np.asarray(count)  # not by JAX, whose numbers are not known inside `jit`
-    most = np.max(np.asarray(length) + count, initial=0)
-    if most > capacity and count.any():
+    # An example that gets no token may be too long already: it attends to NaN.
+    most = np.max(np.where(count > 0, np.asarray(length) + count, 0), initial=0)
+    if most > capacity:
         raise ValueError(
             f"{where}: {most} tokens must fit a capacity of {capacity}; make the cache "
             f"larger, or truncate it first."

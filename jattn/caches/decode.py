@@ -71,6 +71,20 @@ class Decode(Operation):
         return 3
 
     @property
+    def linear_in(self) -> frozenset[int]:
+        """Gives the index of the values, if they are stored apart and are not rounded."""
+        leaves = range(self.tree.num_leaves)
+        _, source, _ = self.tree.unflatten(leaves)
+        store = getattr(source, "store", source)  # that of the pages, or itself
+        apart = store.values is not None and not store.is_rounded
+        return frozenset({store.values} if apart else ())
+
+    @property
+    def constant(self) -> frozenset[int]:
+        """Gives the outputs that do not depend on the values: maximum and sum."""
+        return frozenset({1, 2})
+
+    @property
     def elements(self) -> int:
         """Gives all logits, and the weights."""
         B, N, T, S = self.problem.sizes.BNTS

@@ -152,14 +152,15 @@ class PagedCache:
         asked.check_options(where, options)
         query = asked.check_query(where, query, (), self.store)
         shape = query.shape[:1]
-        example = asked.check_whole(where, "example", example, shape)
+        (B,) = self.batch
+        example = asked.check_owners(where, example, shape, B)
         position = asked.check_whole(where, "position", position, shape)
         key, value = self.store.vectors(query.dtype)
         key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))
         ways = of_tokens(where, self, example, options)
         placed = {"query_position": position, "key_position": slot_positions(self)}
         output = attention(query, key, value, **options | ways | placed)
-        over = (example >= 0) & jnp.take(self.over, example, mode="clip")
+        over = (example >= 0) & jnp.take(self.over, example, mode="clip") | (example >= B)
         return jnp.where(over[:, None, None], jnp.asarray(jnp.nan, output.dtype), output)
 
     def extend(self, query, key, value, *, count=None, **options):
@@ -169,7 +170,7 @@ class PagedCache:
 
     def release(self, examples) -> "PagedCache":
         """Empties examples, given by number or as Booleans `B`, and frees their pages."""
-        chosen = self._chosen("caches.release", examples)
+        chosen = asked.chosen_examples("caches.release", examples, self.batch)
         gone = jnp.where(chosen[:, None], self.table, -1)
         return dataclasses.replace(
             self,
@@ -188,16 +189,18 @@ class PagedCache:
             target: As many others, which are emptied before.
         """
         where = "caches.fork"
-        source = asked.check_whole(where, "source", source, None).reshape(-1)
-        target = asked.check_whole(where, "target", target, None).reshape(-1)
-        whose = jnp.arange(self.batch[0], dtype=jnp.int32)
+        (B,) = self.batch
+        source = asked.check_examples(where, "source", source, None, B).reshape(-1)
+        target = asked.check_examples(where, "target", target, None, B).reshape(-1)
+        whose = jnp.arange(B, dtype=jnp.int32)
         return sharing.copied(
             self, whose.at[target].set(source), whose.at[target].set(-1) < 0
         )
 
     def take(self, indices) -> "PagedCache":
         """Gives the examples `indices`, B of them, in this order; copies share pages."""
-        whose = asked.check_whole("caches.take", "indices", indices, self.batch)
+        of, where = self.batch, "caches.take"
+        whose = asked.check_examples(where, "indices", indices, of, of[0])
         earlier = jnp.tril(jnp.ones((whose.size, whose.size), bool), -1)
         again = jnp.any((whose[:, None] == whose[None]) & earlier, axis=1)
         return sharing.copied(self, whose, again)
@@ -222,18 +225,14 @@ class PagedCache:
         state = attend.from_last(*asking, query, count, options, whole)
         return attend.spoiled(state, self.over)
 
-    def _chosen(self, where: str, examples) -> jax.Array:
-        if getattr(examples, "dtype", None) == jnp.bool_:
-            return jnp.asarray(examples)
-        examples = asked.check_whole(where, "examples", examples, None)
-        return jnp.zeros(self.batch, bool).at[examples.reshape(-1)].set(True)
-
     def _checked(self, where: str, before) -> "PagedCache":
         """Gives the cache, or raises where it is known that pages were missing."""
         if not (is_known(self.length) and is_known(self.table)):
             return self
-        missing = self.length > np.sum(np.asarray(self.table) >= 0, 1) * self.page_size
-        if np.any(np.asarray(missing) & ~np.asarray(before)):
+        # In NumPy, whose counts have 64 bits, which JAX refuses to compare with 32.
+        has = np.sum(np.asarray(self.table) >= 0, axis=1) * self.page_size
+        missing = (np.asarray(self.length) > has) & ~np.asarray(before)
+        if np.any(missing):
             names, most = np.flatnonzero(missing).tolist(), self.table.shape[1]
             raise ValueError(
                 f"{where}: examples {names} need more pages than are free, or than the "

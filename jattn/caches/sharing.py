@@ -42,7 +42,9 @@ def unused(cache, length) -> jax.Array:
 
 def copied(cache, whose, again):
     """Copies the examples `whose`; those that come `again` get a new last page."""
-    table, length = (jnp.take(x, whose, axis=0) for x in (cache.table, cache.length))
+    # A number that is no example's gives one that is too long, so that it attends to NaN.
+    take = lambda x, fill: jnp.take(x, whose, axis=0, mode="fill", fill_value=fill)
+    table, length = take(cache.table, -1), take(cache.length, cache.capacity + 1)
     # Pages that were reserved and hold nothing yet stay with the first: both would write.
     table = jnp.where(again[:, None] & unused(cache, length), -1, table)
     pool = cache.pool.owned(table).released(cache.table)

@@ -1,6 +1,8 @@
 """Keys of traced functions: two functions with one key compute the same."""
 
 import dataclasses
+import functools
+import types
 from collections.abc import Hashable
 from typing import Any
 
@@ -32,8 +34,11 @@ def structure(jaxpr, orders: int = _ORDERS) -> Hashable:
         parameter           number: type and bits; container: its items; else by `==`
         function with its   the keys of its jaxpr and of the jaxpr of its derivative, and
           own derivative    so on for `orders` derivatives
+        function without    its code, its defaults, and what it closes over
+          a jaxpr
 
-    Only a function without a jaxpr, such as a callback, is compared by identity.
+    What is left, such as an object with a method, is compared by its own `==`, which is
+    identity for most objects.
     """
     # Variables are numbered by first use, so that their names do not matter.
     numbers: dict[Any, int] = {}
@@ -49,6 +54,9 @@ def structure(jaxpr, orders: int = _ORDERS) -> Hashable:
         # has the jaxprs that they trace to.
         if eqn.primitive.name in _RULES:
             params = {"call": eqn.params["call_jaxpr"], "rule": _Rule(eqn)}
+        elif eqn.primitive.name == "custom_vmap_call":
+            # JAX wraps the rule in a new object in each trace.
+            params = params | {"rule": getattr(params["rule"], "rule", params["rule"])}
         return (
             eqn.primitive,
             tuple(map(atom, eqn.invars)),
@@ -75,12 +83,39 @@ def _parameter(value, orders: int) -> Hashable:
         return type(value), items
     if isinstance(value, float | complex | np.ndarray | np.generic | jax.Array):
         return type(value), by_content(value)
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(_parameter(x, orders) for x in value)
+    if isinstance(value, functools.partial | types.FunctionType):
+        return _function(value, orders - 1) if orders else Same(value)
     # The type is part of the key, since 1 and True are equal.
     try:
         hash(value)
     except TypeError:
         return Same(value)
     return type(value), value
+
+
+def _function(value, orders: int) -> Hashable:
+    """Makes a key of a function without a jaxpr.
+
+    A function inside another one is a new object in each call, but of the same code. Two
+    functions of the same code compute the same if they hold the same.
+    """
+    if isinstance(value, functools.partial):
+        held = value.func, value.args, value.keywords
+        return functools.partial, _parameter(held, orders)
+    held = value.__defaults__, value.__kwdefaults__, *map(_content, value.__closure__ or ())
+    # Code and global variables by identity: equal codes may be of different modules.
+    known = Same(value.__code__), Same(value.__globals__)
+    return known, _parameter(held, orders)
+
+
+def _content(cell):
+    """Gives what a cell of a closure holds; the cell itself if it is still empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return cell
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

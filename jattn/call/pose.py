@@ -207,4 +207,15 @@ def _check_dropout(where, dropout):
             f"{where}: `dropout` must be jattn.Dropout(rate, rng), got "
             f"{type(dropout).__name__}."
         )
+    rng = getattr(dropout.rng, "rng", dropout.rng)  # of a `Numbered`
+    if rng is None and dropout.rate == 0:
+        return 0.0, False, None
+    dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", ())
+    is_key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if is_key else dtype == jnp.uint32 and len(shape) == 1):
+        got = type(rng).__name__ if dtype is None else f"{dtype}{list(shape)}"
+        raise ValueError(
+            f"{where}: `dropout` must have one random key as `rng`, got {got}; give "
+            f"`jax.random.key(seed)`, or one of those that `jax.random.split` makes."
+        )
     return dropout.rate, dropout.shared, dropout.rng

@@ -58,6 +58,13 @@ class Context:
                     f"Context: axis {min(both)!r} carries {name} and cannot carry T and S "
                     f"too; name another."
                 )
+        names = [x for y in (self.axis, self.batch, self.heads) for x in axes_of(y)]
+        twice = {x for x in names if names.count(x) > 1}
+        if twice:
+            raise ValueError(
+                f"Context: a mesh axis must be named once in `axis`, `batch` and `heads`, "
+                f"got {min(twice)!r} twice; name another."
+            )
 
 
 class Place(NamedTuple):

@@ -2,6 +2,7 @@
 
 `kernel`        the contract of an implementation, with its laws
 `shared`        what they share: the logits of some queries by some keys
+`isolated`      the isolation of values, which JAX can transpose
 `joint`         what joins queries and keys, as kernels read it
 `nvidia`        what a kernel for NVIDIA GPUs asks of the device
 `dense`         attention in one tile

@@ -96,6 +96,11 @@ class Attention(Operation):
         return frozenset({Operands._fields.index("value")})
 
     @property
+    def constant(self) -> frozenset[int]:
+        """Gives the outputs that do not depend on the values: maximum and sum."""
+        return frozenset(map(Sums._fields.index, ("top", "total")))
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names the outputs for policies of `jax.checkpoint`.
 

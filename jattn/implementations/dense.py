@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jattn.call.problem import Operands, Problem, index, kept
 from jattn.implementations import shared
+from jattn.implementations.isolated import isolate_values
 from jattn.implementations.kernel import Plain
 from jattn.operations.varying import locally
 from jattn.state import State
@@ -83,7 +84,9 @@ class Dense(Plain):
 
     def attention_state(self, problem: Problem, operands: Operands) -> State:
         """Computes the output BTND in the wide precision and the logsumexp BTN."""
-        return locally(_state, (problem,), operands)
+        value, logsumexp = Operands._fields.index("value"), 1
+        linear = frozenset({value}), frozenset({logsumexp})
+        return locally(_state, (problem,), operands, linear=linear)
 
 
 def _state(problem: Problem, operands: Operands) -> State:
@@ -94,7 +97,7 @@ def _state(problem: Problem, operands: Operands) -> State:
     if allowed is None:
         output = shared.sums(weights, value)
     else:
-        value, poison = shared.isolate(value)
+        value, poison = isolate_values(value)
         poison = _columns(jnp.repeat(poison, problem.sizes.G, axis=2))
         seen = jnp.sum(jnp.where(allowed, poison, 0), axis=-1)  # 0 or NaN, BNT
         output = shared.sums(weights, value) + jnp.swapaxes(seen, 1, 2)[..., None]

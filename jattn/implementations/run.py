@@ -45,8 +45,7 @@ def attention_state(
     replaces the measured rule. `flat` asks for the loop of a GPU on every platform, with so
     many logits in a tile at most; 0 for the loops of a CPU.
     """
-    sizes = problem.sizes
-    if any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S)):
+    if problem.sizes.are_nothing:
         return _nothing(problem)
     problem, operands = prepare(problem, operands, tile)
     leaves, tree = jax.tree.flatten(operands)

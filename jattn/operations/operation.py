@@ -56,6 +56,14 @@ class Operation:
         return frozenset()
 
     @property
+    def constant(self) -> frozenset[int]:
+        """Gives the outputs that do not depend on the arguments `linear_in`.
+
+        There are none by default.
+        """
+        return frozenset()
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Gives the names of its outputs; no names by default."""
         return ()
@@ -152,6 +160,11 @@ class Around(Operation):
     def linear_in(self):
         """Asks the operation inside."""
         return self.operation.linear_in
+
+    @property
+    def constant(self):
+        """Asks the operation inside."""
+        return self.operation.constant
 
     @property
     def names(self):

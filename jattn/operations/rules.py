@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import jet
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
 
 from jattn.operations.derivatives import Pullback
 from jattn.operations.lowering import lower
@@ -72,11 +73,30 @@ def _transpose_in(unknown, cotangents, arrays, operation):
             "attention is linear in nothing else; use `jax.vjp`."
         )
     # The derivative of a linear function is the same at all points, so also at 0.
-    fill = lambda x: jnp.zeros(x.aval.shape, x.aval.dtype)
-    arrays = [fill(x) if ad.is_undefined_primal(x) else x for x in arrays]
+    arrays = [_zeros(x) if ad.is_undefined_primal(x) else x for x in arrays]
     kept = operation(*arrays) if operation.names else ()
     results = iter(Pullback(operation, unknown)(*arrays, *kept, *cotangents))
     return [next(results) if flag else None for flag in unknown]
+
+
+def _zeros(unknown):
+    return ad.instantiate_zeros(ad.Zero(unknown.aval))
+
+
+def _partial_eval(trace, *tracers, operation):
+    """Runs an operation of which some arguments are unknown, as in `linear_transpose`.
+
+    Outputs that do not depend on the unknown arguments, such as the logsumexp of an
+    attention whose values are unknown, are computed now. So what is made of them, the
+    share of a sink or of a merged part, is a number and not one more unknown.
+    """
+    outputs = trace.default_process_primitive(primitive, tracers, {"operation": operation})
+    unknown = {i for i, x in enumerate(tracers) if not x.is_known()}
+    if not operation.constant or not unknown or not unknown <= operation.linear_in:
+        return outputs
+    arrays = [x.pval.get_known() if x.is_known() else _zeros(x) for x in tracers]
+    known = operation(*arrays)
+    return [known[i] if i in operation.constant else x for i, x in enumerate(outputs)]
 
 
 def _batch(arrays, axes, *, operation):
@@ -130,6 +150,7 @@ def _slope(path, time):
 ad.primitive_jvps[primitive] = _jvp
 ad.primitive_transposes[primitive] = _transpose
 batching.primitive_batchers[primitive] = _batch
+pe.custom_partial_eval_rules[primitive] = _partial_eval
 jet.jet_rules[primitive] = _jet
 mlir.register_lowering(primitive, lower)
 for _platform in ("tpu", "cuda"):

@@ -16,12 +16,16 @@ import jax.numpy as jnp
 
 from jattn.operations.operation import Operation, retype
 
+_NOTHING: tuple[frozenset[int], frozenset[int]] = frozenset(), frozenset()
 
-def locally(function: Callable, statics: tuple[Hashable, ...], *trees):
+
+def locally(function: Callable, statics: tuple[Hashable, ...], *trees, linear=_NOTHING):
     """Returns `function(*statics, *trees)`, also where arrays in the trees vary.
 
     Floating results have derivatives of every order. `function` must be defined in a
     module, not inside a call, so that later calls pass an equal one and compile nothing.
+    `linear` has the leaves of the trees that the results are linear in, by their indices,
+    and the results that do not depend on them.
     """
     leaves, tree = jax.tree.flatten(trees)
     if not any(_varies(x) for x in leaves):
@@ -34,7 +38,7 @@ def locally(function: Callable, statics: tuple[Hashable, ...], *trees):
     ]
     config: Any = jax.config  # `Any`, for type checkers do not know its attributes
     precision = config.jax_default_matmul_precision
-    local = Local(function, statics, tree, tuple(keys), precision, (True,))
+    local = Local(function, statics, tree, tuple(keys), precision, (True,), linear)
     types, out_tree = jax.tree.flatten(local.shapes(leaves))
     real = [jnp.issubdtype(x.dtype, jnp.floating) for x in types]
     results = [None] * len(types)
@@ -60,11 +64,23 @@ class Local(Operation):
     keys: tuple  # for each argument the `key_impl` of a random key, None for other arrays
     precision: str | None
     wanted: tuple[bool, ...]
+    linear_of: tuple[frozenset[int], frozenset[int]]
 
     @property
     def outputs(self) -> int:
         """Gives the number of wanted results."""
         return sum(self.wanted)
+
+    @property
+    def linear_in(self) -> frozenset[int]:
+        """Gives the arguments that it is linear in, as `locally` was told."""
+        return self.linear_of[0]
+
+    @property
+    def constant(self) -> frozenset[int]:
+        """Gives the wanted results that do not depend on them."""
+        wanted = [i for i, want in enumerate(self.wanted) if want]
+        return frozenset(i for i, x in enumerate(wanted) if x in self.linear_of[1])
 
     def shapes(self, arrays):
         """Gives the shapes of all results."""

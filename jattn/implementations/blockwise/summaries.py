@@ -55,9 +55,8 @@ def closed(normalizer):
 
 
 def is_nothing(problem: Problem) -> bool:
-    """Says whether a call is known to have no example, no query or no key."""
-    sizes = problem.sizes
-    return any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S))
+    """Says whether a call is known to have no example, no head, no query or no key."""
+    return problem.sizes.are_nothing
 
 
 def log_weights(logits, allowed, normalizer):
