@@ -59,7 +59,9 @@ def check_integers(where: str, name: str, array) -> Any:
         # Inside `jit`, `jnp.asarray` would turn known numbers into a traced array.
         array = checked if isinstance(array, jax.Array) else np.asarray(array)
     array = array if hasattr(array, "dtype") else checked
-    if np.can_cast(array.dtype, np.int32) or (is_known(array) and fits(array)):
+    # Asked of NumPy: inside `jit`, what JAX computes of known numbers is not known.
+    known = is_known(array)
+    if np.can_cast(array.dtype, np.int32) or (known and fits(np.asarray(array))):
         return array.astype(np.int32)
     return array
 

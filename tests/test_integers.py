@@ -198,3 +198,10 @@ def test_a_prefix_called_with_positions_does_not_wrap():
     mask = lambda b, n, t, s: Prefix(lengths)(b, n, t, s)
     got = jattn.attention_weights(x, x, mask=mask)[0, :, 0, 0]
     np.testing.assert_array_equal(got, [[1, 0], [0.5, 0.5]])
+
+
+def test_known_lengths_of_64_bits_are_read_inside_jit():
+    with jax.enable_x64(True):
+        lengths = jnp.array([1], jnp.int64)
+        got = jax.jit(lambda: jattn.attention_weights(KEY, KEY, mask=Lengths(lengths)))()
+    np.testing.assert_array_equal(got[0, 0], [[1, 0], [1, 0]])
