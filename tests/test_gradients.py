@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,8 @@ import jattn
 from jattn import definition
 from jattn.implementations.dispatch import DEFAULT_ORDER
 from jattn.testing import CASES, check_gradients
+from tests.helpers import small_tiles
+from tests.helpers.draws import normal
 from tests.helpers.params import quick_and_slow
 
 # Cases that differ only in sizes or in how a mask is written have the same derivatives.
@@ -93,3 +96,25 @@ def test_hessian_equals_the_definition_s():
         want = jax.hessian(functools.partial(loss, definition.attention))(query)
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
         assert np.all(np.isfinite(got))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("attend", [jattn.attention, small_tiles.attention])
+def test_hidden_numbers_reach_no_gradient(attend, bad):
+    """Also where a bias and a scale are differentiated, for which δ is summed up anew."""
+    query, key, value = (normal(i, (1, 6, 2, 4)) for i in range(3))
+    bias = normal(3, (1, 2, 6, 6))
+    hidden = jnp.arange(6) == 4
+
+    def gradients(key, value):
+        def loss(query, key, value, bias, scale):
+            mask = lambda b, n, t, s: (s != 4) & (t >= s)
+            output = attend(query, key, value, mask=mask, bias=bias, scale=scale)
+            return jnp.sum(output**2)
+
+        inputs = query, key, value, bias, jnp.asarray(0.4)
+        return jax.grad(loss, range(5))(*inputs)
+
+    spoil = lambda x: jnp.where(hidden[None, :, None, None], bad, x)
+    want, got = gradients(key, value), gradients(spoil(key), spoil(value))
+    chex.assert_trees_all_close(got, want, atol=1e-6)

@@ -77,7 +77,10 @@ def add_deltas(head, queries: Rows, layout, masked, keys, at, deltas):
     view, allowed, products = _pairs(layout, head, at, rows, key, masked)
     logits = view.logits(products, view.active)
     weights, _ = _weights(layout, logits, rows, allowed)
-    part = jnp.sum(weights * _d_weights(view, rows, value), axis=-2)
+    part = weights * _d_weights(view, rows, value)
+    # A hidden value may be infinite, and 0 · ∞ is NaN.
+    part = part if allowed is None else jnp.where(allowed, part, 0)
+    part = jnp.sum(part, axis=-2)
     part = part if layout.narrow else part * rows.inverse
     return _add_rows(layout, deltas, part, at[0])
 
