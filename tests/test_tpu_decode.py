@@ -117,7 +117,7 @@ CASES = {
     "dropout": (ragged, 1, {"dropout": jattn.Dropout(0.3, jax.random.key(0))}),
     "sink": (ragged, 1, {"sink": draw(7, N)}),
 }
-QUICK = ("one query", "lambdas, three queries", "pages")
+QUICK = ("lambdas, three queries", "pages")
 
 
 @pytest.mark.parametrize(
