@@ -28,7 +28,7 @@ def draw(seed, *shape, dtype="float32"):
     return jnp.asarray(array, jnp.float32).astype(dtype)
 
 
-def tokens(T=S):
+def tokens(T, D=D):
     return draw(1, B, T, K, H), draw(2, B, T, K, D)
 
 
@@ -42,9 +42,9 @@ def ragged(dtype="float32"):
 
 @functools.cache
 def paged(dtype="float32"):
-    """Pages of 128 that lie in another order than the tokens."""
-    kv = caches.paged(7, 128, K, H, D, batch_size=B, max_pages=3, dtype=dtype)
-    key, value = tokens(COUNTS.max())
+    """Pages in another order than the tokens; values of 128 lie as they are read."""
+    kv = caches.paged(7, 128, K, H, 128, batch_size=B, max_pages=3, dtype=dtype)
+    key, value = tokens(COUNTS.max(), 128)
     for first, last in ((0, 100), (100, COUNTS.max())):
         count = np.clip(COUNTS - first, 0, last - first)
         kv = kv.append(key[:, first:last], value[:, first:last], count=count)
@@ -63,7 +63,7 @@ def vectors(kv):
     if isinstance(kv, caches.LatentCache):
         return vectors(kv.cache)
     source = Pages(kv.store, kv.table) if isinstance(kv, caches.PagedCache) else kv.store
-    fill = jnp.arange(source.slots)[None] < kv.length[:, None]
+    fill = np.arange(source.slots) < np.asarray(kv.length)[:, None]
     dtype = "float32" if kv.store.is_rounded else kv.store.dtype
     whole = source.vectors(dtype)
     return [np.where(fill[..., None, None], np.asarray(x, float), np.nan) for x in whole]
@@ -72,19 +72,20 @@ def vectors(kv):
 def wanted(kv, query, options):
     """The definition in float64 over the tokens of each example."""
     lengths, T = np.asarray(kv.length), query.shape[1]
+    key, value = vectors(kv)
+    query = np.asarray(query.astype("float32"), float)
     with jax.enable_x64(True):
         wide = lambda x: np.asarray(x, float) if x.dtype.kind in "fV" else x
         mask = jattn.masks.Lengths(lengths)
         if options.get("mask") is not None:
             mask &= jattn.masks.as_mask(options["mask"])
-        position = lengths[:, None] - T + np.arange(T)
+        position = lengths[:, None] - T + np.arange(T, dtype=np.int32)
         whole = dict(options) | {"mask": mask, "query_position": position}
         for name in ("bias", "sink"):
             if name in whole:
                 whole[name] = wide(np.asarray(whole[name]))
-        query = np.asarray(query.astype("float32"), float)
         attend = functools.partial(definition.attention_state, **whole)
-        return jax.tree.map(np.asarray, jax.jit(attend)(query, *vectors(kv)))
+        return jax.tree.map(np.asarray, jax.jit(attend)(query, key, value))
 
 
 def assert_close(got, want, dtype="float32"):
@@ -99,7 +100,8 @@ SLOPES = jnp.array([0.5, 0.25, 0.1, 0.3])
 LAMBDAS = {
     "mask": lambda b, n, t, s: (t >= s) & ((t - s < 60) | (s < 4)) & ((s + n) % 3 != b),
     "modifier": lambda logit, b, n, t, s: (
-        5 * jnp.tanh(logit / 5) - SLOPES[n] * jnp.abs(t - s).astype(logit.dtype) / 100
+        5 * jnp.tanh(logit / 5)
+        - (SLOPES[n] * jnp.abs(t - s).astype(SLOPES.dtype) / 100).astype(logit.dtype)
     ),
 }
 CASES = {
@@ -175,7 +177,7 @@ def test_hidden_values_that_are_not_finite_touch_nothing():
     keys = kv.store.keys.at[..., 5].set(jnp.nan)
     store = kv.store.map(lambda x, axis: keys if axis == -1 else spoiled)
     spoiled = caches.Cache(store, kv.length)
-    got = emulated_decode.attend_state(spoiled, query, mask=mask, mends=True)
+    got = emulated_decode.attend_state(spoiled, query, mask=mask, alone=False)
     assert_close(got, [np.asarray(x, float) for x in want])
 
 

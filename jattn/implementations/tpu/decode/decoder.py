@@ -54,9 +54,9 @@ class Decoder:
                 f"takes up to {MOST_ROWS} rows of a key head, got {sizes.T} queries of "
                 f"{sizes.G} heads each."
             )
-        page = None if cache.table is None else cache.keys.shape[-1]
-        blocks = slots.cut_of(cache, sizes.S, self.most_slots).blocks
-        words = sizes.B * (blocks * sizes.K if cache.table is None else sizes.S // page)
+        cut = slots.cut_of(cache, sizes.S, self.most_slots)
+        page = None if cache.table is None else cut.piece
+        words = sizes.B * (sizes.K * cut.blocks if page is None else sizes.S // page)
         if words > MOST_WORDS:
             return f"has room for {MOST_WORDS} blocks or pages, got {words}."
         found = slots.objection(dtype, page)
@@ -68,12 +68,13 @@ class Decoder:
 
         sizes = problem.sizes
         cut = slots.cut_of(cache, sizes.S, self.most_slots)
+        cache, turned = slots.as_read(cache)
         pairs, read = joint.extras(problem, operands)
         words, count = steps.steps(_kinds(problem, operands, cut))
         known = count if isinstance(count, int) else None
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), read)
         width = max(LOGITS // (sizes.G * sizes.T) // LANES * LANES, LANES)
-        static = cut, width, pairs, shapes, words.shape, known, self.interpret
+        static = cut, width, turned, pairs, shapes, words.shape, known, self.interpret
         factor, numbers = factors(problem, operands)
         query = operands.query * factor.astype(problem.dtype)
         pages = jnp.zeros(1, jnp.int32) if cache.table is None else cache.table

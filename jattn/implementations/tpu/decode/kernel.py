@@ -39,6 +39,7 @@ class Call:
         problem: The call.
         cut: Its blocks of slots.
         width: How many slots are computed together.
+        turned: Whether values are read as D × slots.
         pairs: The programs that join a query and a key.
         shapes: The types of the `Extras` before they were arranged.
         steps: The shape of the steps: examples, heads, steps.
@@ -49,9 +50,10 @@ class Call:
     problem: Problem
     cut: Cut
     width: int
+    turned: bool
     pairs: Pairs
     shapes: Extras
-    steps: tuple[int, int, int]
+    steps: tuple[int, ...]
     count: int | None
     interpret: Any
 
@@ -126,9 +128,6 @@ def run(call: Call, arguments: Arguments, count):
     )(arguments.words, arguments.pages, arguments.numbers, *leaves)
 
 
-_AXES = (3, 2, 2, 2)  # of the slots, in keys, values and the scales of both
-
-
 class _Inputs(NamedTuple):
     """What the kernel reads from memory; each of the cache once for each piece."""
 
@@ -143,18 +142,38 @@ class _Inputs(NamedTuple):
 def _inputs(call: Call, arguments: Arguments) -> tuple[_Inputs, _Inputs]:
     """Gives the inputs of the kernel and their specs."""
     cache, pieces = arguments.slots, range(call.cut.pieces)
-    arrays = list(zip(cache[:4], _AXES, strict=True))
-    again = [[] if x is None else [x for _ in pieces] for x, _ in arrays]
-    specs = [
-        [] if x is None else [_slot_spec(call, x, axis, i, cache.table) for i in pieces]
-        for x, axis in arrays
-    ]
+    if not call.interpret:
+        # Where there is room, XLA would copy all of a small cache to the memory that the
+        # kernel computes in; the kernel itself copies what it reads, and no more.
+        hold = lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM)
+        cache = cache._replace(**{k: hold(x) for k, x in _vectors(cache).items()})
     query = (1, 1, *arguments.query.shape[2:])
-    return _Inputs(arguments.query, *again, arguments.extras), _Inputs(
-        pl.BlockSpec(query, lambda b, k, *_: (b, k, 0, 0)),
-        *specs,
-        jax.tree.map(functools.partial(_extra_spec, call), arguments.extras),
-    )
+    first = pl.BlockSpec(query, lambda b, k, *_: (b, k, 0, 0))
+    specs = jax.tree.map(functools.partial(_extra_spec, call), arguments.extras)
+
+    def spec(array, axis: int, piece: int):
+        return _slot_spec(call, array, axis, piece, cache.table)
+
+    def of_each(make, query, extras) -> _Inputs:
+        """Gives what belongs to each input; nothing to arrays that are not there."""
+        each = lambda x, axis: [] if x is None else [make(x, axis, i) for i in pieces]
+        return _Inputs(
+            query,
+            keys=each(cache.keys, 3),
+            values=each(cache.values, 3 if call.turned else 2),
+            key_scales=each(cache.key_scales, 2),
+            value_scales=each(cache.value_scales, 2),
+            extras=extras,
+        )
+
+    same = lambda array, *_: array
+    return of_each(same, arguments.query, arguments.extras), of_each(spec, first, specs)
+
+
+def _vectors(cache: Slots) -> dict[str, jax.Array]:
+    """Gives the large arrays of a cache by name."""
+    pairs = {"keys": cache.keys, "values": cache.values}
+    return {name: x for name, x in pairs.items() if x is not None}
 
 
 def _slot_spec(call: Call, array, axis: int, piece: int, table):
@@ -278,8 +297,8 @@ def _weighted(call: Call, inputs: _Inputs, part: Part, weights, inside):
 
     What is read beyond the last slot may be NaN, and 0 · NaN is NaN.
     """
-    shared = not inputs.values
-    scales = _scales(inputs.value_scales or (inputs.key_scales if shared else []), part)
+    shared = [] if inputs.values else inputs.key_scales
+    scales = _scales(inputs.value_scales or shared, part)
     if scales is not None:
         scales = scales if inside is None else jnp.where(inside, scales, 0)
         weights = weights * scales
@@ -287,19 +306,18 @@ def _weighted(call: Call, inputs: _Inputs, part: Part, weights, inside):
     for atom in part.atoms:
         some = weights[:, first : first + atom[2]]
         values = _values(call, inputs, atom, inside is not None)
-        total += call.dot(some, values, int(shared))
+        total += call.dot(some, values, int(call.turned))
         first += atom[2]
     return total
 
 
 def _values(call: Call, inputs: _Inputs, atom, padded: bool):
-    """Reads the values of an atom: slots × D; or, of shared keys, D × slots."""
+    """Reads the values of an atom: slots × D, or D × slots."""
     i, at, size = atom
     dtype, D = call.problem.dtype, call.problem.sizes.D
-    if inputs.values:
-        value, axis = inputs.values[i][0, 0, at : at + size, :], 0
-    else:
-        value, axis = inputs.keys[i][0, 0, :D, at : at + size], 1
+    source, axis = (inputs.values or inputs.keys)[i], int(call.turned)
+    some = slice(at, at + size)
+    value = source[0, 0, :D, some] if call.turned else source[0, 0, some, :]
     value = slots.numbers(value, dtype)
     if not padded:
         return value

@@ -41,6 +41,22 @@ class Slots(NamedTuple):
     table: jax.Array | None = None
 
 
+def as_read(cache: Slots) -> tuple[Slots, bool]:
+    """Gives the arrays as the kernel reads them, and whether values are then D × S.
+
+    A row of a register has 128 numbers. XLA lays out values of fewer in the order of their
+    transpose, where nothing is padded; then to transpose them costs nothing, and to read
+    them in the order of their axes would copy all of them.
+    """
+    if cache.values is None:  # the first rows of the keys
+        return cache, True
+    S, D = cache.values.shape[2:]
+    padded = lambda x, unit: -(-x // unit) * unit
+    if padded(S, 8) * padded(D, LANES) <= padded(D, 8) * padded(S, LANES):
+        return cache, False
+    return cache._replace(values=jnp.swapaxes(cache.values, 2, 3)), True
+
+
 class Cut(NamedTuple):
     """How slots are cut into blocks, one for each step.
 
