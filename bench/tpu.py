@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 
+from bench import tpu_decode
+
 TOPOLOGIES = {
     "v5e": "v5e:2x2",
     "v6e": "v6e:2x2",
@@ -60,7 +62,9 @@ def compile_row(topology: str, what: str, D: int) -> None:
     array = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(
         shape, dtype, sharding=place
     )
-    if what.startswith("splash"):
+    if what.startswith("decode"):
+        function, shapes = tpu_decode.call(what, D, array)
+    elif what.startswith("splash"):
         function, shapes = splash(backward="backward" in what), [array(4, LENGTH, D)] * 3
     else:
         function = own(what)
@@ -238,6 +242,27 @@ def print_table(names: list[str]) -> None:
             spills = " / ".join(str(x["spills"]) for x in regions)
             cells += [spills, f"{memory / 2**20:.1f} MiB", ratio]
             print(f"| {name} | {row} | " + " | ".join(map(str, cells)) + " |", flush=True)
+    print_decoding(names)
+
+
+def print_decoding(names: list[str]) -> None:
+    """Prints a row for each chip and call of a cache: bundles for 1024 slots of a head."""
+    print("\n| chip | cache | full | partial | spills | temporaries |")
+    print("|---|---|---|---|---|---|")
+    for name in names:
+        for row, what, H in tpu_decode.ROWS:
+            regions, memory = count(TOPOLOGIES[name], what, H, "decode")
+            full, *others = (str(x["bundles"]) for x in regions)
+            spills = " / ".join(str(x["spills"]) for x in regions)
+            cells = (
+                name,
+                row,
+                full,
+                " / ".join(others),
+                spills,
+                f"{memory / 2**20:.1f} MiB",
+            )
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Every kind stands for the sequence of tokens that was appended, and attending to
 `store`         where keys and values lie in memory
 `source`        what has slots to attend to, and a call cut to some of them
 `asked`         a call to a cache, checked and taken apart
+`by_kernel`     a few queries by a kernel for TPU
 `decode`        a few queries, in the time that what is filled takes
 `attend`        which way a call goes
 `cache`         the tokens so far, with room for more

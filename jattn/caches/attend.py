@@ -113,11 +113,11 @@ def sizes_of(query, source) -> Sizes:
     return Sizes(tuple(batch), T=T, S=S, N=N, K=K, H=H, D=D)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _decoded(problem, operands, source, end, sink, whole) -> State:
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _decoded(problem, operands, source, end, sink, whole, kernel=decode.KERNEL) -> State:
     """Gives the state of posed queries, in one program."""
     operands, spoil = apart(operands)
-    state = state_of(*decode.attend(problem, operands, source, end))
+    state = state_of(*decode.attend(problem, operands, source, end, kernel))
     output = with_sink(state, sink).astype(problem.dtype)
     # A query that sees nothing has −∞ here, which `jax.debug_infs` would report.
     logsumexp: Any = state.logsumexp if whole else None

@@ -14,7 +14,9 @@ tile, and parts add up as blocks do everywhere in the library, by a running maxi
     top ← max(top, max logit)      total ← total · e^(old top − top) + Σ e^(logit − top)
                                    output ← likewise, with the values
 
-Derivatives are those of whole rows, of any order.
+On TPU a kernel reads the blocks of slots that the mask of each example leaves, where it
+knows how, and what it refuses goes by the parts above. Derivatives are those of whole rows,
+of any order.
 """
 
 import dataclasses
@@ -26,12 +28,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from jattn.caches.by_kernel import by_kernel, refusal
 from jattn.caches.source import Source, cut
 from jattn.call.problem import Operands, Problem, index
 from jattn.dropout import keep
 from jattn.implementations import shared
 from jattn.implementations.blockwise.whole_rows import by_rows
 from jattn.implementations.kernel import types_of_sums
+from jattn.implementations.tpu.decode.decoder import Decoder
 from jattn.operations.mapped import cond_any
 from jattn.operations.operation import Operation, restrict
 
@@ -45,7 +49,10 @@ CHUNK = 256
 LOGITS = 2**21
 
 
-def attend(problem: Problem, operands: Operands, source: Source, end):
+KERNEL = Decoder()
+
+
+def attend(problem: Problem, operands: Operands, source: Source, end, kernel=KERNEL):
     """Gives the output BTND and the maximum and the sum BTN, by one operation.
 
     Args:
@@ -53,17 +60,27 @@ def attend(problem: Problem, operands: Operands, source: Source, end):
         operands: Its arrays, without keys and values; the words of dropout are drawn.
         source: Where keys and values are.
         end: A slot that no query sees anything from, as an int32.
+        kernel: What computes on its platform.
     """
     leaves, tree = jax.tree.flatten((operands, source, end))
-    return Decode(problem, tree)(*leaves)
+    return Decode(problem, tree, kernel)(*leaves)
 
 
 @dataclasses.dataclass(frozen=True)
 class Decode(Operation):
-    """The leaves of operands, source and end to output, maximum and sum, as blockwise."""
+    """The leaves of operands, source and end to output, maximum and sum, as blockwise.
+
+    Attributes:
+        problem: The call.
+        tree: The structure of the leaves.
+        candidate: The kernel that may run on its platform.
+        kernel: That of the current platform.
+    """
 
     problem: Problem
     tree: Any
+    candidate: Decoder = KERNEL
+    kernel: Decoder | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def outputs(self) -> int:
@@ -94,12 +111,21 @@ class Decode(Operation):
         """Gives BTND, and twice BTN."""
         return types_of_sums(self.problem, types[0])
 
+    def on(self, platform: str) -> "Decode":
+        """Chooses the kernel on its platform."""
+        kernel = self.candidate if self.candidate.runs_on(platform) else None
+        return dataclasses.replace(self, kernel=kernel)
+
     def fast(self, *leaves, spread):
-        """Computes it by the parts that are filled."""
-        del spread
+        """Computes it by the kernel if it can, else by the parts that are filled."""
         operands, source, end = self.tree.unflatten(leaves)
+        call, end = (self.problem, operands, source), _furthest(end)
         with jax.default_matmul_precision(self.problem.precision):
-            return _filled(self.problem, operands, source, _furthest(end))
+            # XLA cannot divide a kernel among devices.
+            if self.kernel is None or spread or refusal(self.kernel, *call):
+                return _filled(*call, end)
+            mend = lambda: _finished(self.problem, _parts(*call, end, isolating=True))
+            return by_kernel(self.kernel, *call, mend)
 
     def reference(self, *leaves):
         """Computes it a few whole rows at a time."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.caches.store import Store
+from jattn.implementations.tpu.decode.slots import Slots
 from jattn.pytree import pytree
 
 
@@ -17,6 +18,7 @@ class Pages:
 
     batch = property(lambda self: self.table.shape[:1])
     num_heads = property(lambda self: self.store.num_heads)
+    dtype = property(lambda self: self.store.dtype)
     value_dim = property(lambda self: self.store.value_dim)
     unit = property(lambda self: self.store.slots)
     slots = property(lambda self: self.table.shape[1] * self.store.slots)
@@ -29,6 +31,10 @@ class Pages:
         """Says no: pages have to be gathered."""
         del wide
         return False
+
+    def arrays(self) -> Slots:
+        """Gives the pages where they lie, and the table, as a kernel reads them."""
+        return self.store.arrays()._replace(table=self.table)
 
     def cut(self, start, size: int) -> Store:
         """Gives the slots from `start` on, copied out of their pages."""

@@ -9,6 +9,7 @@ from jax import lax
 
 from jattn.caches.store import Store
 from jattn.call.problem import Operands, Problem
+from jattn.implementations.tpu.decode.slots import Slots
 
 
 class Source(Protocol):
@@ -17,6 +18,10 @@ class Source(Protocol):
     @property
     def slots(self) -> int:
         """Says how many tokens there is room for."""
+
+    @property
+    def dtype(self) -> str:
+        """Names the dtype of the numbers, which may be stored in another one."""
 
     @property
     def unit(self) -> int:
@@ -30,6 +35,9 @@ class Source(Protocol):
 
     def lies_ready(self, wide) -> bool:
         """Says whether all slots can be multiplied where they lie."""
+
+    def arrays(self) -> Slots:
+        """Gives the arrays where they lie, as a kernel reads them."""
 
 
 def cut(problem: Problem, operands: Operands, start, size: int):

@@ -21,6 +21,7 @@ from jax import lax
 
 from jattn.arrays import check_integers, is_known
 from jattn.caches import rounding, write
+from jattn.implementations.tpu.decode.slots import Slots
 from jattn.pytree import pytree
 
 
@@ -73,6 +74,10 @@ class Store:
     def lies_ready(self, wide) -> bool:
         """Says whether all slots can be multiplied where they lie: nothing is widened."""
         return self.keys.dtype == wide
+
+    def arrays(self) -> Slots:
+        """Gives the arrays where they lie, as a kernel reads them."""
+        return Slots(self.keys, self.values, self.key_scales, self.value_scales)
 
     def map(self, function: Callable) -> "Store":
         """Applies a function of an array and its axis of slots to each array."""

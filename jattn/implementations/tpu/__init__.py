@@ -9,4 +9,5 @@
 `backward`      cotangents
 `segments`      cotangents in several kernels, for more queries than one kernel can hold
 `kernel`        all of them as an implementation, and what it refuses
+`decode`        a few queries by the slots of a cache
 """

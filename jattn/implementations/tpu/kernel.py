@@ -118,7 +118,7 @@ class TPU(Kernel):
         nothing = jax.tree.map(lambda _: None, wanted)
         # The kernel gives Σₛ d_logitₛ kₛ for each query q. From it
         #     d_q = scale · Σₛ d_logitₛ kₛ        d_scale = Σ q · Σₛ d_logitₛ kₛ
-        # Its d_key has only a part of the scale; `numbers[0]` is the rest, see `_numbers`.
+        # Its d_key has only a part of the scale; `numbers[0]` is the rest, see `factors`.
         return nothing._replace(
             query=d_query * operands.scale,
             key=layout.unkeys(d_key, sizes) * arguments.numbers[0],
@@ -152,7 +152,7 @@ class TPU(Kernel):
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), read)
         tuning = self.tuning or counted_tuning(problem, shapes, by_query)
         static = plan, pairs, shapes, by_query, known, tuning, self.interpret
-        factor, numbers = _numbers(problem, operands)
+        factor, numbers = factors(problem, operands)
         inputs = (
             layout.queries(operands.query * factor.astype(problem.dtype), plan),
             layout.keys(operands.key, plan),
@@ -176,7 +176,7 @@ def _kinds(problem: Problem, operands: Operands, plan):
     return xp.pad(kinds, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else kinds
 
 
-def _numbers(problem: Problem, operands: Operands):
+def factors(problem: Problem, operands: Operands):
     """Computes the factors of queries, products, exponents of 2 in forward, and maxima.
 
     The scale is split. In float32 all of it multiplies the queries, as in blockwise. In

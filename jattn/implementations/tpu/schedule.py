@@ -35,7 +35,7 @@ def schedule(kinds: Any, heads: int, halves: int = 1):
     block, 1 or 2.
     """
     xp: Any = np if isinstance(kinds, np.ndarray) else jnp
-    kinds = _shared(xp, kinds, heads)
+    kinds = shared(xp, kinds, heads)
     kinds = _joined(xp, kinds) if halves == 2 else kinds
     B, N, outer, inner = kinds.shape
     live = kinds != EMPTY
@@ -75,7 +75,7 @@ def kind(word):
     return word & 7
 
 
-def _shared(xp, kinds, heads: int):
+def shared(xp, kinds, heads: int):
     """Merges the kinds of heads that share their steps: partial where they differ."""
     B, N, outer, inner = kinds.shape
     if heads >= N:

@@ -1,0 +1,37 @@
+"""The kernel for caches on TPU, emulated: alone, or as the operation that it is part of."""
+
+import functools
+from unittest import mock
+
+import jax
+
+from jattn.caches import attend, by_kernel
+from jattn.call.problem import apart
+from jattn.implementations.run import state_of
+from jattn.implementations.tpu.decode.decoder import Decoder
+from jattn.state import State
+from tests.helpers import calls
+
+SLOTS = 128  # so few in a step that small caches have several
+
+
+def attend_state(kv, query, *, interpret=True, alone=True, **options) -> State:
+    """What `kv.attend_state` gives on TPU; `alone`, nothing stands in for the kernel."""
+    kernel, operation = Decoder(SLOTS, interpret), attend._decoded
+
+    def decoded(problem, operands, source, end, sink, whole):
+        sentence = by_kernel.refusal(kernel, problem, operands, source)
+        assert sentence is None, sentence
+        if alone:
+            return _alone(kernel, problem, operands, source, sink)
+        return operation(problem, operands, source, end, sink, whole, kernel)
+
+    with mock.patch.object(attend, "_decoded", decoded):
+        return kv.attend_state(query, **options)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _alone(kernel, problem, operands, source, sink):
+    operands, spoil = apart(operands)
+    state = state_of(*kernel.forward(problem, operands, source.arrays()))
+    return spoil(calls.finished(problem, state, sink))
