@@ -45,7 +45,9 @@ def attention_state(
     sizes = problem.sizes
     if any(isinstance(x, int) and x == 0 for x in (sizes.B, sizes.T, sizes.S)):
         return _nothing(problem)
-    problem, operands = prepare(problem, operands, tile)
+    own = (x for x in kernels if x.sets_blocks)
+    blocks = next((x.block_sizes(problem, None) for x in own), None)
+    problem, operands = prepare(problem, operands, tile, blocks)
     leaves, tree = jax.tree.flatten(operands)
     return state_of(*Attention(problem, tree, tile, kernels)(*leaves))
 
