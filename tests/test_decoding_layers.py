@@ -4,10 +4,16 @@ Each function below makes one framework's own layer, puts its parameters into ou
 gives the causal output by the framework, and a way to decode.
 """
 
+import os
+
+os.environ["KERAS_BACKEND"] = "jax"  # before keras is first imported
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from jattn.masks import Window
 
 B, T, F, N, CAPACITY = 2, 7, 8, 4, 9
 X = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, F)), jnp.float32)
@@ -96,6 +102,29 @@ def test_linen():
     check(step, made["cache"], lambda x: theirs.apply(variables, x, mask=mask))
 
 
+def test_haiku():
+    haiku = pytest.importorskip("haiku")
+    from jattn.adapters.haiku import MultiHeadAttention
+
+    options = {"w_init": haiku.initializers.VarianceScaling(), "name": "attention"}
+    causal = np.tril(np.ones((T, T), bool))[None, None]
+    theirs = haiku.transform(
+        lambda x: haiku.MultiHeadAttention(N, 2, **options)(x, x, x, causal)
+    )
+    params = theirs.init(jax.random.key(0), X)
+    decode = lambda x, capacity=None: MultiHeadAttention(N, 2, **options).extend(
+        x, capacity=capacity, mask=Window(T, 0)
+    )
+    ours = haiku.transform_with_state(decode)
+    made, state = ours.init(jax.random.key(0), X[:, :1], CAPACITY)
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
+    assert int(state["attention"]["kv"].length) == 0
+    step = lambda x, state: ours.apply(params, state, None, x)
+    check(step, state, lambda x: theirs.apply(params, None, x))
+    with pytest.raises(ValueError, match="`capacity` must say how many tokens"):
+        ours.init(jax.random.key(0), X)
+
+
 def test_equinox():
     equinox = pytest.importorskip("equinox")
     from jattn.adapters.equinox import MultiheadAttention
@@ -113,3 +142,27 @@ def test_equinox():
     window = causal & ~jnp.tril(causal, -2)
     want = jax.vmap(lambda x: theirs(x, x, x, mask=window))(X)
     close(decoded(jax.vmap(cut), empty, (5, 2)), want)
+
+
+@pytest.mark.filterwarnings(  # of keras's own variables
+    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
+)
+def test_keras():
+    adapter = pytest.importorskip("jattn.adapters.keras")
+    import keras
+
+    theirs = keras.layers.MultiHeadAttention(N, 2, value_dim=2)
+    causal = lambda x: theirs(x, x, use_causal_mask=True)
+    want = causal(X)
+    ours = adapter.MultiHeadAttention(N, 2, value_dim=2)
+    with pytest.raises(ValueError, match="needs a layer that was built"):
+        ours.extend(X, ours.empty(B, CAPACITY))
+    ours.build(X.shape, X.shape)
+    ours.set_weights(theirs.get_weights())
+    check(ours.extend, ours.empty(B, CAPACITY), causal)
+    close(ours(X, X, use_causal_mask=True), want)
+    windowed = adapter.MultiHeadAttention(N, 2, value_dim=2, sliding_window=2)
+    windowed.build(X.shape, X.shape)
+    windowed.set_weights(theirs.get_weights())
+    want = windowed(X, X, use_causal_mask=True)
+    close(decoded(windowed.extend, windowed.empty(B, CAPACITY), (5, 2)), want)
