@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jattn
 from bench import candidates, measure, report
 from jattn import caches
 from jattn.masks import Causal
@@ -112,6 +113,28 @@ def part() -> None:
             }
             runs["torch, 128"] = torch_sdpa(shape, 128)
             compare(f"{shape} {label}", runs, "8192 filled")
+
+
+def plain() -> None:
+    """Compares `jattn.attention` on a buffer with blockwise, by what counts."""
+
+    def attend(query, key, value, last, name):
+        options = {"query_position": last, "implementation": name}
+        return jattn.attention(query, key, value, mask=Causal(), **options)
+
+    program = jax.jit(attend, static_argnums=4)
+    for shape in (*LONG, (1, 8191, 8, 8, 64)):
+        for dtype in ("float32", "bfloat16"):
+            B, S, N, K, H = shape
+            arrays = [draw(B, x, n, H, dtype=dtype) for x, n in ((1, N), (S, K), (S, K))]
+            runs = {
+                f"{name}, {count}": measure.waiting(
+                    functools.partial(program, *arrays, jnp.int32(count - 1), name)
+                )
+                for name in ("decode", "blockwise")
+                for count in (128, 2048, S)
+            }
+            compare(f"{shape} {dtype}", runs, "blockwise, 128")
 
 
 def formats() -> None:
@@ -229,6 +252,7 @@ def _decoding(program, weights, words, stack):
 SECTIONS = {
     "full": full,
     "filled": part,
+    "plain": plain,
     "formats": formats,
     "step": step,
     "append": append,

@@ -118,7 +118,7 @@ def test_shared_dropout_is_that_of_the_first_head_everywhere():
     np.testing.assert_array_equal(mask, np.broadcast_to(kept()[:1, :1], mask.shape))
 
 
-@pytest.mark.parametrize("name", dispatch.names("cpu"))
+@pytest.mark.parametrize("name", dispatch.DEFAULT_ORDER)
 def test_shared_dropout_equals_the_definition(name):
     dropout = Dropout(0.5, jax.random.key(1), shared=True)
     got = jattn.attention(QUERY, QUERY, QUERY, dropout=dropout, implementation=name)

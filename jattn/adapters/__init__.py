@@ -2,8 +2,8 @@
 
 `layer`     what layers of other libraries have in common
 `jax_nn`    `jax.nn.dot_product_attention`
-`nnx`       the `attention_fn` for `flax.nnx.MultiHeadAttention`
-`linen`     the `attention_fn` for `flax.linen.MultiHeadDotProductAttention`
+`nnx`       `flax.nnx.MultiHeadAttention`, and its `attention_fn`
+`linen`     `flax.linen.MultiHeadDotProductAttention`, and its `attention_fn`
 `equinox`   `equinox.nn.MultiheadAttention`
 `haiku`     `haiku.MultiHeadAttention`
 `keras`     `keras.layers.MultiHeadAttention`, on its JAX backend

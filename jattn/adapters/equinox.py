@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 
+from jattn import caches
 from jattn.adapters import layer
 
 __all__ = ["MultiheadAttention"]
@@ -99,11 +100,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         Raises:
             ValueError: If an argument does not fit; the message says what to do.
         """
-        heads = (
-            _project(self.query_proj, query, self.num_heads),
-            _project(self.key_proj, key_, self.num_kv_heads),
-            _project(self.value_proj, value, self.num_kv_heads),
-        )
+        heads = self._heads(query, key_, value)
         if process_heads is not None:
             processed = tuple(process_heads(*heads))
             shapes = [tuple(x.shape for x in arrays) for arrays in (processed, heads)]
@@ -113,18 +110,62 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
                     f"{shapes[1]}, got {shapes[0]}."
                 )
             heads = processed
-        dtype = jax.numpy.result_type(*heads)
         inference = inference if deterministic is None else deterministic
         inference = self.dropout.inference if inference is None else inference
         output = layer.attend(
             WHERE,
-            *(x.astype(dtype) for x in heads),
+            *_alike(heads),
             mask=layer.any_mask(WHERE, mask),
             bias=bias,
             dropout=layer.dropout(WHERE, self.dropout.p, key, inference),
             options=options,
         )
         return jax.vmap(self.output_proj)(output.reshape(output.shape[0], -1))
+
+    def empty(self, capacity: int, **options) -> caches.Cache:
+        """Makes the cache of one example, for `extend`; `jax.vmap` makes that of more.
+
+        Args:
+            capacity: How many tokens there is room for.
+            **options: `dtype` of `jattn.caches.empty`.
+        """
+        sizes = self.num_kv_heads, self.qk_size, self.vo_size
+        return caches.empty((), capacity, *sizes, **options)
+
+    def extend(self, x, kv, *, mask=None, count=None, **options):
+        """Decodes: attends from new tokens to themselves and to those in a cache.
+
+        Each token sees itself and those before it. Pieces of any length give what one
+        causal call gives for the whole sequence; nothing is dropped.
+
+        Args:
+            x: T × query_size, one or more tokens.
+            kv: The cache, of `empty` or of `jattn.caches`.
+            mask: A further mask: a function (b, n, t, s) → bool of positions from the
+                first token on, or one of `jattn.masks`.
+            count: How many of the T tokens count; all by default.
+            **options: `modifier`, `sink`, `scale` and others of `jattn.attention`.
+
+        Returns:
+            T × output_size, and the cache with the tokens.
+        """
+        given = {"mask": mask, "count": count, "options": options}
+        output, kv = layer.extend(WHERE, kv, *_alike(self._heads(x, x, x)), **given)
+        return jax.vmap(self.output_proj)(output.reshape(output.shape[0], -1)), kv
+
+    def _heads(self, query, key, value) -> tuple[jax.Array, ...]:
+        """Projects queries, keys and values of one example."""
+        return (
+            _project(self.query_proj, query, self.num_heads),
+            _project(self.key_proj, key, self.num_kv_heads),
+            _project(self.value_proj, value, self.num_kv_heads),
+        )
+
+
+def _alike(heads) -> list[jax.Array]:
+    """Converts arrays to the dtype that they promote to."""
+    dtype = jax.numpy.result_type(*heads)
+    return [x.astype(dtype) for x in heads]
 
 
 def _project(linear, array, heads: int) -> jax.Array:

@@ -1,8 +1,11 @@
 """`haiku.MultiHeadAttention` with this library's attention inside."""
 
+from typing import Any
+
 import haiku as hk
 import jax
 
+from jattn import caches
 from jattn.adapters import layer
 
 __all__ = ["MultiHeadAttention"]
@@ -61,22 +64,78 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         Raises:
             ValueError: If an argument does not fit; the message says what to do.
         """
+        output = layer.attend(
+            WHERE,
+            *self._heads(query, key, value),
+            mask=layer.any_mask(WHERE, mask),
+            bias=bias,
+            dropout=dropout,
+            options=options,
+        )
+        return self._joined(output)
+
+    @hk.name_like("__call__")  # so its parameters have the same names
+    def extend(
+        self, x, *, capacity=None, dtype=None, mask=None, count=None, **options
+    ) -> jax.Array:
+        """Decodes: attends from new tokens to themselves and to all that came before.
+
+        The cache is state of haiku under the name "kv", so the function needs
+        `hk.transform_with_state`. Each token sees itself and those before it. Pieces of any
+        length give what one causal call gives for the whole sequence.
+
+        Args:
+            x: `…T` × features, one or more tokens.
+            capacity: How many tokens the cache has room for; needed where it is made.
+            dtype: That of the cache, of `jattn.caches.empty`; that of the keys by default.
+            mask: A further mask: a function (b, n, t, s) → bool of positions from the
+                first token on, or one of `jattn.masks`.
+            count: How many of the T tokens count; all by default.
+            **options: `modifier`, `sink`, `scale` and others of `jattn.attention`.
+
+        Returns:
+            `…T` × model_size.
+
+        Raises:
+            ValueError: If there is no cache and no `capacity`.
+        """
+        heads = self._heads(x, x, x)
+        empty: Any = lambda *_: self._empty(heads, capacity, dtype)
+        # Haiku wants a shape and a dtype, and hands them to `empty`, which needs neither.
+        kv = hk.get_state("kv", (), heads[1].dtype, init=empty)
+        given = {"mask": mask, "count": count, "options": options}
+        output, after = layer.extend(WHERE, kv, *heads, **given)
+        # What initialises a model only makes the cache; its tokens are no tokens.
+        if not hk.running_init():
+            hk.set_state("kv", after)
+        return self._joined(output)
+
+    @hk.transparent
+    def _heads(self, query, key, value) -> list[jax.Array]:
+        """Projects queries, keys and values to heads of one dtype."""
         heads = (
             self._project(query, self.num_heads, self.key_size, "query"),
             self._project(key, self.num_kv_heads, self.key_size, "key"),
             self._project(value, self.num_kv_heads, self.value_size, "value"),
         )
         dtype = jax.numpy.result_type(*heads)
-        output = layer.attend(
-            WHERE,
-            *(x.astype(dtype) for x in heads),
-            mask=layer.any_mask(WHERE, mask),
-            bias=bias,
-            dropout=dropout,
-            options=options,
-        )
+        return [x.astype(dtype) for x in heads]
+
+    @hk.transparent
+    def _joined(self, output) -> jax.Array:
+        """Joins the heads of the output, and projects them back."""
         output = output.reshape(*output.shape[:-2], -1)
         return self._linear(self.model_size)(output)
+
+    def _empty(self, heads, capacity, dtype) -> caches.Cache:
+        if capacity is None:
+            raise ValueError(
+                f"{WHERE}.extend: `capacity` must say how many tokens the cache has room "
+                f"for, got None; give it where the cache is made."
+            )
+        batch, sizes = heads[1].shape[:-3], (self.key_size, self.value_size)
+        dtype = heads[1].dtype if dtype is None else dtype
+        return caches.empty(batch, capacity, self.num_kv_heads, *sizes, dtype=dtype)
 
     @hk.transparent
     def _project(self, array, heads: int, head_size: int, name: str) -> jax.Array:

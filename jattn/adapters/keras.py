@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jattn import caches
 from jattn.adapters import layer
 from jattn.masks import Causal, Window
 
@@ -54,6 +55,54 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
     - `use_causal_mask` and `sliding_window` work along the attention axis, whichever it is.
       With several attention axes there is no order, and they are refused.
     """
+
+    def empty(self, batch_size: int, capacity: int, *, dtype=None, ragged=False):
+        """Makes a cache for `extend`.
+
+        Args:
+            batch_size: B.
+            capacity: How many tokens there is room for.
+            dtype: See `jattn.caches.empty`; that of what the layer computes by default.
+            ragged: Whether each example has a length of its own.
+        """
+        sizes = self._num_heads, self._key_dim, self._value_dim
+        dtype = self.compute_dtype if dtype is None else dtype
+        return caches.empty(batch_size, capacity, *sizes, dtype=dtype, ragged=ragged)
+
+    def extend(self, x, kv, *, mask=None, count=None, **options):
+        """Decodes: attends from new tokens to themselves and to those in a cache.
+
+        Each token sees itself and those before it, and of these as many as
+        `sliding_window` lets it. Pieces of any length give what one call with
+        `use_causal_mask=True` gives for the whole sequence; nothing is dropped. The layer
+        must have its weights: call it once before, or build it.
+
+        Args:
+            x: `BT` × features, one or more tokens.
+            kv: The cache, of `empty` or of `jattn.caches`.
+            mask: A further mask: a function (b, n, t, s) → bool of positions from the
+                first token on, or one of `jattn.masks`.
+            count: How many of the T tokens of each example count; all by default.
+            **options: `modifier`, `sink`, `scale` and others of `jattn.attention`.
+
+        Returns:
+            `BT` × features, and the cache with the tokens.
+        """
+        if not self.built or len(self._axes) != 1:
+            raise ValueError(
+                f"{WHERE}: `extend` needs a layer that was built, with one attention axis, "
+                f"got built={self.built} and `attention_axes={self._axes}`; call it once "
+                f"before, or build it."
+            )
+        window = self._ordered(False, self._sliding_window)
+        mask = layer.both(*window, layer.any_mask(WHERE, mask))
+        x = keras.ops.cast(x, self.compute_dtype)
+        heads = self._query_dense(x), self._key_dense(x), self._value_dense(x)
+        given = {"mask": mask, "count": count, "options": options}
+        output, kv = layer.extend(WHERE, kv, *heads, **given)
+        if self._use_gate:
+            output = output * self._gate_dense(x)
+        return self._output_dense(output), kv
 
     def _compute_attention_mask(
         self,

@@ -42,6 +42,30 @@ def attend(
         )
 
 
+def extend(
+    where: str, kv, query, key, value, *, mask=None, count=None, precision=None, options
+):
+    """Appends tokens to a cache and attends from them, each to itself and those before.
+
+    Args:
+        where: The layer, for messages.
+        kv: A cache of `jattn.caches`, of any kind that has `extend`.
+        query: `BTNH`.
+        key: `BTKH`.
+        value: `BTKD`.
+        mask: A further mask; an array has the cache's capacity as its columns.
+        count: See `caches.Cache.append`.
+        precision: As in `attend`.
+        options: As in `attend`.
+
+    Returns:
+        The output, `BTND`, and the cache with the tokens.
+    """
+    mask = both(Causal(), any_mask(where, mask))
+    with _precise(where, precision):
+        return kv.extend(query, key, value, count=count, mask=mask, **options)
+
+
 @pytree()
 class CausalRows(Mask):
     """A mask in which no row sees a later column, whatever the positions are."""

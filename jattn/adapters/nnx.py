@@ -1,4 +1,4 @@
-"""`jattn.attention` as the `attention_fn` of `flax.nnx.MultiHeadAttention`."""
+"""`jattn.attention` in `flax.nnx.MultiHeadAttention`, and the layer that decodes."""
 
 from typing import Any
 
@@ -6,11 +6,13 @@ import jax
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from jattn import caches
 from jattn.adapters import layer
 
-__all__ = ["attention"]
+__all__ = ["MultiHeadAttention", "attention"]
 
 WHERE = "nnx.attention"
+WHERE_LAYER = "nnx.MultiHeadAttention"
 
 
 def attention(
@@ -125,3 +127,103 @@ def _placed(options, input_positions, query, key):
     if query.shape[-3] == key.shape[-3]:
         options.setdefault("key_position", input_positions)
     return options
+
+
+class MultiHeadAttention(nnx.MultiHeadAttention):
+    """`flax.nnx.MultiHeadAttention`, parameter for parameter, that decodes any prompt.
+
+    Without `decode` it is flax's layer with this library's attention inside. With it, it
+    keeps a cache of `jattn.caches`, as the variable `kv` of type `nnx.Cache`:
+
+        layer.init_cache((B, capacity, features))
+        y = layer(x, decode=True)
+
+    The differences from flax (0.12) in decoding are:
+
+    - A call may bring several tokens, a whole prompt too. Each sees itself and those before
+      it, with or without `is_causal`.
+    - More tokens than fit give NaN, or a ValueError where the numbers are known; in flax
+      they overwrite the last one.
+    - A step takes the time of what is filled. The cache may be of 8 or 4 bits.
+    - Nothing is dropped, and no weights are sown.
+    """
+
+    def __init__(self, *sizes, attention_fn=attention, **options):
+        """Makes the parameters of `flax.nnx.MultiHeadAttention`.
+
+        Args:
+            *sizes: As in flax, like all other arguments.
+            attention_fn: What attends without `decode`.
+            **options: See flax.
+        """
+        super().__init__(*sizes, attention_fn=attention_fn, **options)
+        self.kv: Any = nnx.data(None)
+
+    def init_cache(self, input_shape, dtype="float32", *, ragged=False) -> None:
+        """Makes a cache without tokens, or forgets those of the one that is there.
+
+        Args:
+            input_shape: `…` × capacity × features, as in flax.
+            dtype: See `jattn.caches.empty`.
+            ragged: Whether each example has a length of its own.
+        """
+        *batch, capacity, _ = input_shape
+        sizes = self.num_kv_heads, self.head_dim
+        given = {"dtype": dtype, "ragged": ragged}
+        self.kv = nnx.Cache(caches.empty(tuple(batch), capacity, *sizes, **given))
+
+    def __call__(
+        self,
+        inputs_q,
+        inputs_k=None,
+        inputs_v=None,
+        *,
+        mask=None,
+        decode=None,
+        count=None,
+        **options,
+    ) -> jax.Array:
+        """Projects, attends and projects back.
+
+        Args:
+            inputs_q: `…T` × features.
+            inputs_k: `…S` × features; the queries by default, and always in decoding.
+            inputs_v: `…S` × features; the keys by default.
+            mask: As in `attention`. In decoding a further mask besides the causal one, of
+                positions from the first token on; an array has `capacity` columns.
+            decode: Whether to append to the cache and attend to it; by default the
+                setting of the layer.
+            count: In decoding, how many of the T tokens count; see `caches.Cache.append`.
+            **options: See flax; those of its dropout, weights and `is_causal` do nothing in
+                decoding.
+
+        Returns:
+            `…T` × out_features.
+
+        Raises:
+            ValueError: If an argument does not fit; the message says what to do.
+        """
+        if not (self.decode if decode is None else decode):
+            given: Any = {"mask": mask, "decode": decode, **options}
+            return super().__call__(inputs_q, inputs_k, inputs_v, **given)
+        others = [x for x in (inputs_k, inputs_v) if x is not None and x is not inputs_q]
+        if self.kv is None or others:
+            raise ValueError(
+                f"{WHERE_LAYER}: decoding needs a cache, and queries, keys and values of "
+                f"the same tokens, got kv={self.kv} and {len(others)} other inputs; call "
+                f"`init_cache` first, and give `inputs_q` alone."
+            )
+        return self._extend(inputs_q, mask, count, options)
+
+    def _extend(self, x, mask, count, options) -> jax.Array:
+        sharding = options.get("qkv_sharding")
+        project = (self.query, self.key, self.value)
+        query, key, value = (part(x, out_sharding=sharding) for part in project)
+        if self.query_ln is not None and self.key_ln is not None:
+            query, key = self.query_ln(query), self.key_ln(key)
+        given = {"mask": mask, "count": count, "precision": self.precision, "options": {}}
+        output, after = layer.extend(
+            WHERE_LAYER, self.kv.get_value(), query, key, value, **given
+        )
+        self.kv.set_value(after)
+        return self.out(output, out_sharding=options.get("out_sharding"))

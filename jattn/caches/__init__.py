@@ -5,11 +5,11 @@ Every kind stands for the sequence of tokens that was appended, and attending to
 
 `rounding`      vectors in 8 or 4 bits, with one scale for each
 `write`         rows written into arrays that keep their place
+`products`      the two products of a decoding step with what a store holds
 `store`         where keys and values lie in memory
-`source`        what has slots to attend to, and a call cut to some of them
 `asked`         a call to a cache, checked and taken apart
 `by_kernel`     a few queries by a kernel for TPU
-`decode`        a few queries, in the time that what is filled takes
+`decode`        a few queries by the tokens of a store, as one operation
 `attend`        which way a call goes
 `cache`         the tokens so far, with room for more
 `rolling`       the last tokens in a ring, and the first few

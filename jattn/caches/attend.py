@@ -32,7 +32,7 @@ def attend_state(where: str, query, source, end, options, whole: bool = True) ->
     Args:
         where: The public function, for messages.
         query: `BTNH`, checked.
-        source: A `decode.Source`.
+        source: A `Source`.
         end: A slot that nothing is seen from, int32.
         options: Those of `jattn.attention`.
         whole: Whether the logsumexp is asked for; it is None where not.
@@ -71,7 +71,7 @@ def from_last(where: str, source, length, query, count, options, whole: bool) ->
 
     Args:
         where: The public function, for messages.
-        source: A `decode.Source` whose slots hold the tokens in order.
+        source: A `Source` whose slots hold the tokens in order.
         length: How many there are, one number or one of each example.
         query: `BTNH`, checked.
         count: How many of the T queries count; the last ones of the tokens are theirs.

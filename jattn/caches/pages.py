@@ -21,10 +21,15 @@ class Pages:
     dtype = property(lambda self: self.store.dtype)
     value_dim = property(lambda self: self.store.value_dim)
     unit = property(lambda self: self.store.slots)
+    mixes = property(lambda self: self.store.mixes)
     slots = property(lambda self: self.table.shape[1] * self.store.slots)
 
     def flat(self) -> "Pages":
         """Gives itself: there is one batch axis."""
+        return self
+
+    def apart(self) -> "Pages":
+        """Gives itself."""
         return self
 
     def lies_ready(self, wide) -> bool:

@@ -21,6 +21,7 @@ from jax import lax
 
 from jattn.arrays import check_integers, is_known
 from jattn.caches import rounding, write
+from jattn.caches.products import Products
 from jattn.implementations.tpu.decode.slots import Slots
 from jattn.pytree import pytree
 
@@ -32,7 +33,7 @@ from jattn.pytree import pytree
     "value_scales",
     static=("dtype", "head_dim", "value_dim"),
 )
-class Store:
+class Store(Products):
     """Keys `…KHS` and values `…KSD` in slots; scales `…KS` where they are rounded.
 
     Without `values`, the first `value_dim` numbers of each key are its value.

@@ -15,7 +15,7 @@ MaskLike = Mask | Callable[..., Any] | ArrayLike
 ModifierLike = Modifier | Callable[..., Any]
 # The position of the first query or key, or of each: `T` or `BT`, `S` or `BS`.
 PositionLike = ArrayLike
-Implementation = Literal["blockwise", "dense", "tpu", "cudnn", "gpu"]
+Implementation = Literal["blockwise", "dense", "tpu", "cudnn", "gpu", "decode"]
 
 
 class MaskOptions(TypedDict, total=False):

@@ -3,9 +3,12 @@
 `kernel`        the contract of an implementation, with its laws
 `shared`        what they share: the logits of some queries by some keys
 `isolated`      the isolation of values, which JAX can transpose
+`source`        what has slots to attend to, and a call cut to some of them
+`parts`         a few queries by the slots that count
 `joint`         what joins queries and keys, as kernels read it
 `nvidia`        what a kernel for NVIDIA GPUs asks of the device
 `dense`         attention in one tile
+`decode`        a few queries by a long buffer, on CPU
 `blockwise`     attention in many tiles: forward, backward, tangent
 `tpu`           attention on TPU, by Pallas kernels
 `gpu`           attention on NVIDIA GPUs, by Pallas kernels: named only

@@ -10,6 +10,7 @@ from typing import Any
 
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import cudnn, run
+from jattn.implementations.decode import Decode
 from jattn.implementations.dense import Dense
 from jattn.implementations.gpu.kernel import GPU
 from jattn.implementations.kernel import Kernel, Plain
@@ -23,6 +24,7 @@ IMPLEMENTATIONS: dict[str, Kernel | Plain] = {
     "cudnn": cudnn.CuDNN(),
     # Compiled and emulated, never run on a GPU: so it is in no order below.
     "gpu": GPU(),
+    "decode": Decode(),
 }
 
 # The first implementation that accepts is used. Other platforms use DEFAULT_ORDER.
@@ -31,6 +33,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "tpu": ("tpu", "blockwise", "dense"),
     "gpu": _GPU,
     "cuda": _GPU,
+    "cpu": ("decode", "blockwise", "dense"),
 }
 DEFAULT_ORDER = ("blockwise", "dense")
 

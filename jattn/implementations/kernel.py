@@ -78,10 +78,13 @@ class Kernel(Implementation):
            again.
         6. `exact` says that top + log total is precise enough to start derivatives from.
            If it is not, blockwise first runs its own forward pass.
+        7. `sets_blocks` says that the table of blocks in its operands has its own blocks;
+           other kernels get those of blockwise, resized.
     """
 
     isolates: bool = False
     exact: bool = True
+    sets_blocks: bool = False
 
     @abc.abstractmethod
     def forward(self, problem: Problem, operands: Operands) -> Sums:

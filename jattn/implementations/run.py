@@ -47,7 +47,9 @@ def attention_state(
     """
     if problem.sizes.are_nothing:
         return _nothing(problem)
-    problem, operands = prepare(problem, operands, tile)
+    own, here = (x for x in kernels if x.sets_blocks), jax.default_backend()
+    blocks = next((x.block_sizes(problem, None, here) for x in own), None)
+    problem, operands = prepare(problem, operands, tile, blocks)
     leaves, tree = jax.tree.flatten(operands)
     return state_of(*Attention(problem, tree, tile, kernels, flat)(*leaves))
 

@@ -159,14 +159,15 @@ def pushed(operation: Operation, active) -> Operation:
 
 
 @custom_vmap
-def _in_any_slice(predicate):
+def in_any_slice(predicate):
+    """Gives Booleans; inside `vmap`, whether any slice has one, the same for all."""
     return predicate
 
 
-@_in_any_slice.def_vmap
+@in_any_slice.def_vmap
 def _(size, mapped, predicate):
     del size, mapped
-    return _in_any_slice(jnp.any(predicate, axis=0)), False
+    return in_any_slice(jnp.any(predicate, axis=0)), False
 
 
 def cond_any(predicate, mend, otherwise, *operands):
@@ -175,4 +176,4 @@ def cond_any(predicate, mend, otherwise, *operands):
     So `mend` must be right for every slice. With a plain `cond`, a condition that differs
     from slice to slice makes JAX run both branches for all slices.
     """
-    return jax.lax.cond(_in_any_slice(predicate), mend, otherwise, *operands)
+    return jax.lax.cond(in_any_slice(predicate), mend, otherwise, *operands)

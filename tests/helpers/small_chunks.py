@@ -3,15 +3,15 @@
 import jax
 import pytest
 
-from jattn.caches import decode
+from jattn.implementations import parts
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks():
     """The shortest part has 4 slots, and a chunk 8."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "FIRST", 4)
-        patch.setattr(decode, "CHUNK", 8)
+        patch.setattr(parts, "FIRST", 4)
+        patch.setattr(parts, "CHUNK", 8)
         jax.clear_caches()  # programs of other sizes
         yield
     jax.clear_caches()

@@ -13,18 +13,24 @@ from jattn.operations.varying import locally
 from jattn.pytree import pytree
 
 
-def prepare(problem: Problem, operands: Operands, tile: tuple[int, int] | None = None):
+def prepare(
+    problem: Problem,
+    operands: Operands,
+    tile: tuple[int, int] | None = None,
+    blocks: tuple[int, int] | None = None,
+):
     """Prepares a call for the operation.
 
     Dropout's random words are drawn here, one for each query and one for each key, which
     serve every tile. The part of a mask or modifier that depends on one side of a pair is
-    evaluated once here, rather than for every pair.
+    evaluated once here, rather than for every pair. Which blocks are empty is decided
+    before that, for `blocks` or else for those of blockwise.
     """
     operands, _ = apart(operands)  # a NaN for positions out of range is added afterwards
     if operands.rng is not None:
         words = drawn(problem, operands, index(problem, operands))
         operands = operands._replace(rng=words)
-    return _split(problem, operands, plan(problem, False, tile).cell)
+    return _split(problem, operands, blocks or plan(problem, False, tile).cell)
 
 
 def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):

@@ -1,43 +1,61 @@
-"""What has slots to attend to, and a call cut to some of them."""
+"""What has slots to attend to, and a call cut to some of them.
+
+A buffer of keys and values is a source, and so are caches of every kind.
+"""
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.caches.store import Store
 from jattn.call.problem import Operands, Problem
-from jattn.implementations.tpu.decode.slots import Slots
+
+
+class Part(Protocol):
+    """The keys and values of some slots, ready for the two products."""
+
+    @property
+    def num_heads(self) -> int:
+        """Gives K."""
+
+    def products(self, rows, wide) -> jax.Array:
+        """Multiplies rows BKRH by the keys, BKRS."""
+
+    def sums(self, weights, wide) -> jax.Array:
+        """Sums up the values, each times its weight BKRS, to BKRD."""
+
+    def vectors_of_values(self, wide) -> jax.Array:
+        """Gives the values, BKSD."""
 
 
 class Source(Protocol):
-    """Where keys and values are: a `Store`, or pages of one. A pytree of arrays."""
+    """Where keys and values are; a pytree of arrays."""
 
     @property
     def slots(self) -> int:
         """Says how many tokens there is room for."""
 
     @property
-    def dtype(self) -> str:
-        """Names the dtype of the numbers, which may be stored in another one."""
-
-    @property
     def unit(self) -> int:
         """Says how many slots are cut together."""
 
-    def cut(self, start, size: int) -> Store:
-        """Gives the slots from `start` on, a multiple of the unit, BKHS and BKSD."""
+    @property
+    def mixes(self) -> bool:
+        """Says whether a NaN of one head may reach another; not `apart`."""
+
+    def apart(self) -> Any:
+        """Gives a source of the same slots that does not mix."""
+
+    def cut(self, start, size: int) -> Any:
+        """Gives the slots from `start` on, a multiple of the unit, as a `Part`."""
 
     def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
         """Gives all keys and values, BSKH and BSKD."""
 
     def lies_ready(self, wide) -> bool:
         """Says whether all slots can be multiplied where they lie."""
-
-    def arrays(self) -> Slots:
-        """Gives the arrays where they lie, as a kernel reads them."""
 
 
 def cut(problem: Problem, operands: Operands, start, size: int):
