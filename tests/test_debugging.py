@@ -190,7 +190,9 @@ def test_linear_transpose_whatever_is_asked(name, implementation):
     _check_transpose(lambda v: LINEAR[name](v, implementation=implementation))
 
 
-@pytest.mark.parametrize("attend", [_tokens, jattn.definition.attention_state], ids=str)
+@pytest.mark.parametrize(
+    "attend", [_tokens, jattn.definition.attention_state], ids=["cache", "definition"]
+)
 def test_linear_transpose_elsewhere(attend):
     known = attend is _tokens
     options = {"sink": jnp.zeros(2), "mask": Causal()}
