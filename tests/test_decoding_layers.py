@@ -80,6 +80,7 @@ def test_nnx():
     assert int(ours.kv.get_value().length) == T
 
 
+@pytest.mark.slow
 def test_linen():
     linen = pytest.importorskip("flax.linen")
     from jattn.adapters.linen import MultiHeadDotProductAttention
@@ -102,6 +103,7 @@ def test_linen():
     check(step, made["cache"], lambda x: theirs.apply(variables, x, mask=mask))
 
 
+@pytest.mark.slow
 def test_haiku():
     haiku = pytest.importorskip("haiku")
     from jattn.adapters.haiku import MultiHeadAttention
@@ -125,6 +127,7 @@ def test_haiku():
         ours.init(jax.random.key(0), X)
 
 
+@pytest.mark.slow
 def test_equinox():
     equinox = pytest.importorskip("equinox")
     from jattn.adapters.equinox import MultiheadAttention
@@ -144,6 +147,7 @@ def test_equinox():
     close(decoded(jax.vmap(cut), empty, (5, 2)), want)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(  # of keras's own variables
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"
 )

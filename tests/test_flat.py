@@ -23,7 +23,7 @@ from tests.helpers.draws import normal
 from tests.helpers.params import quick_and_slow
 
 named = {case.name: case for case in CASES}
-QUICK = ("everything", "segments_with_padding", "explicit")
+QUICK = ("everything",)
 
 
 @pytest.mark.parametrize("case", quick_and_slow(CASES, QUICK, group=True))
