@@ -61,9 +61,12 @@ def attend(problem: Problem, operands: Operands, source: Source, end, order=None
 
 
 def mended(problem: Problem, operands: Operands, source: Source, end):
-    """Gives what `attend` gives where it finds a NaN in a value that no query sees."""
-    sums = _parts(problem, operands, source.apart(), end=end, order=None, isolating=True)
-    return _finished(problem, sums)
+    """Gives what `attend` gives where it finds a NaN in a value that no query sees.
+
+    Not on CPU: what guards a loop there makes XLA copy all slots on TPU.
+    """
+    run = functools.partial(_parts, problem, operands, source.apart(), isolating=True)
+    return _finished(problem, run(end=end, order=None, guarded=False))
 
 
 def chunk_of(problem: Problem, source: Source) -> int:
@@ -85,7 +88,9 @@ class _Sums(NamedTuple):
     output: jax.Array
 
 
-def _parts(problem, operands, source: Source, *, end, order, isolating) -> _Sums:
+def _parts(
+    problem, operands, source: Source, *, end, order, isolating, guarded=True
+) -> _Sums:
     step = functools.partial(_step, problem, operands, source, isolating)
     slots, start = source.slots, _nothing(problem)
     # What isolates copies what it reads.
@@ -96,8 +101,8 @@ def _parts(problem, operands, source: Source, *, end, order, isolating) -> _Sums
         place = lambda i: i if order is None else order[i]
         count = jnp.minimum((end + chunk - 1) // chunk, -(-slots // chunk))
         body = lambda sums, i: step(sums, place(i) * chunk, chunk)
-        guarded = _guarded(body, problem, count)
-        return lax.fori_loop(0, count, lambda i, sums: guarded(sums, i), start)
+        turn = _guarded(body, problem, count) if guarded else body
+        return lax.fori_loop(0, count, lambda i, sums: turn(sums, i), start)
 
     whole = lambda _: step(start, 0, slots)
     if slots <= short:
