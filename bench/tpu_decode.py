@@ -1,7 +1,7 @@
 """Calls of caches for `bench.tpu`: one token of each of 8 examples, capacity 8192.
 
-32 query heads share 8 key heads of 128 numbers, in bfloat16: 268 MB of keys and values,
-of which no copy may be made. A block is 1024 slots of one key head.
+32 query heads share 8 key heads of 128 numbers, in bfloat16: 268 MB of keys and values.
+None of them may be copied. A block is 1024 slots of one key head.
 """
 
 EXAMPLES, CAPACITY, HEADS, KEY_HEADS, PAGE = 8, 8192, 32, 8, 128

@@ -15,7 +15,7 @@ QUERY = normal(0, (2, 6, 4, 8))
 
 
 def kept(query=QUERY, key=QUERY, rate=0.5, seed=1, **options):
-    """Which weights are not zero, BNTS."""
+    """Says which weights are not zero, BNTS."""
     dropout = Dropout(rate, jax.random.key(seed))
     weights = jattn.attention_weights(query, key, dropout=dropout, **options)
     return np.asarray(weights) > 0

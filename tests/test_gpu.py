@@ -214,7 +214,7 @@ def test_every_row_of_the_day_has_someone_to_compute_it():
 
 @mark
 def test_a_tile_and_the_operand_of_mma_are_in_the_same_registers():
-    """What `mma._left` says: of each 16 columns, both layouts have equal numbers there."""
+    """Checks what `mma._left` says: of each 16 columns, both have equal numbers there."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     tile = _by_registers(plgpu.Layout.WGMMA.to_mgpu(), (64, 48))

@@ -72,8 +72,8 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
     def extend(self, x, kv, *, mask=None, count=None, **options):
         """Decodes: attends from new tokens to themselves and to those in a cache.
 
-        Each token sees itself and those before it, and of these as many as
-        `sliding_window` lets it. Pieces of any length give what one call with
+        Each token sees itself and those before it; with `sliding_window`, only the last so
+        many of them. Pieces of any length give what one call with
         `use_causal_mask=True` gives for the whole sequence; nothing is dropped. The layer
         must have its weights: call it once before, or build it.
 

@@ -161,7 +161,7 @@ def check_whole(where: str, name: str, value, shape: tuple[int, ...] | None) -> 
 
 
 def check_examples(where: str, name: str, value, shape, count: int) -> jax.Array:
-    """Checks numbers of examples, of which there are `count`; −1 is the last one.
+    """Checks that numbers name examples, 0 to `count` − 1; −1 is the last one.
 
     A number that is no example's is refused where it is known, and becomes `count` where
     it is traced.
@@ -179,7 +179,7 @@ def check_examples(where: str, name: str, value, shape, count: int) -> jax.Array
 
 
 def check_owners(where: str, example, shape, count: int) -> jax.Array:
-    """Checks the example of each token, of which there are `count`; below 0 for padding."""
+    """Checks the example of each token, 0 to `count` − 1; below 0 for padding."""
     example = check_integers(where, "example", example)
     if is_known(example) and not all(x < count for x in np.ravel(example)):
         raise ValueError(

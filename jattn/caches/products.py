@@ -1,7 +1,7 @@
 """The two products of a decoding step with what a store holds.
 
 What is rounded has a scale for each token and head. Scales multiply logits and weights,
-never the vectors, so that no exact copy of these is made.
+not the vectors: then no vector has to be copied.
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ from jattn.state import State, with_sink
 
 
 def state(where: str, compute, query, key, value, *, sink=None, **options) -> State:
-    """What `compute(problem, operands, sink)` gives, in the shape of the batch."""
+    """Gives what `compute(problem, operands, sink)` gives, in the shape of the batch."""
     problem, operands = pose(where, query, key, value, **options)
     output, logsumexp = compute(problem, operands, check_sink(where, sink, problem.sizes))
     batch = problem.sizes.batch
@@ -22,7 +22,7 @@ def state(where: str, compute, query, key, value, *, sink=None, **options) -> St
 
 
 def finished(problem, state: State, sink) -> State:
-    """The state with its sink, and its output in the dtype of the call."""
+    """Gives the state with its sink, and its output in the dtype of the call."""
     return state._replace(output=with_sink(state, sink).astype(problem.dtype))
 
 

@@ -16,7 +16,7 @@ SLOTS = 128  # so few in a step that small caches have several
 
 
 def attend_state(kv, query, *, interpret=True, alone=True, **options) -> State:
-    """What `kv.attend_state` gives on TPU; `alone`, nothing stands in for the kernel."""
+    """Gives the state on TPU; with `alone`, nothing stands in for the kernel."""
     kernel, operation = Decoder(SLOTS, interpret), attend._decoded
 
     def decoded(problem, operands, source, end, sink, whole):

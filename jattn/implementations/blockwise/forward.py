@@ -20,7 +20,7 @@ from jax import lax
 
 from jattn.implementations.blockwise.cells import in_cell
 from jattn.implementations.blockwise.layout import Layout
-from jattn.implementations.blockwise.rows import by_rows
+from jattn.implementations.blockwise.rows import row_sums
 from jattn.implementations.blockwise.tiles import Tile, dot, products_of, sums_of
 from jattn.operations.mapped import cond_any
 from jattn.shapes import wide_dtype
@@ -51,7 +51,7 @@ def _forward(layout: Layout):
     wide, rows = layout.problem.wide, layout.rows_of_block
     zeros = jnp.zeros(rows, wide), jnp.zeros((*rows, layout.problem.sizes.D), wide)
     lowest = jnp.full(rows, jnp.finfo(wide).min)
-    return by_rows(
+    return row_sums(
         layout,
         of_head,
         (lowest, *zeros),

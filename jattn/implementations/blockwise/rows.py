@@ -16,7 +16,7 @@ from jattn.implementations.blockwise.tiles import (
 from jattn.shapes import is_one
 
 
-def by_rows(layout: Layout, of_head, zeros, finish, *, bare=False, folded=False):
+def row_sums(layout: Layout, of_head, zeros, finish, *, bare=False, folded=False):
     """Sums up over the tiles of each row; gives arrays BTN….
 
     Args:

@@ -23,7 +23,7 @@ from jattn.call.problem import Operands
 from jattn.implementations import shared
 from jattn.implementations.blockwise.cells import in_cell
 from jattn.implementations.blockwise.layout import Layout
-from jattn.implementations.blockwise.rows import by_rows
+from jattn.implementations.blockwise.rows import row_sums
 from jattn.implementations.blockwise.tiles import (
     Active,
     Tile,
@@ -64,7 +64,7 @@ def tangent(layout: Layout, outputs, tangents: Operands):
     vectors = jnp.zeros((*rows, layout.problem.sizes.D), wide)
     zeros = Sums(numbers, numbers, vectors, vectors, vectors)
     finish = lambda sums: (sums.mean, sums.by_logits + sums.by_values)
-    mean, d_output = by_rows(layout, of_head, zeros, finish)
+    mean, d_output = row_sums(layout, of_head, zeros, finish)
     inverse, _ = shared.row_factors(total)
     return inverse[..., None] * d_output, jnp.zeros_like(total), total * mean
 

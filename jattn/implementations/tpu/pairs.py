@@ -6,11 +6,15 @@ operation first spreads its operands to one shape. `objection` says beforehand w
 cannot evaluate.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jattn.call.jaxprs import RULES, called, walk
+from jattn.dropout import keep
 from jattn.implementations import joint
+from jattn.implementations.shared import rounded
 
 # The operations that Mosaic supports on two axes, in float32 and int32.
 _ARITHMETIC = {"abs", "add", "div", "max", "min", "mul", "neg", "rem", "sign", "sub"}
@@ -42,6 +46,72 @@ def evaluate(jaxpr, inputs, small=()) -> jax.Array:
     floats = {var: x.astype(jnp.float32) for var, x in floats.items()}
     (result,) = _evaluate(jaxpr, inputs, floats)
     return result
+
+
+class PairTile:
+    """A tile whose pairs are evaluated from the arrays that it has read.
+
+    Attributes:
+        call: The call, with its `problem` and whether it is emulated, `interpret`.
+        pairs: The programs that join a query and a key.
+        shape: The shape of the tile.
+        key: The number of each key: keys × 1 or 1 × keys, as the tile lies.
+        read: The arrays that masks, modifiers, bias and dropout read.
+    """
+
+    call: Any
+    pairs: joint.Pairs
+    shape: tuple[int, int]
+    key: jax.Array
+    read: Any
+
+    @property
+    def active(self):
+        """Gives the arrays in which the logits are differentiated, beside the products."""
+        return self.read.modifier, self.read.bias
+
+    def logits(self, products, active=None):
+        """Computes the logits from scaled products: applies the modifier, then the bias.
+
+        `active`, if given, replaces the arrays that were read.
+        """
+        modifier, bias = self.active if active is None else active
+        logits = products
+        if self.pairs.modifier is not None:
+            inputs = [products, *self._index, *modifier]
+            small = (3, 4) if self.pairs.counts else ()  # t and s
+            logits = evaluate(self.pairs.modifier.jaxpr, inputs, small)
+            logits = spread(logits.astype(products.dtype), self.shape)
+            logits = rounded(logits) if self.call.interpret else logits
+        return logits if bias is None else logits + bias
+
+    def allowed(self, has_padding: bool):
+        """Says which pairs count: the mask allows them, and the key is not padding."""
+        allowed = None
+        if self.pairs.mask is not None:
+            allowed = evaluate(self.pairs.mask.jaxpr, [*self._index, *self.read.mask])
+            allowed = spread(allowed, self.shape)
+        if has_padding:
+            inside = spread(self.inside, self.shape)
+            allowed = inside if allowed is None else allowed & inside
+        return allowed
+
+    def kept(self):
+        """Says which weights dropout keeps; None without dropout."""
+        if self.read.words is None:
+            return None
+        queries, keys = (spread(x, self.shape) for x in self.read.words)
+        return keep(queries, keys, self.call.problem.rate)
+
+    @property
+    def inside(self):
+        """Says which keys are no padding, in the shape of their numbers."""
+        return self.key < self.call.problem.sizes.S
+
+    @property
+    def _index(self):
+        at = self.read.index
+        return (*at[:3], self.key) if self.pairs.counts_keys else at
 
 
 def spread(array, shape):

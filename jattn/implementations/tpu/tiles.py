@@ -8,11 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jattn.dropout import keep
 from jattn.implementations.joint import Extras, Pairs, kind
-from jattn.implementations.shared import rounded
 from jattn.implementations.tpu.layout import Plan
-from jattn.implementations.tpu.pairs import evaluate, spread
+from jattn.implementations.tpu.pairs import PairTile
 
 
 class Part(NamedTuple):
@@ -40,7 +38,7 @@ def parts(plan: Plan, chunk: int, width: int, half=None) -> list[Part]:
     return found
 
 
-class Tile:
+class Tile(PairTile):
     """Arrays that one part of a block reads beside its products."""
 
     def __init__(self, call, pairs: Pairs, refs: Extras, block, part: Part):
@@ -49,49 +47,6 @@ class Tile:
         self.key = first + lax.broadcasted_iota(jnp.int32, (self.shape[0], 1), 0)
         self.read = jax.tree.map(
             lambda ref, like: _read(ref, like, part), refs, call.shapes
-        )
-
-    @property
-    def active(self):
-        """Gives the arrays in which the logits are differentiated, beside the products."""
-        return self.read.modifier, self.read.bias
-
-    def logits(self, products, active):
-        """Computes the logits from scaled products: applies the modifier, then the bias."""
-        modifier, bias = active
-        logits = products
-        if self.pairs.modifier is not None:
-            inputs = [products, *self.index, *modifier]
-            small = (3, 4) if self.pairs.counts else ()  # t and s
-            logits = evaluate(self.pairs.modifier.jaxpr, inputs, small)
-            logits = spread(logits.astype(products.dtype), self.shape)
-            logits = rounded(logits) if self.call.interpret else logits
-        return logits if bias is None else logits + bias
-
-    def allowed(self, has_padding: bool):
-        """Says which pairs count: the mask allows them, and the key is not padding."""
-        allowed = None
-        if self.pairs.mask is not None:
-            allowed = evaluate(self.pairs.mask.jaxpr, [*self.index, *self.read.mask])
-            allowed = spread(allowed, self.shape)
-        if has_padding:
-            inside = spread(self.key < self.call.problem.sizes.S, self.shape)
-            allowed = inside if allowed is None else allowed & inside
-        return allowed
-
-    @property
-    def index(self):
-        """Gives the indices of example, head, query and key."""
-        at = self.read.index
-        return (*at[:3], self.key) if self.pairs.counts_keys else at
-
-    def kept(self):
-        """Says which weights dropout keeps; None without dropout."""
-        if self.read.words is None:
-            return None
-        queries, keys = self.read.words
-        return keep(
-            spread(queries, self.shape), spread(keys, self.shape), self.call.problem.rate
         )
 
 
