@@ -1,6 +1,5 @@
 """A ring compiled for TPUs that are not there: each transfer has a kernel beside it."""
 
-import importlib.util
 import re
 
 import jax
@@ -12,17 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import jattn
 from jattn import Context, masks
-from tests.helpers.chips import described
+from tests.helpers.chips import AHEAD_OF_TIME, described
 
-pytestmark = [
-    pytest.mark.aot,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="needs libtpu: pip install 'jax[tpu]'",
-    ),
-    pytest.mark.xdist_group("libtpu"),
-]
+pytestmark = [*AHEAD_OF_TIME, pytest.mark.slow]
 STARTS = r"\s*(?:ROOT )?(%\S+) = .* collective-permute-start\("
 DONE = r" collective-permute-done\((?:\([^)]*\) )?(%\S+?)[),]"
 

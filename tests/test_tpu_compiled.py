@@ -1,7 +1,6 @@
 """The kernels compile for TPUs that are not there, by the libtpu of `jax[tpu]`."""
 
 import contextlib
-import importlib.util
 import re
 
 import jax
@@ -11,23 +10,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jattn
+from bench.tpu import TOPOLOGIES
 from jattn import masks, modifiers
-from tests.helpers.chips import described
+from tests.helpers.chips import AHEAD_OF_TIME, described
 
-pytestmark = [
-    pytest.mark.aot,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="needs libtpu: pip install 'jax[tpu]'",
-    ),
-    pytest.mark.xdist_group("libtpu"),
-]
-TOPOLOGIES = {
-    "v5e": "v5e:2x2",
-    "v6e": "v6e:2x2",
-    "v5p": "v5p:2x2x1",
-    "tpu7x": "tpu7x:2x2x1",
-}
+pytestmark = AHEAD_OF_TIME
 KERNEL = 'custom_call_target="tpu_custom_call"'
 
 

@@ -1,6 +1,5 @@
 """The kernel for caches compiles for TPUs that are not there, and copies no cache."""
 
-import importlib.util
 import re
 
 import jax
@@ -9,22 +8,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bench import tpu_decode
-from tests.helpers.chips import described
+from bench.tpu import TOPOLOGIES
+from tests.helpers.chips import AHEAD_OF_TIME, described
 
-pytestmark = [
-    pytest.mark.aot,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="needs libtpu: pip install 'jax[tpu]'",
-    ),
-    pytest.mark.xdist_group("libtpu"),
-]
-TOPOLOGIES = {
-    "v5e": "v5e:2x2",
-    "v6e": "v6e:2x2",
-    "v5p": "v5p:2x2x1",
-    "tpu7x": "tpu7x:2x2x1",
-}
+pytestmark = AHEAD_OF_TIME
 # All kinds of caches on one chip, and one kind on all of them.
 EACH = [("v6e", what, H) for _, what, H in tpu_decode.ROWS]
 EACH += [(name, "decode", 128) for name in TOPOLOGIES if name != "v6e"]

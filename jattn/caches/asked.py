@@ -14,6 +14,7 @@ import numpy as np
 from jattn.arrays import check_array, check_integers, is_known, saturate
 from jattn.blocks.block_table import BlockTable
 from jattn.caches.rounding import LARGEST
+from jattn.caches.store import check_there
 from jattn.call.options import Options
 from jattn.call.pose import check_bias, pose, pose_mask
 from jattn.call.problem import Operands, Problem, asking_logsumexp, drawn, index
@@ -167,12 +168,7 @@ def check_examples(where: str, name: str, value, shape, count: int) -> jax.Array
     it is traced.
     """
     given = check_integers(where, name, value)
-    # Asked of NumPy: inside `jit`, what JAX computes of known numbers is not known.
-    if is_known(given) and not all(-count <= x < count for x in np.ravel(given)):
-        raise ValueError(
-            f"{where}: `{name}` must be less than B = {count}, got {given}; there are no "
-            f"other examples."
-        )
+    check_there(where, name, given, count, least=-count)
     value = check_whole(where, name, given, shape)
     value = jnp.where(value < 0, value + count, value)
     return jnp.where(value < 0, count, value)
@@ -181,11 +177,7 @@ def check_examples(where: str, name: str, value, shape, count: int) -> jax.Array
 def check_owners(where: str, example, shape, count: int) -> jax.Array:
     """Checks the example of each token, 0 to `count` − 1; below 0 for padding."""
     example = check_integers(where, "example", example)
-    if is_known(example) and not all(x < count for x in np.ravel(example)):
-        raise ValueError(
-            f"{where}: `example` must be less than B = {count}, or −1 for padding, got "
-            f"{example}; there are no other examples."
-        )
+    check_there(where, "example", example, count, or_else=", or −1 for padding")
     return check_whole(where, "example", example, shape)
 
 

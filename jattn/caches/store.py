@@ -214,12 +214,18 @@ def taken(where: str, store: Store, indices) -> Store:
             f"axis, got shape {indices.shape} for B = {store.batch}; use `jax.tree.map`."
         )
     B = store.batch[0]
-    if is_known(indices) and not all(-B <= i < B for i in np.asarray(indices)):
-        raise ValueError(
-            f"{where}: `indices` must be less than B = {B}, got {indices}; there are no "
-            f"other examples."
-        )
+    check_there(where, "indices", indices, B, least=-B)
     return store.map(lambda x, _: jnp.take(x, jnp.asarray(indices), axis=0))
+
+
+def check_there(where: str, name: str, numbers, B: int, least=-np.inf, or_else="") -> None:
+    """Raises where a known number is not that of one of B examples."""
+    # Asked of NumPy: inside `jit`, what JAX computes of known numbers is not known.
+    if is_known(numbers) and not all(least <= x < B for x in np.ravel(numbers)):
+        raise ValueError(
+            f"{where}: `{name}` must be less than B = {B}{or_else}, got {numbers}; there "
+            f"are no other examples."
+        )
 
 
 def _as_stored(store: Store, key, value) -> Iterator[jax.Array]:

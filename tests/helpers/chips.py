@@ -1,9 +1,11 @@
 """TPUs that are described and not there, to compile for: needs libtpu."""
 
+import importlib.util
 import os
 import warnings
 
 import numpy as np
+import pytest
 from jax.experimental import topologies
 
 SETTINGS = {
@@ -13,6 +15,16 @@ SETTINGS = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
 }
+
+# What tests that compile for these chips are marked with.
+AHEAD_OF_TIME = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="needs libtpu: pip install 'jax[tpu]'",
+    ),
+    pytest.mark.xdist_group("libtpu"),
+]
 
 
 def described(topology: str) -> np.ndarray:
