@@ -11,7 +11,7 @@ from jax import lax
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.plan import Plan, plan
-from jattn.implementations.blockwise.summaries import is_nothing, sweep
+from jattn.implementations.blockwise.summaries import sweep
 
 
 def strongest(
@@ -26,7 +26,7 @@ def strongest(
         Indices, int32, and weights: BTNk, or BTk of the weights averaged over heads.
     """
     B, N, T, _ = problem.sizes.BNTS
-    if k == 0 or is_nothing(problem):
+    if k == 0 or problem.sizes.are_nothing:
         shape = (B, T, k) if average else (B, T, N, k)
         return jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, problem.wide)
     usual = plan(problem, False, tile).in_cells()

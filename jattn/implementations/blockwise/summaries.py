@@ -34,7 +34,7 @@ from jattn.operations.operation import Operation, retype
 def entropy(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.Array:
     """Computes −Σₛ weightₛ log weightₛ over the keys, BTN; the caller adds the sink."""
     B, N, T, _ = problem.sizes.BNTS
-    if is_nothing(problem):
+    if problem.sizes.are_nothing:
         return jnp.zeros((B, T, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
     return Entropy(problem, tree, tile)(*leaves, normalizer)[0]
@@ -43,7 +43,7 @@ def entropy(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.
 def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.Array:
     """Sums up the weights of each key over all queries, BSN."""
     B, N, _, S = problem.sizes.BNTS
-    if is_nothing(problem):
+    if problem.sizes.are_nothing:
         return jnp.zeros((B, S, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
     return Received(problem, tree, tile)(*leaves, normalizer)[0]
@@ -52,11 +52,6 @@ def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax
 def closed(normalizer):
     """Sets the normalizer to +∞ where a query sees nothing, so that its weights are 0."""
     return jnp.where(normalizer == -jnp.inf, jnp.inf, normalizer)
-
-
-def is_nothing(problem: Problem) -> bool:
-    """Says whether a call is known to have no example, no head, no query or no key."""
-    return problem.sizes.are_nothing
 
 
 def log_weights(logits, allowed, normalizer):
