@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 import jattn
 from bench import candidates, limits, measure, report, rows
+from jattn.arrays.shapes import Sizes
 from jattn.masks import Causal, Window
 from jattn.modifiers import ALiBi, SoftCap
-from jattn.shapes import Sizes
 
 LONG = (  # the geometric mean is of these
     ("plain", (1, 2048, 8, 64)),

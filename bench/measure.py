@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jattn
-from jattn.shapes import Sizes
+from jattn.arrays.shapes import Sizes
 from jattn.testing import Case, random_inputs
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200

@@ -9,7 +9,8 @@ import numpy as np
 import jattn
 from bench.measure import Work
 from jattn.masks import Causal
-from jattn.modifiers import ALiBi, Bias, Compose, RelativeBias, SoftCap
+from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap
+from jattn.modifiers.modifier import Compose
 
 
 class Plain(NamedTuple):

@@ -3,7 +3,7 @@
 import dataclasses
 
 import jattn
-from jattn.shapes import Sizes
+from jattn.arrays.shapes import Sizes
 from jattn.testing import CASES, Case, random_inputs
 
 LETTERS = "BTNHKSD"  # of a shape; the last three may be left out

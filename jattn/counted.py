@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.arrays import saturate
+from jattn.arrays.checks import saturate
+from jattn.arrays.integers import check_whole
+from jattn.arrays.shapes import Sizes
 from jattn.blocks.block_table import BlockTable
 from jattn.dropout import Dropout, Numbered
-from jattn.integers import check_whole
-from jattn.mask import Mask, as_mask
+from jattn.masks import Mask, as_mask
 from jattn.modifiers import Modifier
 from jattn.pytree import pytree
-from jattn.shapes import Sizes
 
 __all__ = ["counted_from"]
 

@@ -17,12 +17,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jattn.arrays import align
+from jattn.arrays.checks import align
+from jattn.arrays.positions import check_range, positions, spread_positions
+from jattn.arrays.shapes import flatten_batch, measure, unflatten_batch, wide_dtype
 from jattn.dropout import keep, words
-from jattn.mask import as_mask
+from jattn.masks import as_mask
 from jattn.modifiers import as_modifier
-from jattn.positions import check_range, positions, spread_positions
-from jattn.shapes import flatten_batch, measure, unflatten_batch, wide_dtype
 from jattn.state import State
 
 __all__ = [

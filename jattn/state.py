@@ -27,8 +27,8 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from jattn.meshes import across
-from jattn.shapes import wide_dtype
+from jattn.arrays.meshes import across
+from jattn.arrays.shapes import wide_dtype
 
 __all__ = ["EMPTY", "State", "merge", "with_sink"]
 

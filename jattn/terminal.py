@@ -14,16 +14,22 @@ from jattn.pictures.numbers import (
     grid,
     heads_of,
     pool,
-    printable,
     shown_of,
+)
+from jattn.pictures.shades import (
+    as_shares,
+    bar,
+    labels_of,
+    largest,
+    legend,
+    line_ends,
+    shade,
+    upright,
 )
 
 __all__ = ["entropy", "mask", "received", "weights"]
 
-_SHADES = " ░▒▓█"
-_HEIGHTS = " ▁▂▃▄▅▆▇█"
 _MOST_CELLS = 64  # along each side of a head, so that one head fits on a screen
-_MOST_LETTERS = 12  # of a token; longer labels would leave too little room for the cells
 
 
 def weights(
@@ -64,21 +70,21 @@ def weights(
     given = (weights, query_tokens, key_tokens, heads)
     drawn, names, query_tokens, key_tokens = shown_of("terminal.weights", *given)
     T, S = drawn.shape[1:]
-    rows = _labels(query_tokens, T)
+    rows = labels_of(query_tokens, T)
     margin = max(map(len, rows)) + 1
     most = max(min(width - margin, _MOST_CELLS), 1)
     block = math.ceil(T / _MOST_CELLS), math.ceil(S / most)
     drawn = pool(drawn, block) if block != (1, 1) else drawn
     repeat = 2 if margin + 2 * drawn.shape[2] <= width else 1
-    lines = [_legend("weight", drawn)]
+    lines = [legend("weight", drawn)]
     if block != (1, 1):
         lines.append(f"one cell: {block[0]} × {block[1]}, mean over queries, sum over keys")
-    columns = _labels(key_tokens, S)[:: block[1]]
-    header = [" " * margin + line for line in _upright(columns, repeat)]
-    for name, panel in zip(names, _shares(drawn), strict=True):
+    columns = labels_of(key_tokens, S)[:: block[1]]
+    header = [" " * margin + line for line in upright(columns, repeat)]
+    for name, panel in zip(names, as_shares(drawn), strict=True):
         lines += [*([name] if name else []), *header]
         for label, row in zip(rows[:: block[0]], panel, strict=True):
-            shades = "".join(_shade(share) * repeat for share in row)
+            shades = "".join(shade(share) * repeat for share in row)
             lines.append(f"{label:>{margin - 1}} {shades}".rstrip())
     return "\n".join(lines)
 
@@ -119,8 +125,8 @@ def mask(mask, length: int, key_length: int | None = None, *, width: int = 80) -
     size = max(getattr(mask, "blocks", (1, 1)))
     block = size * math.ceil(block / size)  # whole blocks of a table
     kinds = cells(mask, length, key_length, (block, block))
-    legend = f"█ all may attend  ░ some  · none; one cell: {block} × {block}"
-    return "\n".join([legend, *grid(kinds, (block, block), width)])
+    first = f"█ all may attend  ░ some  · none; one cell: {block} × {block}"
+    return "\n".join([first, *grid(kinds, (block, block), width)])
 
 
 def entropy(entropies: Sequence, *, width: int = 80) -> str:
@@ -156,15 +162,15 @@ def entropy(entropies: Sequence, *, width: int = 80) -> str:
     known = [
         row[: np.shape(layer)[-1]] for row, layer in zip(means, entropies, strict=True)
     ]
-    lines = [_legend("entropy in nats", np.concatenate(known))]
+    lines = [legend("entropy in nats", np.concatenate(known))]
     lines.append(
         f"{'head':<{margin}}" + "".join(f"{n:>{wide}}" for n in range(means.shape[1]))
     )
     for label, row in zip(labels, known, strict=True):
-        shades = [_shade(mean / (_top(means) or 1.0)) for mean in row]
+        shares = row / (largest(means) or 1.0)
         shown = [
-            f" {shade * 2}" + (f" {mean:.2f}" if numbers else "")
-            for mean, shade in zip(row, shades, strict=True)
+            f" {shade(share) * 2}" + (f" {mean:.2f}" if numbers else "")
+            for mean, share in zip(row, shares, strict=True)
         ]
         lines.append(f"{label:<{margin}}{''.join(shown)}".rstrip())
     return "\n".join(lines)
@@ -199,64 +205,14 @@ def received(
         ██ ▂▂ ▄▄
     """
     drawn, names = heads_of("terminal.received", received, tokens, heads)
-    labels = _labels(tokens, drawn.shape[1])
+    labels = labels_of(tokens, drawn.shape[1])
     margin = max(map(len, names)) + 1 if any(names) else 0
-    shares = _shares(drawn)
-    lines = [f"received: a bar of full height █ is {_top(drawn):.2f}"]
-    for start, stop in _lines(labels, max(width - margin, 1)):
+    shares = as_shares(drawn)
+    lines = [f"received: a bar of full height █ is {largest(drawn):.2f}"]
+    for start, stop in line_ends(labels, max(width - margin, 1)):
         words = labels[start:stop]
         lines.append(" " * margin + " ".join(words))
         for name, row in zip(names, shares[:, start:stop], strict=True):
-            bars = [_height(x) * len(word) for x, word in zip(row, words, strict=True)]
+            bars = [bar(x) * len(word) for x, word in zip(row, words, strict=True)]
             lines.append(f"{name:<{margin}}{' '.join(bars)}".rstrip())
     return "\n".join(lines)
-
-
-def _labels(tokens, length: int) -> list[str]:
-    """Gives a label for each token, in printable letters."""
-    if tokens is None:
-        return [str(place) for place in range(length)]
-    return [printable(token, _MOST_LETTERS) or "·" for token in tokens]
-
-
-def _upright(labels: list[str], repeat: int) -> list[str]:
-    """Writes labels downwards, each above its column."""
-    height = max(map(len, labels))
-    labels = [label.rjust(height) for label in labels]
-    lines = ("".join(x[i].ljust(repeat) for x in labels) for i in range(height))
-    return [line.rstrip() for line in lines]
-
-
-def _lines(labels: list[str], width: int):
-    """Gives the index of the first label of each line and the index after its last."""
-    start, used = 0, 0
-    for place, label in enumerate(labels):
-        if used and used + len(label) > width:
-            yield start, place
-            start, used = place, 0
-        used += len(label) + 1
-    yield start, len(labels)
-
-
-def _top(array: np.ndarray) -> float:
-    return float(np.max(array, initial=0.0, where=np.isfinite(array)))
-
-
-def _shares(array: np.ndarray) -> np.ndarray:
-    """Gives numbers as shares of the largest one."""
-    return array / (_top(array) or 1.0)
-
-
-def _legend(what: str, array: np.ndarray) -> str:
-    shades = "░ 0.1–0.3  ▒ 0.3–0.5  ▓ 0.5–0.7  █ 0.7–1"
-    note = "" if np.isfinite(array).all() else "  ? NaN"
-    return f"{what}, shares of {_top(array):.2f}: {shades}{note}"
-
-
-def _shade(share: float) -> str:
-    # Five shades: the limits between them are 0.1, 0.3, 0.5 and 0.7, as in the legend.
-    return _SHADES[min(int(5 * max(share, 0) + 0.5), 4)] if math.isfinite(share) else "?"
-
-
-def _height(share: float) -> str:
-    return _HEIGHTS[round(8 * max(share, 0))] if math.isfinite(share) else "?"

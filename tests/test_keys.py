@@ -10,10 +10,9 @@ import pytest
 from jax.scipy.special import xlogy
 
 import jattn
-from jattn.buckets import distance, log_bucket
 from jattn.call.pose import pose
 from jattn.masks import Causal, Lengths, Prefix, Segments, Window
-from jattn.modifiers import RelativeBias, SoftCap
+from jattn.modifiers import RelativeBias, SoftCap, distance, log_bucket
 from tests.helpers.draws import normal
 
 QUERY = jnp.ones((1, 6, 1, 4))

@@ -46,10 +46,10 @@ def imports(module: str):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            if node.module == "jattn" or node.module.removeprefix("jattn.") in PACKAGES:
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            # What a package gives out comes from the package, or is one of its modules.
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            own = {name for name in modules if name.removeprefix("jattn.") in LEVEL}
+            yield from own or [node.module]
 
 
 @pytest.mark.parametrize("module", MODULES)

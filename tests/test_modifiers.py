@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.buckets import distance, log_bucket
-from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap, alibi_slopes
+from jattn.modifiers import (
+    ALiBi,
+    Bias,
+    RelativeBias,
+    SoftCap,
+    alibi_slopes,
+    distance,
+    log_bucket,
+)
 
 T, S, N = 3, 4, 2
 rng = np.random.default_rng(0)

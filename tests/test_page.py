@@ -16,10 +16,10 @@ import pytest
 import jattn
 from jattn import page
 from jattn.masks import Causal, Prefix, Window
-from jattn.pages import assembly, blocks, inputs
-from jattn.pages.keeping import entries_of, threshold
-from jattn.pages.looks import Look, look
-from jattn.pages.packing import codes, packed, rounded, shares
+from jattn.page import assembly, blocks, inputs
+from jattn.page.keeping import entries_of, threshold
+from jattn.page.looks import Look, look
+from jattn.page.packing import codes, packed, rounded, shares
 from jattn.pictures.numbers import allowed, pool
 from tests.helpers.draws import normal
 
@@ -307,7 +307,7 @@ def test_page_asks_for_nothing_from_elsewhere():
 
 
 def test_templates_are_short_and_belong_to_the_package():
-    files = list(importlib.resources.files("jattn.pages").iterdir())
+    files = list(importlib.resources.files("jattn.page").iterdir())
     names = {file.name for file in files}
     assert {"page.html", "heads.html", "mask.html", "style.css", *assembly.SCRIPTS} <= names
     for file in files:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jattn
-from jattn.api import _state
+from jattn.api.attention import _state
 from jattn.call.program import Index, trace
 from tests.helpers.draws import normal
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jattn.arrays.shapes import Sizes
 from jattn.call.hoist import split
 from jattn.call.pose import pose_mask
 from jattn.call.problem import index
 from jattn.call.program import trace
 from jattn.masks import Causal, Lengths, Prefix, Segments
 from jattn.modifiers import ALiBi, RelativeBias, SoftCap
-from jattn.shapes import Sizes
 
 SIZES = Sizes(batch=(2,), T=5, S=6, N=4, K=2, H=3, D=3)
 B, N, T, S = SIZES.BNTS

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.api import _state
+from jattn.api.attention import _state
 from jattn.blocks import of_call
 from jattn.blocks.kinds import EMPTY, FULL, PARTIAL, resize, spread
 from jattn.call.pose import pose

@@ -11,11 +11,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jattn
 from jattn import definition
+from jattn.arrays.shapes import Sizes
 from jattn.call.pose import pose
 from jattn.implementations.tpu.kernel import TPU
 from jattn.implementations.tpu.pairs import evaluate
 from jattn.masks import Causal, Lengths, Segments, Window
-from jattn.shapes import Sizes
 from jattn.testing import CASES, assert_matches_definition, errors, random_inputs
 from tests.helpers import emulated_tpu
 

@@ -10,9 +10,8 @@ import pytest
 
 import jattn
 from jattn import modifiers
-from jattn.buckets import log_bucket
 from jattn.masks import Causal, Explicit, Lengths, Prefix, Segments, Window, as_mask
-from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap
+from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap, log_bucket
 
 KEY = jnp.zeros((1, 4, 1, 4))
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import definition, masks, views
+from jattn import definition, masks
+from jattn.api import views
+from jattn.api.strongest import _strongest
+from jattn.arrays.shapes import unflatten_batch
 from jattn.implementations import run as operation
 from jattn.implementations.blockwise import summaries
-from jattn.shapes import unflatten_batch
-from jattn.strongest import _strongest
 from jattn.testing import CASES, random_inputs
 
 TILE = (4, 4)  # small, so that small inputs have many

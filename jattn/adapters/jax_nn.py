@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.api import attention, attention_state
-from jattn.arrays import check_array
+from jattn.api.attention import attention, attention_state
+from jattn.arrays.checks import check_array
 from jattn.masks import Causal, Lengths, Mask, Window, as_mask
 
 __all__ = ["dot_product_attention"]

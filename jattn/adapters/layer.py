@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn.api import attention
-from jattn.arrays import check_array
+from jattn.api.attention import attention
+from jattn.api.weights import attention_weights
+from jattn.arrays.checks import check_array
 from jattn.dropout import Dropout
 from jattn.masks import Causal, Mask, as_mask
 from jattn.pytree import pytree
-from jattn.weights import attention_weights
 
 
 def attend(

@@ -5,15 +5,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jattn.arrays import check_array
+from jattn.arrays.checks import check_array
+from jattn.arrays.meshes import across
+from jattn.arrays.shapes import Sizes, measure
 from jattn.blocks.kinds import draw, shares, spread
 from jattn.blocks.of_call import block_table as block_kinds
 from jattn.call.pose import pose_mask
 from jattn.call.problem import given
-from jattn.mask import Mask, as_mask
-from jattn.meshes import across
+from jattn.masks import Mask, as_mask
 from jattn.pytree import pytree
-from jattn.shapes import Sizes, measure
 
 __all__ = ["BlockTable", "block_table"]
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays import check_array, check_integers, is_known, saturate
+from jattn.arrays.checks import check_array, check_integers, is_known, saturate
+from jattn.arrays.shapes import FLOATS, Sizes, wide_dtype
 from jattn.blocks.block_table import BlockTable
 from jattn.caches.rounding import LARGEST
 from jattn.caches.store import check_there
@@ -20,7 +21,6 @@ from jattn.call.pose import check_bias, pose, pose_mask
 from jattn.call.problem import Operands, Problem, asking_logsumexp, drawn, index
 from jattn.masks import Explicit, Lengths, Mask, Segments, as_mask
 from jattn.modifiers import Bias
-from jattn.shapes import FLOATS, Sizes, wide_dtype
 
 OPTIONS = (*Options.__annotations__, "implementation")
 

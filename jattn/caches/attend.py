@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.api import attention_state
+from jattn.api.attention import attention_state
+from jattn.arrays.meshes import across
+from jattn.arrays.shapes import Sizes, unflatten_batch
 from jattn.caches import asked, decode
 from jattn.call.pose import check_sink
 from jattn.call.problem import apart
 from jattn.implementations.run import state_of
 from jattn.masks import Lengths
-from jattn.meshes import across
-from jattn.shapes import Sizes, unflatten_batch
 from jattn.state import State, with_sink
 
 # Up to so many queries the part that is filled is looked at without skipping more of it.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays import check_integers, is_known, saturate
+from jattn.arrays.checks import check_integers, is_known, saturate
 from jattn.caches import asked, attend, write
 from jattn.caches.store import Store, blank, put_at, put_run, taken
 from jattn.pytree import pytree

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.api import attention
-from jattn.arrays import is_known
+from jattn.api.attention import attention
+from jattn.arrays.checks import is_known
 from jattn.caches import asked, attend, sharing
 from jattn.caches.pages import Pages
 from jattn.caches.pool import Pool, full_pool

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.api import attention_state
+from jattn.api.attention import attention_state
 from jattn.blocks.block_table import BlockTable
 from jattn.caches import asked, attend
 from jattn.caches.asked import of_each

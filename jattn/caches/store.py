@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn.arrays import check_integers, is_known
+from jattn.arrays.checks import check_integers, is_known
 from jattn.caches import rounding, write
 from jattn.caches.products import Products
 from jattn.implementations.tpu.decode.slots import Slots

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict
 from jax.typing import ArrayLike
 
 from jattn.dropout import Dropout
-from jattn.mask import Mask
+from jattn.masks import Mask
 from jattn.modifiers import Modifier
 
 # One of `jattn.masks`, a function (b, n, t, s) → bool, or Booleans that broadcast to BNTS.

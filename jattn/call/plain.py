@@ -13,7 +13,7 @@ from jax.extend.core import (
 )
 from jax.sharding import NamedSharding, use_abstract_mesh
 
-from jattn.meshes import _CALLER, _mesh_of, without_axes
+from jattn.arrays.meshes import _CALLER, _mesh_of, without_axes
 
 
 def jaxpr_of(function, *scalars):

@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.arrays import align, check_array
+from jattn.arrays.checks import align, check_array
+from jattn.arrays.positions import check_range, positions
+from jattn.arrays.shapes import Sizes, flatten_batch, measure, wide_dtype
 from jattn.call.problem import Operands, Problem, given
 from jattn.call.program import Arrays, trace
 from jattn.dropout import Dropout
-from jattn.mask import Explicit, Mask, as_mask
-from jattn.masks import in_words
+from jattn.masks import Explicit, Mask, as_mask
+from jattn.masks.named import in_words
 from jattn.modifiers import as_modifier
-from jattn.positions import check_range, positions
-from jattn.shapes import Sizes, flatten_batch, measure, wide_dtype
 
 
 def pose(

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jattn.arrays.positions import spread_positions
+from jattn.arrays.shapes import Sizes, is_one, wide_dtype
 from jattn.call.program import Arrays, Index, Program
 from jattn.dropout import keep, words
-from jattn.mask import Mask
-from jattn.positions import spread_positions
-from jattn.shapes import Sizes, is_one, wide_dtype
+from jattn.masks import Mask
 
 
 @dataclasses.dataclass(frozen=True)

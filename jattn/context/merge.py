@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.shapes import wide_dtype
+from jattn.arrays.shapes import wide_dtype
 from jattn.state import State
 
 __all__ = ["merge_over"]

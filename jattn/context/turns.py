@@ -13,7 +13,7 @@ is made of known numbers it is a number of Python, and elsewhere one program ser
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays import are_numbers
+from jattn.arrays.checks import are_numbers
 from jattn.blocks import of_call
 from jattn.call.problem import Operands, Problem
 

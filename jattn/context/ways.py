@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jattn.arrays.positions import spread_positions
+from jattn.arrays.shapes import Sizes
 from jattn.call.problem import Operands, Problem, drawn, index
 from jattn.call.program import Arrays, Index, Program, trace
 from jattn.context.place import Axes, Place
 from jattn.implementations.blockwise.prepare import hoisted
 from jattn.operations.varying import locally
-from jattn.positions import spread_positions
-from jattn.shapes import Sizes
 
 STAYS, CUT = "stays", "is cut"  # else a number: it travels, its keys along that axis
 

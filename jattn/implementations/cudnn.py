@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from jattn.arrays.shapes import Sizes
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.kernel import Kernel, Sums
 from jattn.implementations.nvidia import PLATFORMS, lacking
-from jattn.mask import And
 from jattn.masks import Causal, Window
-from jattn.shapes import Sizes
+from jattn.masks.mask import And
 
 _WORDS = {
     "bias": "a `bias`, which it rounds to the dtype of the inputs",

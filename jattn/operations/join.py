@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from jattn.arrays.shapes import is_one
 from jattn.operations.operation import Operation
-from jattn.shapes import is_one
 
 
 @dataclasses.dataclass(frozen=True)

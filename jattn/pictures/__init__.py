@@ -1,6 +1,7 @@
 """Masks and weights as small arrays, as text, and as figures.
 
 `numbers`       masks and weights as small arrays
+`shades`        numbers as shades and bars, for a terminal
 `panels`        empty panels for pictures
 `colours`       colours in panels, and what they mean
 `words`         a text as a picture

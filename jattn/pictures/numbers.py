@@ -14,9 +14,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.api.weights import attention_logits
 from jattn.blocks.block_table import BlockTable
 from jattn.blocks.kinds import EMPTY, FULL, PARTIAL, resize, spread
-from jattn.weights import attention_logits
 
 __all__ = [
     "EMPTY",

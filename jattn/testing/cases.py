@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.buckets import log_bucket
+from jattn.arrays.shapes import Sizes
 from jattn.dropout import Dropout
 from jattn.masks import Causal, Explicit, Lengths, Prefix, Segments, Window
-from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap
-from jattn.shapes import Sizes
+from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap, log_bucket
 from jattn.testing.makers import _booleans, _fixed, _ids, _infinite_bias, _lengths, _normal
 
 Inputs = dict[str, Any]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jattn.shapes import Sizes
+from jattn.arrays.shapes import Sizes
 
 
 def _normal(*letters: str):

@@ -13,10 +13,10 @@ import numpy as np
 
 import jattn
 from jattn import definition, testing
+from jattn.arrays.shapes import Sizes
 from jattn.call.pose import pose
 from jattn.implementations.gpu.refusal import HOPPER
 from jattn.masks import Causal, Lengths, Segments, Window
-from jattn.shapes import Sizes
 from jattn.testing.cases import cast
 from tests.helpers import emulated_gpu
 

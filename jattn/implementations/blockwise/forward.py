@@ -18,12 +18,12 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
+from jattn.arrays.shapes import wide_dtype
 from jattn.implementations.blockwise.cells import in_cell
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.rows import row_sums
 from jattn.implementations.blockwise.tiles import Tile, dot, products_of, sums_of
 from jattn.operations.mapped import cond_any
-from jattn.shapes import wide_dtype
 
 
 def forward(layout: Layout):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jattn.arrays.shapes import is_one
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.schedule import schedules
 from jattn.implementations.blockwise.tiles import (
@@ -13,7 +14,6 @@ from jattn.implementations.blockwise.tiles import (
     over_heads,
     over_tiles,
 )
-from jattn.shapes import is_one
 
 
 def row_sums(layout: Layout, of_head, zeros, finish, *, bare=False, folded=False):

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jattn.arrays.shapes import is_one
 from jattn.blocks import of_call
 from jattn.blocks.kinds import cut_last, module, resize, spread, visits
 from jattn.implementations.blockwise.layout import Layout
-from jattn.shapes import is_one
 
 
 class Cells(NamedTuple):

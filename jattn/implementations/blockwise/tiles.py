@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jattn.arrays.shapes import is_one, wide_dtype
 from jattn.call.program import Arrays, Index
 from jattn.dropout import keep
 from jattn.implementations import shared
 from jattn.implementations.blockwise.layout import Aligned, Layout
 from jattn.operations.mapped import cond_any
-from jattn.shapes import is_one, wide_dtype
 
 
 class Active(NamedTuple):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays import check_integers, fits, is_known
-from jattn.shapes import Sizes
+from jattn.arrays.checks import check_integers, fits, is_known
+from jattn.arrays.shapes import Sizes
 
 
 def positions(where: str, name: str, position, sizes: Sizes, axis: str) -> jax.Array | None:

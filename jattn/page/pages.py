@@ -1,21 +1,14 @@
-"""Pages of weights and of masks: one file each, for any browser, without a network.
-
-All functions return a `Page`: `page.save("weights.html")` writes it, and a notebook shows
-it. The page of a long text has the strongest weights of each query and sums of all
-weights, so that it stays small and quick.
-"""
+"""The pages of masks and of weights, for any browser, without a network."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from jattn.blocks.kinds import shares
-from jattn.pages import assembly
-from jattn.pages.blocks import blocks_of
-from jattn.pages.document import Page, document
-from jattn.pages.inputs import layers_of, named_tokens, options_of, per_layer
-from jattn.pages.packing import packed
-
-__all__ = ["Page", "entropy", "mask", "received", "weights"]
+from jattn.page import assembly
+from jattn.page.blocks import blocks_of
+from jattn.page.document import Page, document
+from jattn.page.inputs import layers_of, named_tokens, options_of, per_layer
+from jattn.page.packing import packed
 
 _MASK_SCRIPTS = ("unpack.js", "theme.js", "pairs.js", "names.js", "mask.js")
 

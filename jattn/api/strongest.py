@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jattn.api.views import _normalizer, _pose
+from jattn.arrays.integers import is_number
+from jattn.arrays.meshes import across
+from jattn.arrays.shapes import unflatten_batch
 from jattn.call.options import WeightOptions
 from jattn.call.problem import Problem, apart
 from jattn.implementations.blockwise import summaries
 from jattn.implementations.blockwise.strongest import strongest
-from jattn.integers import is_number
-from jattn.meshes import across
 from jattn.operations.varying import locally
-from jattn.shapes import unflatten_batch
-from jattn.views import _normalizer, _pose
 
 
 class StrongestKeys(NamedTuple):

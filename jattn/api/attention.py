@@ -8,6 +8,8 @@ import chex
 import jax
 from jax.typing import ArrayLike
 
+from jattn.arrays.meshes import across
+from jattn.arrays.shapes import unflatten_batch
 from jattn.call.options import Implementation, MaskLike, ModifierLike, PositionLike
 from jattn.call.pose import by_name, check_sink, pose
 from jattn.call.problem import Operands, Problem, apart, asking_logsumexp
@@ -17,8 +19,6 @@ from jattn.context.place import Context
 from jattn.context.types import told_by_types
 from jattn.dropout import Dropout
 from jattn.implementations import dispatch
-from jattn.meshes import across
-from jattn.shapes import unflatten_batch
 from jattn.state import State, with_sink
 
 __all__ = ["attention", "attention_state"]

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays import align, check_array, check_integers, is_known, saturate
-from jattn.shapes import Sizes
+from jattn.arrays.checks import align, check_array, check_integers, is_known, saturate
+from jattn.arrays.shapes import Sizes
 
 
 def is_number(value) -> bool:

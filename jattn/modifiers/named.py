@@ -1,13 +1,4 @@
-"""What happens to a logit before the softmax: functions (logit, b, n, t, s) → logit.
-
-A modifier acts on the scaled product of one query and one key, before `bias` and `mask`.
-Any function of these scalars is a modifier, alone or composed left to right by `>>`:
-`SoftCap(50.0) >> ALiBi() >> (lambda logit, b, n, t, s: logit * heat[n])`. The arrays that
-it holds or closes over have gradients.
-
-Modifiers are frozen dataclasses and JAX pytrees. As with masks, `aligned` gives arrays
-that are read by row and column, and `modify` gets their elements for its pair.
-"""
+"""Modifiers with names: biases, a cap, ALiBi, relative positions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,105 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays import align, check_array
-from jattn.buckets import distance, log_bucket
-from jattn.mask import Mask
-from jattn.pytree import as_written, pytree
-from jattn.shapes import Sizes
-
-__all__ = [
-    "ALiBi",
-    "Bias",
-    "Modifier",
-    "Pointwise",
-    "RelativeBias",
-    "SoftCap",
-    "alibi_slopes",
-    "as_modifier",
-    "distance",
-    "log_bucket",
-]
-
-
-class Modifier:
-    """A map on logits; subclasses say which."""
-
-    __array_ufunc__ = None  # so that `array >> modifier` calls `__rrshift__` here
-
-    def aligned(self, sizes: Sizes) -> Any:
-        """Gives a pytree of arrays that broadcast to BNTS, read by row and column."""
-        del sizes
-        return ()
-
-    def modify(self, logit, b, n, t, s, elements) -> jax.Array:
-        """Gives the new logit of this query and key, a scalar."""
-        raise TypeError(f"{type(self).__name__} must define `modify`")
-
-    def __rshift__(self, other) -> "Modifier":
-        return Compose(self, as_modifier(other))
-
-    def __rrshift__(self, other) -> "Modifier":
-        return Compose(as_modifier(other), self)
-
-    def __repr__(self) -> str:
-        """Writes the modifier as in Python code, `SoftCap(50.0) >> ALiBi()`."""
-        return as_written(self)
-
-
-def as_modifier(modifier, where: str = "modifiers") -> Modifier:
-    """Makes a modifier from a modifier or a function of (logit, b, n, t, s)."""
-    if isinstance(modifier, Modifier):
-        return modifier
-    if isinstance(modifier, type):
-        raise ValueError(
-            f"{where}: `modifier` must be a modifier, got the class {modifier.__name__}; "
-            f"call it."
-        )
-    if isinstance(modifier, Mask):
-        raise ValueError(
-            f"{where}: `modifier` must change a logit, got the mask {modifier!r}; give it "
-            f"as `mask`."
-        )
-    if callable(modifier):
-        return Pointwise(modifier)
-    raise ValueError(
-        f"{where}: `modifier` must be a function (logit, b, n, t, s) → logit or one of "
-        f"jattn.modifiers, got {type(modifier).__name__}; an array belongs in `bias`."
-    )
-
-
-@pytree(static=("function",))
-class Pointwise(Modifier):
-    """A modifier from any function (logit, b, n, t, s) → logit, written for scalars."""
-
-    function: Callable
-
-    def modify(self, logit, b, n, t, s, elements) -> jax.Array:
-        """Calls the function."""
-        return self.function(logit, b, n, t, s)
-
-
-@pytree("first", "second")
-class Compose(Modifier):
-    """A modifier that applies two, one after the other: `first >> second`."""
-
-    first: Modifier
-    second: Modifier
-
-    def aligned(self, sizes) -> Any:
-        """Gives the arrays of each modifier."""
-        return self.first.aligned(sizes), self.second.aligned(sizes)
-
-    def modify(self, logit, b, n, t, s, elements) -> jax.Array:
-        """Applies the first modifier, then the second one."""
-        first, second = elements
-        # The first modifier may change the dtype; the second gets the logit's again.
-        logit = self.first.modify(logit, b, n, t, s, first).astype(logit.dtype)
-        return self.second.modify(logit, b, n, t, s, second)
-
-    def __repr__(self) -> str:
-        second = f"({self.second!r})" if isinstance(self.second, Compose) else self.second
-        return f"{self.first!r} >> {second}"
+from jattn.arrays.checks import align, check_array
+from jattn.modifiers.buckets import distance
+from jattn.modifiers.modifier import Modifier
+from jattn.pytree import pytree
 
 
 @pytree("array")

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jattn.arrays import align, check_array
+from jattn.arrays.checks import align, check_array
+from jattn.arrays.shapes import Sizes
 from jattn.pytree import as_written, pytree
-from jattn.shapes import Sizes
 
 
 class Mask:

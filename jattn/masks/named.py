@@ -1,14 +1,4 @@
-"""Which keys a query may attend to: functions (b, n, t, s) → bool, with `&`, `|`, `~`.
-
-A mask sees one query and one key: the example b, the query head n, and the positions
-t and s. True means *may attend*. Any function of these scalars is a mask, alone or
-combined with the masks below: `Causal() & (lambda b, n, t, s: doc[t] == doc[s])`.
-
-Masks are frozen dataclasses and JAX pytrees: their arrays may be traced and batched.
-A mask may also read arrays by row and column instead of by position. `aligned` gives
-these arrays, as any pytree, and `allows` gets a tree of the same structure that holds
-their elements for its pair.
-"""
+"""Masks with names: causal, windows, prefixes, segments, lengths."""
 
 from typing import Any
 
@@ -16,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays import align, check_integers
-from jattn.integers import (
+from jattn.arrays.checks import align, check_integers
+from jattn.arrays.integers import (
     as_int32,
     check_whole,
     common_dtype,
@@ -26,20 +16,8 @@ from jattn.integers import (
     padding_number,
     per_example,
 )
-from jattn.mask import And, ByRow, Explicit, Mask, Pointwise, as_mask
+from jattn.masks.mask import And, ByRow, Mask
 from jattn.pytree import pytree
-
-__all__ = [
-    "Causal",
-    "Explicit",
-    "Lengths",
-    "Mask",
-    "Pointwise",
-    "Prefix",
-    "Segments",
-    "Window",
-    "as_mask",
-]
 
 
 @pytree("offset")

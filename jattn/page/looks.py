@@ -15,9 +15,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.api import attention_state
-from jattn.strongest import strongest_keys
-from jattn.views import attention_entropy, attention_received
+from jattn.api.attention import attention_state
+from jattn.api.strongest import strongest_keys
+from jattn.api.views import attention_entropy, attention_received
 
 __all__ = ["Look", "cell_of", "look"]
 

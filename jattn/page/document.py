@@ -108,4 +108,4 @@ def _json(facts: dict[str, Any]) -> str:
 
 
 def _template(name: str) -> str:
-    return importlib.resources.files("jattn.pages").joinpath(name).read_text("utf-8")
+    return importlib.resources.files("jattn.page").joinpath(name).read_text("utf-8")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jattn.arrays import check_array
+from jattn.arrays.checks import check_array
 
 __all__ = ["layers_of", "named_tokens", "options_of", "per_layer"]
 

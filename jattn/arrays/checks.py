@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.shapes import Sizes
+from jattn.arrays.shapes import Sizes
 
 
 def check_array(where: str, name: str, array) -> jax.Array:

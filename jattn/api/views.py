@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jattn.arrays import check_array
+from jattn.arrays.checks import check_array
+from jattn.arrays.meshes import across
+from jattn.arrays.shapes import flatten_batch, unflatten_batch
 from jattn.call.options import WeightOptions, checked
 from jattn.call.pose import check_sink, pose
 from jattn.call.problem import Operands, Problem, apart
 from jattn.implementations.blockwise import summaries
 from jattn.implementations.run import attention_state
-from jattn.meshes import across
-from jattn.shapes import flatten_batch, unflatten_batch
 
 __all__ = ["attention_entropy", "attention_received"]
 

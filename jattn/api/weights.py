@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jattn.arrays import check_array
+from jattn.arrays.checks import check_array
+from jattn.arrays.meshes import across
+from jattn.arrays.shapes import Sizes, unflatten_batch
 from jattn.call.options import LogitOptions, Options, checked
 from jattn.call.pose import check_sink, pose
 from jattn.call.problem import Operands, Problem, apart, select_rows
 from jattn.implementations import dense
-from jattn.meshes import across
-from jattn.shapes import Sizes, unflatten_batch
 from jattn.state import State, with_sink
 
 __all__ = ["attention_logits", "attention_weights"]

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jattn.pages.looks import Look
-from jattn.pages.packing import STEPS, codes, rounded
+from jattn.page.looks import Look
+from jattn.page.packing import STEPS, codes, rounded
 
 __all__ = ["Entries", "entries_of", "kept", "threshold"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jattn.pages.document import Page, document
-from jattn.pages.keeping import Entries, entries_of, kept, threshold
-from jattn.pages.looks import cell_of, look, with_mean
-from jattn.pages.packing import bytes_of, codes, packed, rounded, shares
+from jattn.page.document import Page, document
+from jattn.page.keeping import Entries, entries_of, kept, threshold
+from jattn.page.looks import cell_of, look, with_mean
+from jattn.page.packing import bytes_of, codes, packed, rounded, shares
 
 __all__ = ["SCRIPTS", "attending", "fitted", "summed"]
 

@@ -1,0 +1,31 @@
+"""What happens to a logit before the softmax: functions (logit, b, n, t, s) → logit.
+
+A modifier acts on the scaled product of one query and one key, before `bias` and `mask`.
+Any function of these scalars is a modifier, alone or composed left to right by `>>`:
+`SoftCap(50.0) >> ALiBi() >> (lambda logit, b, n, t, s: logit * heat[n])`. The arrays that
+it holds or closes over have gradients.
+
+Modifiers are frozen dataclasses and JAX pytrees. As with masks, `aligned` gives arrays
+that are read by row and column, and `modify` gets their elements for its pair.
+
+`modifier`      what a modifier is, and modifiers made of functions and other modifiers
+`buckets`       which column of a table a distance reads
+`named`         biases, a cap, ALiBi, relative positions
+"""
+
+from jattn.modifiers.buckets import distance, log_bucket
+from jattn.modifiers.modifier import Modifier, Pointwise, as_modifier
+from jattn.modifiers.named import ALiBi, Bias, RelativeBias, SoftCap, alibi_slopes
+
+__all__ = [
+    "ALiBi",
+    "Bias",
+    "Modifier",
+    "Pointwise",
+    "RelativeBias",
+    "SoftCap",
+    "alibi_slopes",
+    "as_modifier",
+    "distance",
+    "log_bucket",
+]
