@@ -13,49 +13,11 @@ import jax
 import jax.numpy as jnp
 
 import jattn
-from bench import candidates, limits, measure, report, rows
+from bench import candidates, cpu_rows, limits, measure, report, rows
+from bench.cpu_rows import BASE, both, forward, inputs_of
 from jattn.arrays.shapes import Sizes
 from jattn.masks import Causal, Window
 from jattn.modifiers import ALiBi, SoftCap
-
-LONG = (  # the geometric mean is of these
-    ("plain", (1, 2048, 8, 64)),
-    ("causal", (1, 2048, 8, 64)),
-    ("plain", (1, 4096, 8, 64)),
-    ("causal", (1, 4096, 8, 64)),
-    ("plain", (1, 4096, 4, 128)),
-    ("causal", (1, 4096, 4, 128)),
-)
-CAUSAL = (("causal", (1, 1024, 8, 64)), ("causal", (1, 16384, 2, 64)))
-MASKED = (
-    ("documents", (1, 4096, 8, 64)),
-    ("window", (1, 4096, 8, 64)),
-    ("relative_bias", (1, 1024, 16, 64)),  # T5's
-)
-HALF = tuple(
-    (name, shape)
-    for shape in ((1, 4096, 8, 64), (1, 4096, 4, 128))
-    for name in ("plain", "causal")
-)
-SHORT = (
-    ("plain", (4, 512, 8, 64)),
-    ("causal", (4, 512, 8, 64)),
-    ("plain", (8, 256, 8, 64)),
-    ("causal", (8, 256, 8, 64)),
-    ("plain", (32, 128, 8, 64)),
-    ("plain", (64, 64, 8, 32)),
-)
-QUERY = (
-    ("one_query", (1, 1, 8, 64, 8, 8192)),
-    ("one_query", (1, 1, 8, 64, 2, 8192)),
-)
-SHAPES = (  # beside plain attention at (1, 4096, 8, 64), a flop's time
-    ("8 query heads, 2 key heads", (1, 4096, 8, 64, 2)),
-    ("values of 64, keys of 128", (1, 4096, 4, 128, 4, 4096, 64)),
-    ("2048 queries, 4096 keys", (1, 2048, 8, 64, 8, 4096)),
-    ("4097 queries, 3001 keys", (1, 4097, 8, 64, 8, 3001)),
-)
-BASE = (1, 4096, 8, 64)
 
 
 def peak() -> None:
@@ -106,7 +68,7 @@ def versus(table, dtype: str = "float32", limited: bool = True) -> dict[str, lis
 
 def long() -> None:
     """Times long sequences in float32."""
-    ahead = versus(LONG)
+    ahead = versus(cpu_rows.LONG)
     ratios = [x for label in ahead.values() for x in label]
     mean = statistics.geometric_mean(ratios)
     print(f"torch / jattn: geometric mean {mean:.2f}, least {min(ratios):.2f}")
@@ -114,32 +76,32 @@ def long() -> None:
 
 def causal() -> None:
     """Times causal rows of other lengths."""
-    versus(CAUSAL)
+    versus(cpu_rows.CAUSAL)
 
 
 def masked() -> None:
     """Times documents, a window, and the bias of T5."""
-    versus(MASKED)
+    versus(cpu_rows.MASKED)
 
 
 def short() -> None:
     """Times short sequences."""
-    versus(SHORT)
+    versus(cpu_rows.SHORT)
 
 
 def query() -> None:
     """Times one query. Reading the keys is its limit, so no share is printed."""
-    versus(QUERY, limited=False)
+    versus(cpu_rows.QUERY, limited=False)
 
 
 def bfloat16() -> None:
     """Times half precision."""
-    versus(HALF, "bfloat16")
+    versus(cpu_rows.HALF, "bfloat16")
 
 
 def shapes() -> None:
     """Compares the time per flop of other shapes."""
-    table = (("", BASE), *SHAPES)
+    table = (("", BASE), *cpu_rows.SHAPES)
     works = {
         name: measure.pose(rows.find_case("plain"), rows.sizes_of(shape), "float32")
         for name, shape in table
@@ -149,14 +111,14 @@ def shapes() -> None:
         runs = {name: one.passes[label].run for name, one in made.items()}
         times = measure.interleave(runs, 10.0)
         flops = {name: _flops(work.sizes, label) for name, work in works.items()}
-        for name, _ in SHAPES:
+        for name, _ in cpu_rows.SHAPES:
             per_flop = measure.ratio(times[name], times[""]) / flops[name] * flops[""]
             print(f"{name:28} {label:16} {per_flop:.2f} × the time per flop", flush=True)
 
 
 def options() -> None:
     """Says what modifiers, a bias and dropout cost."""
-    inputs, slopes = _inputs(BASE), jnp.linspace(0.1, 1.0, BASE[2])
+    inputs, slopes = inputs_of(BASE), jnp.linspace(0.1, 1.0, BASE[2])
     bias = jax.random.normal(jax.random.key(7), (1, BASE[2], 1, BASE[1]))
     table = {
         "plain": {},
@@ -167,7 +129,7 @@ def options() -> None:
         "lambda, cosine": {"modifier": lambda x, b, n, t, s: x * jnp.cos(0.1 * s)},
         "dropout": {"dropout": jattn.Dropout(0.1, jax.random.key(3))},
     }
-    for label, make in (("forward", _forward), ("forward+backward", _both)):
+    for label, make in (("forward", forward), ("forward+backward", both)):
         runs = {name: make(inputs, **given).run for name, given in table.items()}
         times = measure.interleave(runs, 12.0)
         for name in list(table)[1:]:
@@ -179,7 +141,7 @@ def window() -> None:
     """Times a window of 512 keys, by the length."""
     mask, base = Causal() & Window(511, 0), None
     for length in (4096, 16384, 65536):
-        runs = {"": _forward(_inputs((1, length, 2, 64)), mask=mask).run}
+        runs = {"": forward(inputs_of((1, length, 2, 64)), mask=mask).run}
         seconds = statistics.median(measure.interleave(runs, 4.0)[""])
         base = base or seconds / 4096
         print(
@@ -191,7 +153,7 @@ def window() -> None:
 
 def derivatives() -> None:
     """Times tangents beside the forward pass, Hessian-vector products beside gradients."""
-    inputs = _inputs(BASE)
+    inputs = inputs_of(BASE)
     total = lambda inputs: jnp.sum(jnp.sin(jattn.attention(*inputs)))
     tangent = lambda inputs: jax.jvp(lambda x: jattn.attention(*x), (inputs,), (inputs,))
     product = lambda inputs: jax.jvp(jax.value_and_grad(total), (inputs,), (inputs,))
@@ -209,8 +171,8 @@ def derivatives() -> None:
 def memory() -> None:
     """Counts bytes beside arguments and results."""
     for length in (16384, 32768, 131072):
-        inputs = _inputs((1, length, 1 if length > 10**5 else 2, 64))
-        for label, make in (("forward", _forward), ("forward+backward", _both)):
+        inputs = inputs_of((1, length, 1 if length > 10**5 else 2, 64))
+        for label, make in (("forward", forward), ("forward+backward", both)):
             temporaries = make(inputs, mask=Causal()).temporaries / 2**20
             size = f"T = {length}, N = {inputs[0].shape[2]}, causal"
             print(f"{size:28} {label:16} {temporaries:.0f} MiB", flush=True)
@@ -218,11 +180,12 @@ def memory() -> None:
 
 def compiling() -> None:
     """Counts the seconds to trace, lower and compile."""
-    _both(_inputs((1, 512, 2, 64))), _both(_inputs((1, 512, 2, 64)), mask=Causal())
+    for mask in (None, Causal()):  # what compiles once in a process, before it counts
+        both(inputs_of((1, 512, 2, 64)), mask=mask)
     for name, given in (("plain", {}), ("causal", {"mask": Causal()})):
         for length in (2048, 65536):
-            inputs = _inputs((1, length, 2, 64))
-            for label, make in (("forward", _forward), ("forward+backward", _both)):
+            inputs = inputs_of((1, length, 2, 64))
+            for label, make in (("forward", forward), ("forward+backward", both)):
                 jax.clear_caches()
                 seconds = make(inputs, **given).compile_seconds
                 print(f"{name}, T = {length:<15} {label:16} {seconds:.2f} s", flush=True)
@@ -230,7 +193,7 @@ def compiling() -> None:
 
 def longest() -> None:
     """Times T = 131072, causal, one head."""
-    one = _both(_inputs((1, 131072, 1, 64)), mask=Causal())
+    one = both(inputs_of((1, 131072, 1, 64)), mask=Causal())
     start = time.perf_counter()
     one.run()  # once: it takes so long that little is left of what a first call costs
     seconds = time.perf_counter() - start
@@ -249,22 +212,6 @@ def _flops(sizes: Sizes, label: str) -> int:
 
 def _chosen(work: measure.Work) -> str:
     return candidates.chosen(work).removeprefix("jattn ")
-
-
-def _inputs(shape):
-    return [jax.random.normal(jax.random.key(i), shape) for i in range(3)]
-
-
-def _forward(inputs, **given) -> measure.Pass:
-    return measure.compiled(lambda inputs: jattn.attention(*inputs, **given), inputs)
-
-
-def _both(inputs, **given) -> measure.Pass:
-    def both(inputs):
-        output, pull = jax.vjp(lambda x: jattn.attention(*x, **given), inputs)
-        return output, pull(inputs[0])
-
-    return measure.compiled(both, inputs)
 
 
 SECTIONS = {

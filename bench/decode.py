@@ -5,84 +5,24 @@ Every ratio is of medians over rounds in which all calls take turns, as in `benc
 """
 
 import functools
-import statistics
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import jattn
-from bench import candidates, measure, report
+from bench import measure, report
+from bench.decode_model import model
+from bench.decode_rows import (
+    FULL,
+    LONG,
+    attending,
+    compare,
+    draw,
+    filled,
+    torch_sdpa,
+)
 from jattn import caches
 from jattn.masks import Causal
-
-FULL = (  # B, S, N, K, H
-    (1, 8192, 8, 8, 64),
-    (1, 8192, 8, 2, 64),
-    (1, 1024, 8, 2, 64),
-    (8, 1024, 8, 2, 64),
-    (32, 1024, 8, 2, 64),
-    (1, 8192, 8, 8, 128),
-    (8, 1024, 8, 8, 64),
-)
-LONG = ((1, 8192, 8, 8, 64), (1, 8192, 8, 2, 64))
-SECONDS = 6.0  # of each table row
-LAYERS, WIDTH, HIDDEN, WORDS = 30, 576, 1536, 49152  # a model of 135 million parameters
-
-
-def draw(*shape, dtype="float32"):
-    return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape), dtype)
-
-
-def filled(shape, dtype="float32", ragged=False):
-    """Makes a query and a full cache."""
-    B, S, N, K, H = shape
-    kind = dtype if dtype in ("float32", "bfloat16") else "float32"
-    key, value = draw(B, S, K, H, dtype=kind), draw(B, S, K, H, dtype=kind)
-    kv = caches.empty(B, S, K, H, dtype=dtype, ragged=ragged).append(key, value)
-    return draw(B, 1, N, H, dtype=kind), kv
-
-
-def attending(query, kv, mask=None):
-    """Gives a compiled call, and what it needs beside its arguments."""
-    return measure.compiled(lambda kv, query: kv.attend(query, mask=mask), kv, query)
-
-
-def torch_sdpa(shape, count):
-    """Torch's attention by the first `count` keys; None where torch is not installed."""
-    if candidates.missing(["torch"]):
-        return None
-    import torch
-
-    torch.set_num_threads(candidates.num_cores())
-    B, S, N, K, H = shape
-    tensor = lambda *x: torch.from_numpy(np.array(draw(*x)))
-    query, key, value = tensor(B, N, 1, H), tensor(B, K, S, H), tensor(B, K, S, H)
-    key, value = key[:, :, :count], value[:, :, :count]
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def run():
-        with torch.inference_mode():
-            return attend(query, key, value, enable_gqa=N != K)
-
-    return run
-
-
-def compare(label: str, runs, base: str) -> None:
-    """Prints the median of each run, and by how much `base` takes longer.
-
-    The second ratio is of the fastest times, which neighbours on the machine disturb less.
-    """
-    times = measure.interleave({k: f for k, f in runs.items() if f}, SECONDS)
-    middle = {name: statistics.median(taken) for name, taken in times.items()}
-    least = {name: min(taken) for name, taken in times.items()}
-    text = [f"{name} {1e3 * x:.3f} ms" for name, x in middle.items()]
-    text += [
-        f"{base} / {name} {middle[base] / x:.2f} ({least[base] / least[name]:.2f})"
-        for name, x in middle.items()
-        if base in middle and name != base
-    ]
-    print(f"{label:28} {'; '.join(text)}", flush=True)
 
 
 def full() -> None:
@@ -183,68 +123,6 @@ def _donating(program, kv):
 
     def run():
         held[0] = jax.block_until_ready(program(held[0])).truncate(0)
-
-    return run
-
-
-def model() -> None:
-    """Times a token of a model of 135 million parameters, 64 tokens filled."""
-    heads, kv_heads = 9, 3
-    size = WIDTH // heads
-    shapes = {
-        "q": (WIDTH, WIDTH),
-        "k": (WIDTH, kv_heads * size),
-        "v": (WIDTH, kv_heads * size),
-        "o": (WIDTH, WIDTH),
-        "up": (WIDTH, 2 * HIDDEN),
-        "down": (HIDDEN, WIDTH),
-    }
-    weights = [
-        {name: 0.02 * draw(*shape) for name, shape in shapes.items()} for _ in range(LAYERS)
-    ]
-    words = 0.02 * draw(WORDS, WIDTH)
-
-    def forward(attend, weights, words, stack):
-        x, after = words[:1], []
-        for w, kv in zip(weights, stack, strict=True):
-            part = lambda name, w=w, x=x: (x @ w[name]).reshape(1, 1, -1, size)
-            output, kv = attend(kv, part("q"), part("k"), part("v"))
-            x = x + output.reshape(1, WIDTH) @ w["o"]
-            gate, up = jnp.split(x @ w["up"], 2, axis=-1)
-            x = x + (jax.nn.silu(gate) * up) @ w["down"]
-            after.append(kv)
-        return jnp.argmax(x @ words.T), after
-
-    def by_jattn(kv, *token):
-        output, kv = kv.extend(*token, mask=Causal())
-        return output, kv.truncate(64)  # so that the next call is the same again
-
-    def by_jax_nn(kv, query, key, value):
-        keys = jax.lax.dynamic_update_slice_in_dim(kv[0], key, kv[2], 1)
-        values = jax.lax.dynamic_update_slice_in_dim(kv[1], value, kv[2], 1)
-        count = {"key_value_seq_lengths": kv[2][None] + 1}
-        output = jax.nn.dot_product_attention(query, keys, values, **count)
-        return output, (keys, values, kv[2])
-
-    runs = {}
-    for capacity in (256, 2048):
-        kv = caches.empty(1, capacity, kv_heads, size)
-        kv = kv.append(*2 * [draw(1, 64, kv_heads, size)])
-        plain = *2 * [draw(1, capacity, kv_heads, size)], jnp.int32(64)
-        for name, attend, one in (("jattn", by_jattn, kv), ("jax.nn", by_jax_nn, plain)):
-            stack = [jax.tree.map(jnp.copy, one) for _ in range(LAYERS)]
-            program = jax.jit(functools.partial(forward, attend), donate_argnums=2)
-            runs[f"{name}, capacity {capacity}"] = _decoding(program, weights, words, stack)
-    compare("135 M parameters", runs, "jax.nn, capacity 2048")
-
-
-def _decoding(program, weights, words, stack):
-    """Runs a program on caches that it takes, and keeps what it gives for the next."""
-    held = [stack]
-
-    def run():
-        word, held[0] = program(weights, words, held[0])
-        jax.block_until_ready(word)
 
     return run
 

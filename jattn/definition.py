@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.arrays.checks import align
-from jattn.arrays.positions import check_range, positions, spread_positions
+from jattn.arrays.positions import checked_positions, spread_positions
 from jattn.arrays.shapes import flatten_batch, measure, unflatten_batch, wide_dtype
 from jattn.dropout import keep, words
 from jattn.masks import as_mask
@@ -181,38 +181,34 @@ def _attend_all(
     sink = jnp.full(sizes.N, -jnp.inf, wide) if sink is None else sink
     scale = None if scale is None else jnp.asarray(scale).astype(wide)
 
-    sides = (("query_position", query_position, "T"), ("key_position", key_position, "S"))
-    query_position, key_position, _ = check_range(
-        where, sizes, *(positions(where, name, x, sizes, axis) for name, x, axis in sides)
-    )
-
-    def everyone(position, length):  # the positions of each example
-        return jnp.broadcast_to(spread_positions(position, length), (sizes.B, length))
-
-    def everywhere(array):  # an aligned array, for each example, head and query
-        return jnp.broadcast_to(array, sizes.BNTS)
-
+    t, s, _ = checked_positions(where, sizes, query_position, key_position)
+    t, s = spread_positions(t, sizes.T), spread_positions(s, sizes.S)
     one = _of_one_query(sizes, mask, modifier, scale, dropout)
     over_queries = jax.vmap(one, (None, None, 0, None, 0, None, None, None, 0))
     over_heads = jax.vmap(over_queries, (None, 0, None, None, 1, None, None, 0, 0))
     over_examples = jax.vmap(over_heads, (0, None, 0, 0, 0, 0, 0, None, 0))
-    elements = (
-        () if mask is None else mask.aligned(sizes),
-        () if modifier is None else modifier.aligned(sizes),
-        None if bias is None else align(where, "bias", bias, sizes).astype(wide),
-    )
     answer = over_examples(
         jnp.arange(sizes.B, dtype=jnp.int32),
         jnp.arange(sizes.N, dtype=jnp.int32),
-        everyone(query_position, sizes.T),
-        everyone(key_position, sizes.S),
+        jnp.broadcast_to(t, (sizes.B, sizes.T)),
+        jnp.broadcast_to(s, (sizes.B, sizes.S)),
         flatten_batch(query, sizes),
         flatten_batch(key, sizes),
         flatten_batch(value, sizes),
         jnp.broadcast_to(sink, (sizes.N,)).astype(wide),
-        jax.tree.map(everywhere, elements),
+        _elements(where, sizes, wide, mask, modifier, bias),
     )
     return jax.tree.map(lambda x: unflatten_batch(x, sizes), answer)
+
+
+def _elements(where, sizes, wide, mask, modifier, bias):
+    """Gives what mask, modifier and bias read by row and column, BNTS in full."""
+    arrays = (
+        () if mask is None else mask.aligned(sizes),
+        () if modifier is None else modifier.aligned(sizes),
+        None if bias is None else align(where, "bias", bias, sizes).astype(wide),
+    )
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, sizes.BNTS), arrays)
 
 
 def _of_one_query(sizes, mask, modifier, scale, dropout):

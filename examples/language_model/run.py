@@ -58,7 +58,6 @@ def run(sizes: Sizes, plan: Plan, arguments: argparse.Namespace) -> int:
         raise Refusal(f"--layer {layer} is not there: they are 0 to {sizes.layers - 1}.")
     example = find_word(data, arguments.word, min(SHOWN, plan.length))
     folder = checkpoints.open_folder(arguments.out, identity(sizes, plan))
-
     model, optimizer = training.begin(sizes, plan)
     history = checkpoints.History(plan.steps)
     judge = training.make_judge(data.validation, place)

@@ -129,11 +129,12 @@ def dropout(where: str, rate, rng, deterministic, shared=False) -> Dropout | Non
     return Dropout(rate, rng, shared)
 
 
-def check_step(where: str, query, key, reads_positions: bool, options) -> None:
+def check_step(where: str, query, key, and_mask, options) -> None:
     """Refuses a decoding step whose single query has no position, if positions matter.
 
     The query could be at any place among the keys; a guess would be wrong in silence.
     """
+    reads_positions = and_mask is not None or options.get("modifier") is not None
     one, many = query.shape[-3], key.shape[-3]
     if reads_positions and one == 1 < many and options.get("query_position") is None:
         raise ValueError(

@@ -89,20 +89,10 @@ def attention(
             position.
     """
     del force_fp32_for_softmax
-    products = {
-        "einsum_dot_general": einsum_dot_general,
-        "qk_attn_weights_einsum": qk_attn_weights_einsum,
-        "attn_weights_value_einsum": attn_weights_value_einsum,
-    }
-    for name, product in products.items():
-        if product is not None:
-            raise ValueError(
-                f"{WHERE}: `{name}` must be None, for jattn takes its products itself; "
-                f"leave it out, or keep `nn.dot_product_attention` in this layer."
-            )
+    _refuse_products(einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum)
     query, key, value = dtypes.promote_dtype(query, key, value, dtype=dtype)
-    reads_positions = and_mask is not None or options.get("modifier") is not None
-    layer.check_step(WHERE, query, key, reads_positions, options)
+    layer.check_step(WHERE, query, key, and_mask, options)
+    drawn = dropout_rate, dropout_rng, deterministic, broadcast_dropout
     sow = lambda weights: module.sow("intermediates", "attention_weights", weights)
     return layer.attend(
         WHERE,
@@ -111,13 +101,22 @@ def attention(
         value,
         bias=bias,
         mask=layer.both(layer.any_mask(WHERE, mask), layer.any_mask(WHERE, and_mask)),
-        dropout=layer.dropout(
-            WHERE, dropout_rate, dropout_rng, deterministic, broadcast_dropout
-        ),
+        dropout=layer.dropout(WHERE, *drawn),
         precision=precision,
         sow=None if module is None else sow,
         options=options,
     )
+
+
+def _refuse_products(*products) -> None:
+    """Raises if one of the caller's products is given."""
+    names = "einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum"
+    for name, product in zip(names, products, strict=True):
+        if product is not None:
+            raise ValueError(
+                f"{WHERE}: `{name}` must be None, for jattn takes its products itself; "
+                f"leave it out, or keep `nn.dot_product_attention` in this layer."
+            )
 
 
 class MultiHeadDotProductAttention(linen.MultiHeadDotProductAttention):

@@ -89,10 +89,11 @@ def attention(
     """
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     options = _placed(options, input_positions, query, key)
-    reads_positions = and_mask is not None or options.get("modifier") is not None
-    layer.check_step(WHERE, query, key, reads_positions, options)
+    layer.check_step(WHERE, query, key, and_mask, options)
     # In decoding the mask already says which keys of the cache are filled.
     decodes = query.shape[-3] == 1 < key.shape[-3] and mask is not None
+    causal = layer.causal(options) if is_causal and not decodes else None
+    drawn = dropout_rate, dropout_rng, deterministic, broadcast_dropout
     sow = lambda weights: module.sow(nnx.Intermediate, "attention_weights", weights)
     return layer.attend(
         WHERE,
@@ -100,14 +101,8 @@ def attention(
         key,
         value,
         bias=bias,
-        mask=layer.both(
-            layer.causal(options) if is_causal and not decodes else None,
-            layer.any_mask(WHERE, mask),
-            layer.any_mask(WHERE, and_mask),
-        ),
-        dropout=layer.dropout(
-            WHERE, dropout_rate, dropout_rng, deterministic, broadcast_dropout
-        ),
+        mask=layer.both(causal, *(layer.any_mask(WHERE, x) for x in (mask, and_mask))),
+        dropout=layer.dropout(WHERE, *drawn),
         precision=precision,
         sow=None if module is None else sow,
         options=options,

@@ -37,6 +37,16 @@ def positions(where: str, name: str, position, sizes: Sizes, axis: str) -> jax.A
     return array if array.ndim == 0 else array.reshape(-1, length)
 
 
+def checked_positions(where: str, sizes: Sizes, query_position, key_position):
+    """Checks the positions of queries and keys, of each side and together.
+
+    Returns and raises as `positions` and `check_range` do.
+    """
+    query_position = positions(where, "query_position", query_position, sizes, "T")
+    key_position = positions(where, "key_position", key_position, sizes, "S")
+    return check_range(where, sizes, query_position, key_position)
+
+
 def check_range(where: str, sizes: Sizes, query_position, key_position):
     """Checks that int32 holds every position and every difference of two.
 

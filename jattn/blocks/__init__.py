@@ -1,8 +1,9 @@
 """Which blocks of a mask are empty, partial or full, found from its jaxpr.
 
 `intervals`     what a primitive does to a range of values: a table of rules
-`arithmetic`    the rules of arithmetic
-`rules`         the rules of comparisons and logic
+`arithmetic`    the rules of sums and products
+`division`      the rules of quotients, remainders and shifts
+`rules`         the rules of comparisons, logic and selection
 `rearrange`     the rules of types, shapes and reductions
 `indexing`      the rules of indexing
 `graph`         a jaxpr as a graph, in which values that see one side are computed at once

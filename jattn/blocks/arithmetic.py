@@ -1,8 +1,8 @@
-"""The rules of arithmetic: what its primitives do to a range of values.
+"""The rules of sums and products: what they do to a range of values.
 
 Integers wrap around, so a bound that may leave its type gives all values of the type.
-Floats round monotonically, so the bounds of a sum are the sums of bounds. Products and
-quotients are widened a little, since compilers fuse and rearrange them.
+Floats round monotonically, so the bounds of a sum are the sums of bounds. Products are
+widened a little, since compilers fuse and rearrange them.
 """
 
 import functools
@@ -29,7 +29,7 @@ def _floats(xp, aval, lo, hi, *doubtful) -> Interval:
     return unless(xp, bad, lo, hi, aval)
 
 
-def _outward(xp, aval, x: Interval, steps: int) -> Interval:
+def outward(xp, aval, x: Interval, steps: int) -> Interval:
     """Widens bounds by `steps` units in the last place, and by the least normal number.
 
     Compilers fuse operations, which changes the rounding, and flush denormals to zero.
@@ -43,13 +43,14 @@ def _outward(xp, aval, x: Interval, steps: int) -> Interval:
     return Interval(lo, xp.where(xp.isinf(x.hi), x.hi, hi))
 
 
-def _corners(xp, function, x: Interval, y: Interval):
+def corners(xp, function, x: Interval, y: Interval):
     """Bounds a function that is monotone in each operand, by its values at the corners."""
     values = [function(a, b) for a in x for b in y]
     return functools.reduce(xp.minimum, values), functools.reduce(xp.maximum, values)
 
 
-def _holds_zero(x: Interval):
+def holds_zero(x: Interval):
+    """Says whether zero is between the bounds."""
     return (x.lo <= 0) & (x.hi >= 0)
 
 
@@ -74,15 +75,15 @@ def _sub(xp, op, x, y):
 
 @elementwise("mul", point=operator.mul)
 def _mul(xp, op, x, y):
-    lo, hi = _corners(xp, operator.mul, x, y)
+    lo, hi = corners(xp, operator.mul, x, y)
     if is_float(op.result):
-        widened = _outward(xp, op.result, Interval(lo, hi), 1)
+        widened = outward(xp, op.result, Interval(lo, hi), 1)
         # 0 · ∞ is NaN.
         infinite = [xp.isinf(a.lo) | xp.isinf(a.hi) for a in (x, y)]
-        bad = (_holds_zero(x) & infinite[1]) | (_holds_zero(y) & infinite[0])
+        bad = (holds_zero(x) & infinite[1]) | (holds_zero(y) & infinite[0])
         return unless(xp, bad | xp.isnan(lo) | xp.isnan(hi), *widened, op.result)
     # Integer products wrap around without a trace; float32 ones only lose precision.
-    estimate = _corners(xp, operator.mul, *(both(a, _as_float32) for a in (x, y)))
+    estimate = corners(xp, operator.mul, *(both(a, _as_float32) for a in (x, y)))
     return unless(xp, _leaves(op.result, *estimate), lo, hi, op.result)
 
 
@@ -163,122 +164,3 @@ def _rounded(xp, op, x):
 def _bounded(xp, op, x):
     one = xp.ones_like(x.lo)
     return _floats(xp, op.result, -one, one, x.lo, x.hi)
-
-
-def _truncated(a, b):
-    quotient = a // b
-    inexact = (quotient * b != a) & ((a < 0) != (b < 0))
-    return quotient + inexact.astype(quotient.dtype)
-
-
-def _as_result(op, x: Interval) -> Interval:
-    """Returns a number in the type of the result, as the function of JAX converts it.
-
-    A Python number is of 64 bits where these are on, beside positions of 32.
-    """
-    target = op.result.dtype
-    if x.lo.dtype == target or x.lo is not x.hi:
-        return x
-    return both(x, lambda a: a.astype(target))
-
-
-def _divisor(xp, op, x, y):
-    """Returns a divisor that is never zero, and where the quotient is undefined."""
-    bad = _holds_zero(y)
-    if jnp.issubdtype(y.lo.dtype, jnp.signedinteger):
-        least = extremes(y.lo.dtype)[0]
-        # The least integer divided by −1 leaves the type.
-        bad = bad | ((x.lo == least) & (y.lo <= -1) & (y.hi >= -1))
-        bad = bad | (y.lo == least)  # it has no absolute value
-    one = xp.ones_like(y.lo)
-    return Interval(xp.where(bad, one, y.lo), xp.where(bad, one, y.hi)), bad
-
-
-def _is_safe(x, y) -> bool:
-    """Says whether both operands are single values, and the divisor is known and > 0.
-
-    Then the quotient is defined for every x, also for a traced one.
-    """
-    same = x.lo is x.hi and y.lo is y.hi and isinstance(y.lo, np.ndarray)
-    return same and bool(np.all((y.lo > 0) & (y.lo < extremes(y.lo.dtype)[1])))
-
-
-def _quotient(function):
-    def apply_rule(xp, op, x, y):
-        x, y = _as_result(op, x), _as_result(op, y)
-        if _is_safe(x, y):
-            return point(function(x.lo, y.lo))
-        y, bad = _divisor(xp, op, x, y)
-        return unless(xp, bad, *_corners(xp, function, x, y), op.result)
-
-    return apply_rule
-
-
-@elementwise("div")
-def _div(xp, op, x, y):
-    if not is_float(op.result):
-        return _quotient(_truncated)(xp, op, x, y)
-    bounds = Interval(*_corners(xp, operator.truediv, x, y))
-    bad = _holds_zero(y) | xp.isnan(bounds.lo) | xp.isnan(bounds.hi)
-    return unless(xp, bad, *_outward(xp, op.result, bounds, 2), op.result)
-
-
-def _remainder(quotient, ends):
-    """Makes the rule of a remainder: exact within one period, otherwise its `ends`."""
-
-    def apply_rule(xp, op, x, y):
-        if is_float(op.result):
-            return None
-        x, y = _as_result(op, x), _as_result(op, y)
-        if _is_safe(x, y):
-            return point(x.lo - quotient(x.lo, y.lo) * y.lo)
-        y, bad = _divisor(xp, op, x, y)
-        first, last = quotient(x.lo, y.lo), quotient(x.hi, y.lo)
-        period = (first == last) & (y.lo == y.hi)
-        lo, hi = ends(xp, x, y)
-        lo = xp.where(period, x.lo - first * y.lo, lo)
-        hi = xp.where(period, x.hi - last * y.lo, hi)
-        return unless(xp, bad, lo, hi, op.result)
-
-    return apply_rule
-
-
-def _ends_of_rem(xp, x, y):
-    """Returns the bounds of `rem`, which has the sign of the dividend."""
-    size, zero = xp.maximum(abs(y.lo), abs(y.hi)) - 1, xp.zeros_like(x.lo)
-    if jnp.issubdtype(x.lo.dtype, jnp.unsignedinteger):
-        return zero, xp.minimum(x.hi, size)
-    least = xp.maximum(xp.minimum(x.lo, zero), -size)
-    return least, xp.minimum(xp.maximum(x.hi, zero), size)
-
-
-def _ends_of_remainder(xp, x, y):
-    """Returns the bounds of `remainder`, which has the sign of the divisor."""
-    zero = xp.zeros_like(y.lo)
-    return xp.where(y.lo < 0, y.lo + 1, zero), xp.where(y.hi > 0, y.hi - 1, zero)
-
-
-def _is_shift(op, y):
-    return (y.lo >= 0) & (y.hi < jnp.iinfo(op.result.dtype).bits)
-
-
-@elementwise("shift_left")
-def _shift_left(xp, op, x, y):
-    bad = ~_is_shift(op, y)
-    y = both(y, lambda a: xp.where(bad, xp.zeros_like(a), a))
-    lo, hi = _corners(xp, operator.lshift, x, y)
-    # A bit was shifted out if shifting back gives another number.
-    for a in x:
-        bad = bad | ((a << y.hi) >> y.hi != a)
-    return unless(xp, bad, lo, hi, op.result)
-
-
-@elementwise("shift_right_arithmetic", "shift_right_logical")
-def _shift_right(xp, op, x, y):
-    bad = ~_is_shift(op, y)
-    if op.name == "shift_right_logical":
-        bad = bad | (x.lo < 0)
-    elif jnp.issubdtype(op.result.dtype, jnp.unsignedinteger):
-        return None
-    y = both(y, lambda a: xp.where(bad, xp.zeros_like(a), a))
-    return unless(xp, bad, *_corners(xp, operator.rshift, x, y), op.result)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.blocks import arithmetic as arithmetic  # registers its rules
+from jattn.blocks import division as division  # likewise
 from jattn.blocks import indexing as indexing  # likewise
 from jattn.blocks import rearrange as rearrange  # likewise
 from jattn.blocks import rules as rules  # likewise

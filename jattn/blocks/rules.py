@@ -1,4 +1,4 @@
-"""Interval rules for comparisons, logic, selection, and integer division.
+"""Interval rules for comparisons, logic and selection.
 
 A comparison with a bound of NaN is False. So each `possibly` bound is written as the
 negation of a comparison: it is True wherever NaN leaves the answer open.
@@ -8,13 +8,6 @@ import operator
 
 import numpy as np
 
-from jattn.blocks.arithmetic import (
-    _ends_of_rem,
-    _ends_of_remainder,
-    _quotient,
-    _remainder,
-    _truncated,
-)
 from jattn.blocks.intervals import (
     Interval,
     both,
@@ -96,13 +89,3 @@ def _select_n(xp, op, which, *cases):
         least, most = xp.where(only, case.lo, low), xp.where(only, case.hi, high)
     exact = which.lo is which.hi and all(case.lo is case.hi for case in cases)
     return point(least) if exact else Interval(least, most)
-
-
-# Division. Both quotients are monotone in each operand while no divisor is zero.
-
-
-elementwise("floor_divide")(_quotient(operator.floordiv))
-
-
-elementwise("rem")(_remainder(_truncated, _ends_of_rem))
-elementwise("remainder")(_remainder(operator.floordiv, _ends_of_remainder))

@@ -6,6 +6,7 @@ place, and masks, modifiers and biases, which lie along the slots, with sizes al
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +196,27 @@ def chosen_examples(where: str, examples, batch: tuple[int, ...]) -> jax.Array:
     return array
 
 
-def check_pointwise(where: str, mask, modifier) -> None:
+def by_position(where: str, options) -> dict[str, Any]:
+    """Gives the options of a call whose slots hold tokens in another order than theirs.
+
+    Raises:
+        ValueError: For what lies along the slots, and for positions of one's own.
+    """
+    check_options(where, options)
+    for name in ("bias", "query_position", "key_position"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{where}: `{name}` must not be given here, where slots do not hold tokens "
+                f"in their order; use a function of positions."
+            )
+    mask = options.get("mask")
+    mask = mask.mask if isinstance(mask, BlockTable) else mask
+    mask = None if mask is None else as_mask(mask, where)
+    _check_pointwise(where, mask, options.get("modifier"))
+    return options | {"mask": mask}
+
+
+def _check_pointwise(where: str, mask, modifier) -> None:
     """Raises for a mask or modifier that reads arrays by row and column."""
     kinds = Explicit, Segments, Lengths, Bias
     parts = jax.tree.leaves((mask, modifier), is_leaf=lambda x: isinstance(x, kinds))

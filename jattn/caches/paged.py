@@ -14,15 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jattn.api.attention import attention
-from jattn.arrays.checks import is_known
-from jattn.caches import asked, attend, sharing
+from jattn.caches import asked, attend, sharing, tokens
 from jattn.caches.pages import Pages
 from jattn.caches.pool import Pool, full_pool
 from jattn.caches.store import Store, blank, put_pairs
-from jattn.caches.tokens import of_tokens, slot_positions
 from jattn.pytree import pytree
 from jattn.state import State
 
@@ -96,7 +92,7 @@ class PagedCache:
         grown, granted = sharing.grown(self, count)
         marked = grown.owned * self.page_size + 1
         grown = dataclasses.replace(grown, length=jnp.where(granted, self.length, marked))
-        return grown._checked("caches.reserve", self.over)
+        return sharing.checked("caches.reserve", grown, self.over)
 
     def append(self, key, value, *, count=None) -> "PagedCache":
         """Adds T tokens, of each example only the first `count`; takes pages as needed.
@@ -110,12 +106,11 @@ class PagedCache:
             ValueError: If too few pages are free, as far as that is known.
         """
         where, K = "caches.append", self.store.num_heads
-        tokens = {"key": (key, (K, self.store.head_dim))}
-        tokens["value"] = value, (K, self.store.value_dim)
-        batch = self.batch
-        key, value = asked.check_tokens(where, self.store, batch=batch, **tokens)
-        count = asked.check_count(where, count, batch, key.shape[1])
-        count = asked.of_each(count, batch)
+        given = {"key": (key, (K, self.store.head_dim))}
+        given["value"] = value, (K, self.store.value_dim)
+        key, value = asked.check_tokens(where, self.store, batch=self.batch, **given)
+        count = asked.check_count(where, count, self.batch, key.shape[1])
+        count = asked.of_each(count, self.batch)
         grown, _ = sharing.grown(self, count)
         step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
         position = self.length[:, None] + step
@@ -125,7 +120,7 @@ class PagedCache:
         page = jnp.where((step < count[:, None]) & (page >= 0), page, beyond)
         store = put_pairs(self.store, key, value, page, position % self.page_size)
         grown = dataclasses.replace(grown, store=store, length=self.length + count)
-        return grown._checked(where, self.over)
+        return sharing.checked(where, grown, self.over)
 
     def attend(self, query, *, count=None, **options) -> jax.Array:
         """Attends to all tokens of each example; see `Cache.attend`."""
@@ -149,19 +144,7 @@ class PagedCache:
             The output, `TND`.
         """
         where = "caches.attend_tokens"
-        asked.check_options(where, options)
-        query = asked.check_query(where, query, (), self.store)
-        shape = query.shape[:1]
-        (B,) = self.batch
-        example = asked.check_owners(where, example, shape, B)
-        position = asked.check_whole(where, "position", position, shape)
-        key, value = self.store.vectors(query.dtype)
-        key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))
-        ways = of_tokens(where, self, example, options)
-        placed = {"query_position": position, "key_position": slot_positions(self)}
-        output = attention(query, key, value, **options | ways | placed)
-        over = (example >= 0) & jnp.take(self.over, example, mode="clip") | (example >= B)
-        return jnp.where(over[:, None, None], jnp.asarray(jnp.nan, output.dtype), output)
+        return tokens.attend(where, self, query, example, position, options)
 
     def extend(self, query, key, value, *, count=None, **options):
         """Appends tokens and attends from them; see `Cache.extend`."""
@@ -199,8 +182,8 @@ class PagedCache:
 
     def take(self, indices) -> "PagedCache":
         """Gives the examples `indices`, B of them, in this order; copies share pages."""
-        of, where = self.batch, "caches.take"
-        whose = asked.check_examples(where, "indices", indices, of, of[0])
+        batch = self.batch
+        whose = asked.check_examples("caches.take", "indices", indices, batch, *batch)
         earlier = jnp.tril(jnp.ones((whose.size, whose.size), bool), -1)
         again = jnp.any((whose[:, None] == whose[None]) & earlier, axis=1)
         return sharing.copied(self, whose, again)
@@ -224,22 +207,6 @@ class PagedCache:
         asking = where, Pages(self.store, self.table), self.length
         state = attend.from_last(*asking, query, count, options, whole)
         return attend.spoiled(state, self.over)
-
-    def _checked(self, where: str, before) -> "PagedCache":
-        """Gives the cache, or raises where it is known that pages were missing."""
-        if not (is_known(self.length) and is_known(self.table)):
-            return self
-        # In NumPy, whose counts have 64 bits, which JAX refuses to compare with 32.
-        has = np.sum(np.asarray(self.table) >= 0, axis=1) * self.page_size
-        missing = (np.asarray(self.length) > has) & ~np.asarray(before)
-        if np.any(missing):
-            names, most = np.flatnonzero(missing).tolist(), self.table.shape[1]
-            raise ValueError(
-                f"{where}: examples {names} need more pages than are free, or than the "
-                f"{most} that an example can have; release others, or make the cache with "
-                f"more pages."
-            )
-        return self
 
 
 def paged(

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from jattn.api.attention import attention_state
-from jattn.blocks.block_table import BlockTable
 from jattn.caches import asked, attend
 from jattn.caches.asked import of_each
 from jattn.caches.store import Store, blank, put_at, taken
-from jattn.masks import Mask, Pointwise, as_mask
+from jattn.masks import Mask, Pointwise
 from jattn.pytree import pytree
 from jattn.state import State, merge, with_sink
 
@@ -87,7 +86,7 @@ class RollingCache:
             )
         query = asked.check_query(where, query, self.batch, self.store)
         rows = self._count(where, count, T)
-        options = self._options(where, options)
+        options = asked.by_position(where, options)
         return self._last(query, rows, options)
 
     def extend(self, query, key, value, *, count=None, **options):
@@ -107,7 +106,7 @@ class RollingCache:
         where = "caches.extend"
         key, value, count = self._checked("extend", key, value, count)
         query = asked.check_query(where, query, self.batch, self.store)
-        options = self._options(where, options)
+        options = asked.by_position(where, options)
         after = self._appended(key, value, count)
         if query.shape[-3] == 1:
             return after._last(query, count, options), after
@@ -203,22 +202,6 @@ class RollingCache:
     @property
     def _sizes(self) -> tuple[int, int, int]:
         return self.store.num_heads, self.store.head_dim, self.store.value_dim
-
-    def _options(self, where: str, options) -> dict[str, Any]:
-        """Gives the options that lie along no slots and say no positions."""
-        asked.check_options(where, options)
-        refused = ("bias", "query_position", "key_position")
-        for name in refused:
-            if options.get(name) is not None:
-                raise ValueError(
-                    f"{where}: `{name}` must not be given to a rolling cache, whose slots "
-                    f"hold tokens in another order; use a function of positions."
-                )
-        mask = options.get("mask")
-        mask = mask.mask if isinstance(mask, BlockTable) else mask
-        mask = None if mask is None else as_mask(mask, where)
-        asked.check_pointwise(where, mask, options.get("modifier"))
-        return options | {"mask": mask}
 
 
 def rolling(

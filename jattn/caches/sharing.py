@@ -7,6 +7,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jattn.arrays.checks import is_known
 
 
 def page_of(cache, position) -> jax.Array:
@@ -68,3 +71,23 @@ def with_own_last(cache, chosen):
     copy = lambda x, _: x.at[at].set(jnp.take(x, last, axis=0, mode="clip"), mode="drop")
     # Without a page of its own the example loses what was in the shared one.
     return dataclasses.replace(cache, store=cache.store.map(copy), table=table, pool=pool)
+
+
+def checked(where: str, cache, before):
+    """Gives the cache, or raises where it is known that pages were missing.
+
+    Examples that were too long `before` are not reported again.
+    """
+    if not (is_known(cache.length) and is_known(cache.table)):
+        return cache
+    # In NumPy, whose counts have 64 bits, which JAX refuses to compare with 32.
+    has = np.sum(np.asarray(cache.table) >= 0, axis=1) * cache.page_size
+    missing = (np.asarray(cache.length) > has) & ~np.asarray(before)
+    if np.any(missing):
+        names, most = np.flatnonzero(missing).tolist(), cache.table.shape[1]
+        raise ValueError(
+            f"{where}: examples {names} need more pages than are free, or than the "
+            f"{most} that an example can have; release others, or make the cache with "
+            f"more pages."
+        )
+    return cache

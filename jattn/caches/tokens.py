@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.blocks.block_table import BlockTable
+from jattn.api.attention import attention
 from jattn.caches import asked
-from jattn.masks import Mask, as_mask
+from jattn.masks import Mask
 from jattn.modifiers import Modifier, as_modifier
 from jattn.pytree import pytree
 
@@ -71,19 +71,27 @@ class ModifierOfTokens(Modifier):
         return self.modifier.modify(logit, jnp.maximum(example, 0), n, t, s, inner)
 
 
-def of_tokens(where: str, cache, example, options):
+def attend(where: str, cache, query, example, position, options) -> jax.Array:
+    """Attends from tokens TNH of the examples T; `PagedCache.attend_tokens` says how."""
+    query = asked.check_query(where, query, (), cache.store)
+    shape = query.shape[:1]
+    (B,) = cache.batch
+    example = asked.check_owners(where, example, shape, B)
+    position = asked.check_whole(where, "position", position, shape)
+    key, value = cache.store.vectors(query.dtype)
+    key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))
+    ways = _of_tokens(where, cache, example, options)
+    placed = {"query_position": position, "key_position": _slot_positions(cache)}
+    output = attention(query, key, value, **options | ways | placed)
+    over = (example >= 0) & jnp.take(cache.over, example, mode="clip") | (example >= B)
+    return jnp.where(over[:, None, None], jnp.asarray(jnp.nan, output.dtype), output)
+
+
+def _of_tokens(where: str, cache, example, options):
     """Makes the mask and modifier of a call whose queries have examples of their own."""
-    mask, modifier = options.get("mask"), options.get("modifier")
-    mask = mask.mask if isinstance(mask, BlockTable) else mask
-    mask = None if mask is None else as_mask(mask, where)
+    options = asked.by_position(where, options)
+    mask, modifier = options["mask"], options.get("modifier")
     modifier = None if modifier is None else as_modifier(modifier, where)
-    asked.check_pointwise(where, mask, modifier)
-    for name in ("bias", "query_position", "key_position"):
-        if options.get(name) is not None:
-            raise ValueError(
-                f"{where}: `{name}` must not be given, for slots hold tokens of many "
-                f"examples in no order; use a function of positions."
-            )
     table, num_pages, page_size = cache.table, cache.num_pages, cache.page_size
     page = jnp.arange(num_pages, dtype=jnp.int32).repeat(page_size)
     row = jnp.arange(table.shape[0], dtype=jnp.int32)[:, None]
@@ -95,7 +103,7 @@ def of_tokens(where: str, cache, example, options):
     return {"mask": mask, "modifier": ModifierOfTokens(example, modifier)}
 
 
-def slot_positions(cache) -> jax.Array:
+def _slot_positions(cache) -> jax.Array:
     """Gives the position of each slot of the pool in the examples that own it, `S`."""
     table, num_pages, page_size = cache.table, cache.num_pages, cache.page_size
     block = jnp.arange(table.shape[1], dtype=jnp.int32)[None]

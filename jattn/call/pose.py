@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.arrays.checks import align, check_array
-from jattn.arrays.positions import check_range, positions
+from jattn.arrays.positions import checked_positions
 from jattn.arrays.shapes import Sizes, flatten_batch, measure, wide_dtype
 from jattn.call.problem import Operands, Problem, given
 from jattn.call.program import Arrays, trace
@@ -40,15 +40,9 @@ def pose(
     value = check_array(where, "value", value)
     sizes = measure(where, query, key, value)
     wide = wide_dtype(query.dtype)
-    problem, operands = pose_mask(
-        where,
-        sizes,
-        query.dtype,
-        mask=mask,
-        modifier=modifier,
-        query_position=query_position,
-        key_position=key_position,
-    )
+    placed = {"query_position": query_position, "key_position": key_position}
+    of_pairs = {"mask": mask, "modifier": modifier, **placed}
+    problem, operands = pose_mask(where, sizes, query.dtype, **of_pairs)
     rate, shared, rng = _check_dropout(where, dropout)
     named = {"bias": bias, "scale": scale}
     config: Any = jax.config  # `Any`, for type checkers do not know its attributes
@@ -93,13 +87,9 @@ def pose_mask(
     if isinstance(mask, Mask):
         known = mask.known_blocks(where, sizes, are_given)
         blocks, kinds = known or (None, None)
-    query_position = positions(where, "query_position", query_position, sizes, "T")
-    key_position = positions(where, "key_position", key_position, sizes, "S")
-    query_position, key_position, fits = check_range(
-        where, sizes, query_position, key_position
-    )
+    placed = checked_positions(where, sizes, query_position, key_position)
     if mask is None and modifier is None:  # nothing reads positions, so they may wrap
-        fits = None
+        placed = *placed[:2], None
     mask_program, mask_arrays = _trace_mask(where, mask, sizes)
     traced = _trace_modifier(where, modifier, sizes, wide_dtype(dtype))
     modifier_program, modifier_arrays = traced
@@ -112,19 +102,14 @@ def pose_mask(
         blocks,
         given=frozenset({"positions"} if any(are_given) else ()),
     )
-    inputs: dict[str, Any] = dict.fromkeys(
-        ("query", "key", "value", "scale", "bias", "rng")
-    )
-    operands = Operands(
-        **inputs,
-        mask=mask_arrays,
-        modifier=modifier_arrays,
-        query_position=query_position,
-        key_position=key_position,
-        kinds=kinds,
-        fits=fits,
-    )
-    return problem, operands
+    fields: dict[str, Any] = dict.fromkeys(Operands._fields)
+    fields |= zip(("query_position", "key_position", "fits"), placed, strict=True)
+    arrays: dict[str, Any] = {
+        "mask": mask_arrays,
+        "modifier": modifier_arrays,
+        "kinds": kinds,
+    }
+    return problem, Operands(**fields | arrays)
 
 
 def by_name(problem: Problem, mask) -> Problem:

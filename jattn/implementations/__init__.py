@@ -14,6 +14,7 @@
 `gpu`           attention on NVIDIA GPUs, by Pallas kernels: named only
 `cudnn`         attention on NVIDIA GPUs by cuDNN, where it is the same function
 `processor`     what the processor of this machine can do
+`agree`         what makes the results of a kernel and blockwise ones fit together
 `attention`     the operation: a kernel where there is one, blockwise for all the rest
 `run`           a call by the operation, with or without kernels
 `dispatch`      which implementation runs, and why

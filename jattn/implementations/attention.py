@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.call.problem import Operands, Problem
+from jattn.implementations.agree import is_felt_wide, precise, ratio, unspoiled
 from jattn.implementations.blockwise.backward import backward
 from jattn.implementations.blockwise.forward import forward
 from jattn.implementations.blockwise.join import join
@@ -35,23 +36,7 @@ from jattn.implementations.kernel import (
 )
 from jattn.implementations.processor import multiplies_bfloat16
 from jattn.operations.join import Joined, Leading
-from jattn.operations.mapped import cond_any
 from jattn.operations.operation import Operation
-
-
-def _precise(method):
-    """Makes a method compute its products in the precision of the call.
-
-    JAX may compile an operation after the caller's `jax.default_matmul_precision` block
-    has ended, so the problem stores the precision and the method sets it again.
-    """
-
-    @functools.wraps(method)
-    def precise(self, *args, **kwargs):
-        with jax.default_matmul_precision(self.problem.precision):
-            return method(self, *args, **kwargs)
-
-    return precise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,27 +121,27 @@ class Attention(Operation):
         """Gives the types of the outputs: BTND for the output, BTN for the two sums."""
         return types_of_sums(self.problem, types[0])
 
-    @_precise
+    @precise
     def fast(self, *leaves, spread):
         """Computes the outputs by the kernel if there is one, else tile by tile."""
         operands = self.tree.unflatten(leaves)
         if self.kernel is None:
             plan = self._plan(spread)
             slow = not (plan.folded or multiplies_bfloat16())
-            wide = self.widens and (slow or _is_felt_wide(self.problem, operands))
+            wide = self.widens and (slow or is_felt_wide(self.problem, operands))
             return forward(Layout(self.problem, operands, plan, wide, self.widens))
         if spread:  # XLA cannot divide a kernel among devices
             return self._blockwise(spread).fast(*leaves, spread=spread)
         sums = check_sums(self.problem, self.kernel.forward(self.problem, operands))
         mend = functools.partial(self._frugal()._blockwise(spread).fast, spread=spread)
-        return self._unspoiled(sums, mend, leaves)
+        return unspoiled(self.problem, self.kernel, sums, mend, leaves)
 
-    @_precise
+    @precise
     def reference(self, *leaves):
         """Computes the outputs a few whole rows at a time."""
         return by_rows(self.problem, self.tree.unflatten(leaves))
 
-    @_precise
+    @precise
     def push(self, active, primals, outputs, tangents, spread):
         """Computes the tangents of the outputs tile by tile."""
         if self.kernel is not None:
@@ -178,9 +163,9 @@ class Attention(Operation):
         blockwise = self._blockwise(spread)
         own = outputs if spread else blockwise.fast(*primals, spread=spread)
         d_output, d_top, d_total = blockwise.push(active, primals, own, tangents, spread)
-        return d_output, d_top, d_total * _ratio(outputs, own)
+        return d_output, d_top, d_total * ratio(outputs, own)
 
-    @_precise
+    @precise
     def pull(self, active, primals, outputs, cotangents, spread):
         """Computes the cotangents by the kernel if there is one, else tile by tile.
 
@@ -210,7 +195,8 @@ class Attention(Operation):
             return otherwise(primals, outputs, cotangents)
         results = self._chosen(active, primals, check_cotangents(operands, results))
         mend = functools.partial(self._frugal()._pull_own, active, False)
-        return self._unspoiled(results, mend, (primals, outputs, cotangents))
+        arrays = primals, outputs, cotangents
+        return unspoiled(self.problem, self.kernel, results, mend, arrays)
 
     def _pull_own(self, active, spread, primals, outputs, cotangents):
         """Computes the cotangents tile by tile.
@@ -222,7 +208,7 @@ class Attention(Operation):
         if not spread and not self.kernel.exact:
             own = blockwise(*primals)
             d_output, d_top, d_total = cotangents
-            outputs, cotangents = own, (d_output, d_top, d_total * _ratio(outputs, own))
+            outputs, cotangents = own, (d_output, d_top, d_total * ratio(outputs, own))
         return blockwise.pull(active, primals, outputs, cotangents, spread)
 
     def _frugal(self) -> "Attention":
@@ -232,24 +218,6 @@ class Attention(Operation):
         up to 30 times as much as loops for each block.
         """
         return dataclasses.replace(self, flat=0)
-
-    def _unspoiled(self, results, mend, arrays):
-        """Gives the results, or computes them by `mend` if one is not finite.
-
-        The NaN may come from a pair that the mask hides. A kernel that `isolates` never
-        lets such a NaN through, and without a mask no pair is hidden.
-        """
-        if self.problem.mask is None or self.kernel.isolates:
-            return tuple(results)
-        # Only floating results can be NaN or Inf.
-        floating = [x for x in results if jnp.issubdtype(x.dtype, jnp.floating)]
-        spoiled = [~jnp.all(jnp.isfinite(x)) for x in floating]
-        return cond_any(
-            functools.reduce(jnp.logical_or, spoiled),
-            lambda xs: tuple(mend(*xs)),
-            lambda _: tuple(results),
-            arrays,
-        )
 
     def _blockwise(self, spread: bool) -> "Attention":
         """Gives the same operation without the kernel.
@@ -274,24 +242,3 @@ class Attention(Operation):
             for x, result, flag in zip(primals, leaves, active, strict=True)
             if flag
         ]
-
-
-def _is_felt_wide(problem: Problem, operands: Operands) -> bool:
-    """Says whether some cotangent may have more precision than the inputs have.
-
-    Scale, bias, a sink and the arrays of a modifier are in the wide precision. Weights
-    that were rounded to bfloat16 would make their gradients visibly less precise.
-    """
-    given = problem.given & {"bias", "scale", "logsumexp"}
-    return bool(given or operands.bias is not None or jax.tree.leaves(operands.modifier))
-
-
-def _ratio(outputs, own):
-    """Computes the factor that turns a tangent of one total into that of another.
-
-    Both totals belong to the same logsumexp = top + log total, with different tops. So
-    d log total = d_total / total is the same for both, and the factor is their ratio. An
-    empty row has total 0, and 1 in the divisor keeps its factor finite.
-    """
-    total = own[2]
-    return outputs[2] / jnp.where(total == 0, 1, total)

@@ -107,11 +107,13 @@ class Mapped(Around):
         pairs = zip(outputs, self.summed, strict=True)
         return [x if summed else x[None] for x, summed in pairs]
 
+    def _each(self, function, arrays):
+        """Applies a function to the mapped arguments."""
+        pairs = zip(arrays, self.mapped, strict=True)
+        return [function(x) if mapped else x for x, mapped in pairs]
+
     def _loop(self, at_once, arrays, chunk):
         count = self.size // chunk
-        cut = lambda part: [
-            part(x) if mapped else x for x, mapped in zip(arrays, self.mapped, strict=True)
-        ]
         # Whole chunks run in a scan; the rest of the slices, if any, runs after it.
         head = lambda x: x[: count * chunk].reshape(count, chunk, *x.shape[1:])
         types = self.types(*map(jax.typeof, arrays))
@@ -124,18 +126,14 @@ class Mapped(Around):
         # Summed outputs are carried, stacked ones are the outputs of the scan.
         def step(sums, scanned):
             scanned = iter(scanned)
-            given = [
-                next(scanned) if mapped else x
-                for x, mapped in zip(arrays, self.mapped, strict=True)
-            ]
-            outputs = at_once(chunk, *given)
+            outputs = at_once(chunk, *self._each(lambda _: next(scanned), arrays))
             sums = [
                 total + x
                 for total, x in zip(sums, choose(self.summed, outputs), strict=True)
             ]
             return sums, choose([not x for x in self.summed], outputs)
 
-        xs = choose(self.mapped, cut(head))
+        xs = choose(self.mapped, self._each(head, arrays))
         sums, stacked = jax.lax.scan(step, sums, xs)
         stacked = [x.reshape(count * chunk, *x.shape[2:]) for x in stacked]
         sums, stacked = iter(sums), iter(stacked)
@@ -144,7 +142,7 @@ class Mapped(Around):
         rest = 0 if chunk == 1 else self.size % chunk
         if not rest:
             return outputs
-        tail = at_once(rest, *cut(lambda x: x[count * chunk :]))
+        tail = at_once(rest, *self._each(lambda x: x[count * chunk :], arrays))
         return [
             x + y if summed else jnp.concatenate([x, y])
             for x, y, summed in zip(outputs, tail, self.summed, strict=True)

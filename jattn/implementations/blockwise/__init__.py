@@ -6,6 +6,7 @@ tiles the mask leaves empty and which it leaves full. Empty tiles are skipped; f
 are computed without the mask.
 
 `plan`          how much a tile holds
+`slices`        arrays cut, written over and padded
 `layout`        a call, laid out so that blocks can be cut from it
 `cells`         a cell of a partial tile, where a mask cuts it
 `schedule`      which tiles are visited, and in which order

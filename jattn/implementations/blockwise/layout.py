@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jattn.call.problem import Operands, Problem, index
 from jattn.call.program import Index
 from jattn.implementations.blockwise.plan import Plan
+from jattn.implementations.blockwise.slices import cut_at, padded, put_at
 
 
 class Aligned(NamedTuple):
@@ -94,11 +94,10 @@ class Layout:
 
     def is_own(self, j):
         """Says which columns of block `j` are its own, 1111S: not padding, not shared."""
-        width = self.extent["S"]
-        column = self.first_key(j) + jnp.arange(width, dtype=jnp.int32)
+        column = self.first_key(j) + jnp.arange(self.extent["S"], dtype=jnp.int32)
         start = jnp.asarray(j, jnp.int32) * self.plan.S
         own = (column >= start) & (column < self.problem.sizes.S)
-        return own.reshape(1, 1, 1, 1, width)
+        return own.reshape(1, 1, 1, 1, -1)
 
     def narrowed(self, array):
         """Converts an array to the dtype of the factors of products."""
@@ -152,9 +151,7 @@ class Layout:
             stride = 0 if letter not in at or whole else getattr(self.plan, letter)
             starts.append(stride and at[letter] * stride)
             sizes.append(length if whole else size)
-        if tuple(sizes) == array.shape:
-            return array
-        return lax.dynamic_slice(array, _indices(starts), sizes)
+        return cut_at(array, starts, tuple(sizes))
 
     def put(self, array, part, axes: str, **at):
         """Writes a part to the place that `cut` reads."""
@@ -165,7 +162,7 @@ class Layout:
             0 if x not in at or size == 1 else at[x] * getattr(self.plan, x)
             for x, size in zip(axes, array.shape, strict=True)
         ]
-        return lax.dynamic_update_slice(array, part.astype(array.dtype), _indices(starts))
+        return put_at(array, part.astype(array.dtype), starts)
 
     def add(self, array, part, axes: str, **at):
         """Adds a part to the place that `cut` reads."""
@@ -244,27 +241,10 @@ class Layout:
         """Pads the axes T and S of an array; axes of size 1 stay.
 
         If `repeats`, and the number of queries is known, padding repeats the last query.
-        The derivative of a modifier is then infinite in the padding only if it is infinite
-        at a real query; zeros could make it infinite.
         """
         shape = list(array.shape)
         for axis, letter in axes.items():
             if not (isinstance(shape[axis], int) and shape[axis] == 1):
                 shape[axis] = self.padded[letter]
-        if tuple(shape) == array.shape:
-            return array
-        # `whole` has the padding everywhere; the array is written over it at the end.
-        whole = jnp.full(shape, fill, array.dtype)
-        for axis, letter in axes.items() if repeats else ():
-            count = array.shape[axis]
-            if letter == "T" and isinstance(count, int) and count != shape[axis]:
-                last = lax.slice_in_dim(array, count - 1, count, axis=axis)
-                rest = [(0, x - y, 0) for x, y in zip(shape, last.shape, strict=True)]
-                rest[axis] = (0, 0, 0)
-                last = lax.pad(last, jnp.array(fill, array.dtype), rest)
-                whole = jnp.broadcast_to(last, shape)
-        return lax.dynamic_update_slice(whole, array, (0,) * array.ndim)
-
-
-def _indices(starts):
-    return [jnp.asarray(x, jnp.int32) for x in starts]
+        queries = (axis for axis, letter in axes.items() if letter == "T")
+        return padded(array, tuple(shape), fill, next(queries, None) if repeats else None)
