@@ -11,6 +11,15 @@ from tests.helpers.room import make_room
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_configure(config):
+    """Keeps compiled programs, so that a second run compiles only what has changed."""
+    if hasattr(config, "cache"):  # not with `-p no:cacheprovider`
+        folder = config.cache.mkdir("jax")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 # Most tests ask what is computed, and spend their time on compiling it: XLA leaves out
 # most of its optimizations for them. These measure errors, memory or compiling itself.
 OPTIMIZED = {

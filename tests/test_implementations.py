@@ -34,7 +34,8 @@ _STATES = {
 
 
 # At these sizes blockwise has one tile, as dense has, unless tiles are small.
-QUICK = {(case.name, IN_TILES) for case in CASES} | {(x, "dense") for x in TELLING}
+ALSO = ("documents", "dropout", "relative_bias", "nothing_visible")
+QUICK = {(name, IN_TILES) for name in TELLING + ALSO} | {(x, "dense") for x in TELLING}
 
 
 @pytest.mark.parametrize(
