@@ -16,7 +16,7 @@ def pytest_configure(config):
     if hasattr(config, "cache"):  # not with `-p no:cacheprovider`
         folder = config.cache.mkdir("jax")
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 

@@ -22,8 +22,10 @@ def test_a_slow_test_takes_long_and_is_not_the_only_one_of_its_file():
         "tests/test_a.py::test_long[jvp of grad]",
         "tests/test_a.py::test_two_parts",
     )
-    assert slow(found, 2) == [long, parts]
-    assert slow(found, 3) == [long]
+    assert slow(found, 2.5) == [long]
+    assert slow(found, 2.4) == [long, parts]
+    # The only one of its file has to go where it takes more than four times as long.
+    assert slow(found, 2) == [long, parts, "tests/test_b.py::test_alone"]
 
 
 def test_every_name_in_the_list_is_that_of_a_test():
