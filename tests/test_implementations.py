@@ -34,7 +34,7 @@ _STATES = {
 
 
 # At these sizes blockwise has one tile, as dense has, unless tiles are small.
-QUICK = {(name, IN_TILES) for name in (*TELLING, "dropout", "nothing_visible")}
+QUICK = {(name, IN_TILES) for name in TELLING}
 
 
 @pytest.mark.parametrize(
