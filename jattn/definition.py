@@ -174,13 +174,11 @@ def _attend_all(
 ) -> Answer:
     """Maps `attend` over queries, heads and examples; each field has leading axes BNT."""
     where = "definition"
-    sizes = measure(where, query, key, value)
-    wide = wide_dtype(query.dtype)
+    sizes, wide = measure(where, query, key, value), wide_dtype(query.dtype)
     mask = None if mask is None else as_mask(mask, where)
     modifier = None if modifier is None else as_modifier(modifier, where)
     sink = jnp.full(sizes.N, -jnp.inf, wide) if sink is None else sink
     scale = None if scale is None else jnp.asarray(scale).astype(wide)
-
     t, s, _ = checked_positions(where, sizes, query_position, key_position)
     t, s = spread_positions(t, sizes.T), spread_positions(s, sizes.S)
     one = _of_one_query(sizes, mask, modifier, scale, dropout)

@@ -74,3 +74,35 @@ def test_core_depends_on_jax_and_chex_alone(module):
 
     known = set(sys.stdlib_module_names) | OUTSIDE | {"jattn"} | EXTRAS.get(module, set())
     assert {name.split(".")[0] for name in imports(module)} <= known
+
+
+# Kernels are one body of code from their first read to their last write.
+KERNELS = ("implementations.tpu.", "implementations.gpu.")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_and_functions_are_short(module):
+    text = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+    assert len(text.splitlines()) <= (350 if module.startswith(KERNELS) else 250)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+            assert lines <= 40, node.name  # one screen
+
+
+def test_the_picture_of_imports_has_few_rooms_and_floors():
+    """A room is what one sees at the top; a floor is above all that its rooms import."""
+    below: dict[str, set[str]] = {name.partition(".")[0]: set() for name in MODULES}
+    for module in MODULES:
+        room = module.partition(".")[0]
+        names = (x.removeprefix("jattn.") for x in imports(module) if "jattn." in x)
+        below[room] |= {x.partition(".")[0] for x in names} - {room}
+
+    def floor(room):
+        return 1 + max(map(floor, below[room]), default=0)
+
+    # With `jattn` and `python -m jattn` they are 25 rooms on 11 floors at most.
+    assert len(below) <= 23
+    assert max(map(floor, below)) <= 10
