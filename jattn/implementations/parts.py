@@ -104,13 +104,13 @@ def _parts(
         turn = _guarded(body, problem, count) if guarded else body
         return lax.fori_loop(0, count, lambda i, sums: turn(sums, i), start)
 
-    whole = lambda _: step(start, 0, slots)
+    whole = lambda _: step(None, 0, slots)
     if slots <= short:
         return whole(())
     many = jnp.asarray(takes_all(source, problem.wide, end))
     if order is not None:
         return lax.cond(many, whole, loop, ()) if in_place else loop(())
-    first = lambda _: step(start, 0, short)
+    first = lambda _: step(None, 0, short)
     if in_place:
         case = (end > short).astype(jnp.int32) + many.astype(jnp.int32)
         return lax.switch(case, [first, loop, whole], ())
@@ -138,7 +138,7 @@ def _nothing(problem: Problem) -> _Sums:
     K, G, D = problem.sizes.K, problem.sizes.G, problem.sizes.D
     zeros = jnp.zeros((B, N, T), problem.wide)
     output = jnp.zeros((B, K, G * T, D), problem.wide)
-    return _Sums(zeros - jnp.inf, zeros, output)
+    return _Sums(zeros + jnp.finfo(problem.wide).min, zeros, output)
 
 
 def _finished(problem: Problem, sums: _Sums):
@@ -146,12 +146,16 @@ def _finished(problem: Problem, sums: _Sums):
     B, N, T, _ = problem.sizes.BNTS
     total = jnp.where(sums.total == 0, 1, sums.total)
     output = sums.output.reshape(B, N, T, -1) / total[..., None]
-    top = jnp.where(sums.top == -jnp.inf, 0, sums.top)
+    top = jnp.where(sums.total == 0, 0, sums.top)
     return tuple(jnp.swapaxes(x, 1, 2) for x in (output, top, sums.total))
 
 
-def _step(problem, operands, source: Source, isolating, sums: _Sums, first, size: int):
-    """Adds the slots from `first` on; those before it were added already, or are dead."""
+def _step(problem, operands, source: Source, isolating, sums, first, size: int):
+    """Adds the slots from `first` on; those before it were added already, or are dead.
+
+    Without `sums` there were none before. XLA:CPU then makes weights and their sum in one
+    pass, which it does not where a maximum of before comes in.
+    """
     start = first if size == source.slots else jnp.minimum(first, source.slots - size)
     call, of_part = cut(problem, operands, start, size)
     part = source.cut(start, size)
@@ -161,15 +165,18 @@ def _step(problem, operands, source: Source, isolating, sums: _Sums, first, size
         allowed = fresh if allowed is None else allowed & fresh
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
-    top = jnp.maximum(sums.top, jnp.max(logits, axis=-1))
-    finite = jnp.where(top == -jnp.inf, 0, top)
-    weights = jnp.exp(logits - finite[..., None])
-    shrink = jnp.exp(sums.top - finite)
-    total = sums.total * shrink + jnp.sum(weights, axis=-1)
-    weights = _dropped(call, of_part, weights)
-    added = _sums(call, part, weights, allowed if isolating else None)
-    shrink = shrink.reshape(*added.shape[:-1], 1)
-    return _Sums(top, total, sums.output * shrink + added)
+    # A finite bound: in an empty row −∞ − top is −∞, not NaN, and every weight is 0.
+    top = jnp.max(logits, axis=-1, initial=jnp.finfo(logits.dtype).min)
+    top = top if sums is None else jnp.maximum(sums.top, top)
+    weights = jnp.exp(logits - top[..., None])
+    total = jnp.sum(weights, axis=-1)
+    dropped = _dropped(call, of_part, weights)
+    added = _sums(call, part, dropped, allowed if isolating else None)
+    if sums is None:
+        return _Sums(top, total, added)
+    shrink = jnp.exp(sums.top - top)
+    of_rows = shrink.reshape(*added.shape[:-1], 1)
+    return _Sums(top, sums.total * shrink + total, sums.output * of_rows + added)
 
 
 def _logits(problem: Problem, operands: Operands, part):
