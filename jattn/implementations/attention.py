@@ -199,13 +199,12 @@ class Attention(Operation):
         return unspoiled(self.problem, self.kernel, results, mend, arrays)
 
     def _pull_own(self, active, spread, primals, outputs, cotangents):
-        """Computes the cotangents tile by tile.
+        """Computes the cotangents tile by tile, after a forward pass as in `_push_own`.
 
-        If the kernel's maximum and sum are not exact, a blockwise forward pass first
-        computes them again.
+        A part of a call has no sums of its own: it starts from those of the whole.
         """
         blockwise = self._blockwise(spread)
-        if not spread and not self.kernel.exact:
+        if not spread and not self.problem.part:
             own = blockwise(*primals)
             d_output, d_top, d_total = cotangents
             outputs, cotangents = own, (d_output, d_top, d_total * ratio(outputs, own))
@@ -220,10 +219,9 @@ class Attention(Operation):
         return dataclasses.replace(self, flat=0)
 
     def _blockwise(self, spread: bool) -> "Attention":
-        """Gives the same operation without the kernel.
+        """Gives the same operation without the kernel, in products as precise as its own.
 
-        It may start from the kernel's maximum and sum, which keep all bits of float32.
-        Then its own products must keep all bits too, so that its logits fit them.
+        A part of a call starts from the sums of kernels, which its logits have to fit.
         """
         problem = self.problem
         if not spread and self.kernel.exact and problem.precision is None:

@@ -120,7 +120,7 @@ def is_installed() -> bool:
 class CuDNN(Kernel):
     """Output and gradient by cuDNN.
 
-    Its logsumexp is rounded, so it is not `exact`. Its masks do not stop a NaN or Inf, so
+    It rounds the logsumexp, so it is not `exact`. Its masks do not stop a NaN or Inf, so
     it does not isolate.
     """
 

@@ -76,8 +76,8 @@ class Kernel(Implementation):
            make any result NaN or Inf; blockwise then computes them again. `isolates`
            says that a hidden NaN or Inf never changes a result; then nothing is computed
            again.
-        6. `exact` says that top + log total is precise enough to start derivatives from.
-           If it is not, blockwise first runs its own forward pass.
+        6. `exact` says that products and sums keep all bits of float32. Then blockwise may
+           start from the sums that the kernel found for other parts of the call.
         7. `sets_blocks` says that the table of blocks in its operands has its own blocks;
            other kernels get those of blockwise, resized.
     """
