@@ -3,6 +3,7 @@
 Every kind stands for the sequence of tokens that was appended, and attending to it equals
 `jattn.attention` over the plain list of them. All are frozen pytrees.
 
+`sizes`         the sizes that a cache is made with
 `rounding`      vectors in 8 or 4 bits, with one scale for each
 `write`         rows written into arrays that keep their place
 `products`      the two products of a decoding step with what a store holds

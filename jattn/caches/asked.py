@@ -91,6 +91,20 @@ def check_query(where: str, query, batch, store, dtype=None) -> jax.Array:
     return query
 
 
+def check_rows(where: str, query, T: int, one: bool = False) -> None:
+    """Raises for more queries than tokens; with `one`, for any number but 1 and T.
+
+    Queries stand at the last tokens that are appended, so that more have no place.
+    """
+    rows = jnp.shape(query)[-3:-2]
+    if rows and (rows[0] > T or (one and rows[0] not in (1, T))):
+        cure = "one for each token, or one for the last" if one else "no more than tokens"
+        raise ValueError(
+            f"{where}: `query` must have T = {T} queries, {cure}, got {rows[0]}; give each "
+            f"query its token."
+        )
+
+
 def check_tokens(where: str, store, *, batch=None, **tokens) -> list[jax.Array]:
     """Keys `BTKH` and values `BTKD` that fit a store, and each other.
 
@@ -209,8 +223,14 @@ def check_pointwise(where: str, mask, modifier) -> None:
 
 def check_dtype(where: str, dtype) -> str:
     """Gives the name of a dtype that a cache can have."""
-    name = str(dtype) if isinstance(dtype, str) else jnp.dtype(dtype).name
+    name = "None" if dtype is None else dtype  # NumPy takes None for float64
+    name = str(name) if isinstance(name, str) else jnp.dtype(name).name
     known = (*FLOATS, *LARGEST)
+    if name == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"{where}: `dtype` float64 needs JAX's `jax_enable_x64`, which is off; switch "
+            f"it on, or use float32."
+        )
     if name not in known:
         raise ValueError(
             f"{where}: `dtype` must be one of {', '.join(known)}, got {name}; convert what "

@@ -18,9 +18,11 @@ import numpy as np
 
 from jattn.api.attention import attention
 from jattn.arrays.checks import is_known
+from jattn.arrays.meshes import methods_across
 from jattn.caches import asked, attend, sharing
 from jattn.caches.pages import Pages
 from jattn.caches.pool import Pool, full_pool
+from jattn.caches.sizes import check_sizes
 from jattn.caches.store import Store, blank, put_pairs
 from jattn.caches.tokens import of_tokens, slot_positions
 from jattn.pytree import pytree
@@ -28,6 +30,10 @@ from jattn.state import State
 
 
 @pytree("store", "table", "length", "pool")
+@methods_across(
+    "reserve", "append", "attend", "attend_state", "attend_tokens", "extend", "release"
+)
+@methods_across("fork", "take", "truncate", "dequantize")
 class PagedCache:
     """Tokens in pages; `paged` makes one.
 
@@ -93,6 +99,7 @@ class PagedCache:
             ValueError: If there are too few, as far as that is known.
         """
         count = asked.check_whole("caches.reserve", "count", count, self.batch)
+        count = jnp.minimum(count, self.capacity + 1)  # int32 holds no length far beyond
         grown, granted = sharing.grown(self, count)
         marked = grown.owned * self.page_size + 1
         grown = dataclasses.replace(grown, length=jnp.where(granted, self.length, marked))
@@ -166,6 +173,7 @@ class PagedCache:
     def extend(self, query, key, value, *, count=None, **options):
         """Appends tokens and attends from them; see `Cache.extend`."""
         cache = self.append(key, value, count=count)
+        asked.check_rows("caches.extend", query, jnp.shape(key)[1])
         return cache.attend(query, count=count, **options), cache
 
     def release(self, examples) -> "PagedCache":
@@ -192,6 +200,11 @@ class PagedCache:
         (B,) = self.batch
         source = asked.check_examples(where, "source", source, None, B).reshape(-1)
         target = asked.check_examples(where, "target", target, None, B).reshape(-1)
+        if source.size not in (1, target.size):
+            raise ValueError(
+                f"{where}: `source` must name one example, or one for each `target`, got "
+                f"{source.size} for {target.size}."
+            )
         whose = jnp.arange(B, dtype=jnp.int32)
         return sharing.copied(
             self, whose.at[target].set(source), whose.at[target].set(-1) < 0
@@ -277,7 +290,11 @@ def paged(
         4
     """
     value_dim = head_dim if value_head_dim is None else value_head_dim
-    dtype = asked.check_dtype("caches.paged", dtype)
+    where, some = "caches.paged", {"num_pages": (num_pages, 1), "page_size": (page_size, 1)}
+    check_sizes(where, **some, max_pages=(max_pages, 1), batch_size=(batch_size, 0))
+    check_sizes(where, num_kv_heads=(num_kv_heads, 0), head_dim=(head_dim, 0))
+    check_sizes(where, value_head_dim=(value_dim, 0))
+    dtype = asked.check_dtype(where, dtype)
     store = blank((num_pages,), page_size, num_kv_heads, head_dim, value_dim, dtype)
     table = jnp.full((batch_size, max_pages), -1, jnp.int32)
     return PagedCache(store, table, jnp.zeros(batch_size, jnp.int32), full_pool(num_pages))

@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from jattn.api.attention import attention_state
+from jattn.arrays.meshes import methods_across
 from jattn.blocks.block_table import BlockTable
 from jattn.caches import asked, attend
 from jattn.caches.asked import of_each
+from jattn.caches.sizes import batch_axes, check_sizes
 from jattn.caches.store import Store, blank, put_at, taken
 from jattn.masks import Mask, Pointwise, as_mask
 from jattn.pytree import pytree
@@ -28,6 +30,7 @@ from jattn.state import State, merge, with_sink
 
 
 @pytree("store", "length", static=("window", "sinks"))
+@methods_across("append", "attend", "extend", "take")
 class RollingCache:
     """The last `window` tokens and the first `sinks`; `rolling` makes one.
 
@@ -79,13 +82,13 @@ class RollingCache:
 
         More queries have to see keys that their own tokens may have overwritten: `extend`.
         """
-        where, T = "caches.attend", jnp.shape(query)[-3]
-        if T > 1:
+        where = "caches.attend"
+        query = asked.check_query(where, query, self.batch, self.store)
+        if (T := query.shape[-3]) > 1:
             raise ValueError(
                 f"{where}: {T} queries of a rolling cache must see {self.window} keys "
                 f"each, but it holds {self.window}; use `extend`."
             )
-        query = asked.check_query(where, query, self.batch, self.store)
         rows = self._count(where, count, T)
         options = self._options(where, options)
         return self._last(query, rows, options)
@@ -94,7 +97,7 @@ class RollingCache:
         """Appends T tokens and attends from them, T of any size; see `Cache.extend`.
 
         Args:
-            query: `BTNH`.
+            query: `BTNH`, or `B1NH` for the last token alone.
             key: `BTKH`.
             value: `BTKD`.
             count: See `Cache.append`.
@@ -109,6 +112,7 @@ class RollingCache:
         query = asked.check_query(where, query, self.batch, self.store)
         options = self._options(where, options)
         after = self._appended(key, value, count)
+        asked.check_rows(where, query, key.shape[len(self.batch)], one=True)
         if query.shape[-3] == 1:
             return after._last(query, count, options), after
         return self._prompt(query, key, value, count, options), after
@@ -117,7 +121,9 @@ class RollingCache:
         """Gives the examples `indices`, in this order."""
         store = taken("caches.take", self.store, indices)
         length = self.length
-        length = length if length.ndim == 0 else jnp.take(length, jnp.asarray(indices))
+        if length.ndim:  # an example that is not there is full of NaN
+            full = {"mode": "fill", "fill_value": self.capacity}
+            length = jnp.take(length, jnp.asarray(indices), 0, **full)
         return dataclasses.replace(self, store=store, length=length)
 
     def _checked(self, name, key, value, count):
@@ -165,7 +171,9 @@ class RollingCache:
     def _held(self, query, options) -> State:
         """Gives the state over what is in the slots."""
         position = self.key_position
-        if position.ndim > 1:
+        if position.ndim == 1:  # of all examples: alone, there may be as many of these
+            position = position[None]
+        else:
             position = jnp.broadcast_to(
                 position.reshape(*position.shape[:-1], *[1] * self._missing, -1),
                 (*self.batch, self.capacity),
@@ -254,14 +262,12 @@ def rolling(
         >>> output[0, :, 0, 0]
         Array([0. , 0.5, 1.5, 2.5], dtype=float32)
     """
-    if window < 1 or sinks < 0:
-        raise ValueError(
-            f"caches.rolling: `window` must be at least 1 and `sinks` at least 0, got "
-            f"{window} and {sinks}; a window holds the query's own token."
-        )
-    batch = batch_size if isinstance(batch_size, tuple) else (batch_size,)
+    where, batch = "caches.rolling", batch_axes("caches.rolling", batch_size)
     value_dim = head_dim if value_head_dim is None else value_head_dim
-    dtype = asked.check_dtype("caches.rolling", dtype)
+    # A window holds the query's own token.
+    check_sizes(where, window=(window, 1), sinks=(sinks, 0), num_kv_heads=(num_kv_heads, 0))
+    check_sizes(where, head_dim=(head_dim, 0), value_head_dim=(value_dim, 0))
+    dtype = asked.check_dtype(where, dtype)
     store = blank(batch, window + sinks, num_kv_heads, head_dim, value_dim, dtype)
     length = jnp.zeros(batch if ragged else (), jnp.int32)
     return RollingCache(store, length, window, sinks)

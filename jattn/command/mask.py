@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(mask, T: int, S: int, size: int) -> BlockTable:
     """Makes the block table of a mask for one example and head."""
-    if math.ceil(T / size) * math.ceil(S / size) > _MOST_BLOCKS or max(T, S) > 2**27:
+    # Whole numbers: Python cannot divide those of 300 digits into a float.
+    if max(T, S) > 2**27 or -(-T // size) * -(-S // size) > _MOST_BLOCKS:
         raise Refusal(
             f"{T} × {S} pairs in blocks of {size} × {size} are too many; the most are 2²⁴ "
             f"blocks and 2²⁷ queries or keys."
