@@ -150,7 +150,7 @@ class PagedCache:
             example: Whose each token is, `T`; −1 for padding, which sees nothing.
             position: Where each stands in its example, `T`.
             **options: Those of `jattn.attention`, but no bias or mask by column. A mask or
-                modifier sees as b the example. Say `Causal()`.
+                modifier sees as b the example. Say `Causal()`. Dropout must be `shared`.
 
         Returns:
             The output, `TND`.

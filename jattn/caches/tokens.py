@@ -84,6 +84,12 @@ def of_tokens(where: str, cache, example, options):
                 f"{where}: `{name}` must not be given, for slots hold tokens of many "
                 f"examples in no order; use a function of positions."
             )
+    dropout = options.get("dropout")
+    if dropout is not None and dropout.rate and not dropout.shared:
+        raise ValueError(
+            f"{where}: `dropout` must be shared by examples, for a page may belong to "
+            f"several; give `Dropout(rate, rng, shared=True)`."
+        )
     table, num_pages, page_size = cache.table, cache.num_pages, cache.page_size
     page = jnp.arange(num_pages, dtype=jnp.int32).repeat(page_size)
     row = jnp.arange(table.shape[0], dtype=jnp.int32)[:, None]

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         mask = parse(arguments.expression)
         if arguments.blocks is not None:
             mask = _table(mask, T, S, arguments.blocks)
-        if arguments.plot:
+        if arguments.plot is not None:
             _plot(arguments, mask, T, S)
         else:
             _print(arguments.expression, mask, T, S)
@@ -77,7 +77,7 @@ def _table(mask, T: int, S: int, size: int) -> BlockTable:
             f"blocks and 2²⁷ queries or keys."
         )
     query, key = (jax.ShapeDtypeStruct((length, 1, 1), "float32") for length in (T, S))
-    return block_table(mask, query, key, block=size)
+    return block_table(mask, query, key, block=min(size, max(T, S)))
 
 
 def _print(expression: str, mask, T: int, S: int) -> None:
