@@ -176,7 +176,7 @@ def test_a_rolling_cache_says_what_it_cannot():
         (lambda: kv.attend(query), "3 queries of a rolling cache must see 4 keys each"),
         (lambda: kv.extend(query, key, value, bias=jnp.zeros((3, 4))), "`bias` must not"),
         (lambda: kv.extend(query, key, value, mask=rows), "`Segments` lies along slots"),
-        (lambda: caches.rolling(B, 0, K, H), "`window` must be at least 1"),
+        (lambda: caches.rolling(B, 0, K, H), "`window` must be a whole number, at least 1"),
     ):
         with pytest.raises(ValueError, match=match):
             call()

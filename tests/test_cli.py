@@ -159,6 +159,15 @@ def test_attend_takes_two_axes_as_one_head(arrays, capsys):
         assert written["logsumexp"].shape == (7,)
 
 
+def test_attend_takes_arrays_without_queries_or_numbers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, shape in {"no_queries": (0, 1, 2), "no_numbers": (3, 1, 0)}.items():
+        none = dict.fromkeys(("query", "key", "value"), np.ones(shape, np.float32))
+        np.savez(f"{name}.npz", **none)
+        assert main(["attend", f"{name}.npz"]) == 0
+        assert f"T={shape[0]}" in capsys.readouterr().out
+
+
 def test_attend_draws_the_weights(arrays, tmp_path):
     assert main(["attend", "a.npz", "--plot", "o.png", "--out", "o.npz"]) == 0
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
@@ -213,6 +222,8 @@ ATTEND_REFUSALS = {
     "a.npz --out no/o.npz": "no/o.npz: there is no folder no",
     "a.npz --out folder": "folder: this is a folder; name a file in it",
     "a.npz --out o.png --plot o.png": "--out and --plot name the same file",
+    "a.npz --out=": "the name of a file to write is empty",
+    "a.npz --plot=": "the name of a file to write is empty",
     "a.npz --plot o.xyz": "o.xyz: the ending must be one of html, ",
     "a.npz --plot o.html": "a.npz: a page shows one example, and there are 2; write them",
     "few.npz --plot o.html": "few.npz: there are 2 tokens, and T=3",
@@ -340,6 +351,11 @@ def test_blocks_of_a_mask_are_drawn_as_text(monkeypatch, capsys):
     ]
 
 
+def test_a_block_larger_than_the_mask_is_the_mask(capsys):
+    assert main(["mask", "Causal()", "--length", "3", "--blocks", "9" * 40]) == 0
+    assert "blocks of 3 × 3: " in capsys.readouterr().out
+
+
 def test_many_blocks_are_drawn_in_cells_of_whole_blocks(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "30")
     options = ["--length", "1000000", "--blocks", "1000"]
@@ -368,11 +384,13 @@ MASK_REFUSALS = {
     ("Causal()", "--length", "9", "--blocks", "0"): "argument --blocks: must be a whole",
     ("Causal()", "--length", "1000000", "--blocks", "8"): "in blocks of 8 × 8 are too many",
     ("Segments([1, 2])", "--length", "3", "--blocks", "2"): "`query_ids` must broadcast",
+    ("Causal()", "--length", "9" * 400, "--blocks", "8"): "in blocks of 8 × 8 are too many",
+    ("Causal()", "--length", "3", "--plot", ""): "the name of a file to write is empty",
     ("Causal()", "--length", "3", "--plot", "no/m.png"): "no/m.png: there is no folder no",
 }
 
 
-@pytest.mark.parametrize("arguments", MASK_REFUSALS, ids=" ".join)
+@pytest.mark.parametrize("arguments", MASK_REFUSALS, ids=lambda x: " ".join(x)[:60])
 def test_mask_refuses_in_one_line(arguments, capsys):
     assert main(["mask", *arguments]) == 2
     printed, error = capsys.readouterr()

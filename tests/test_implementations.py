@@ -85,9 +85,19 @@ def test_a_wrong_implementation_is_caught():
         assert_matches_definition(wrong, CASES[0])
 
 
+def test_a_number_does_not_pass_for_the_logsumexp_of_a_row_that_sees_nothing():
+    def wrong(query, key, value, **options):
+        output, logsumexp = jattn.attention_state(query, key, value, **options)
+        return jattn.State(output, jnp.where(logsumexp == -jnp.inf, 0, logsumexp))
+
+    case = next(case for case in CASES if case.name == "causal_with_empty_rows")
+    with pytest.raises(AssertionError, match="`empty` is off by 1"):
+        assert_matches_definition(wrong, case)
+
+
 def test_errors_name_value_logsumexp_gradients_and_tangents():
     found = errors(CASES[0], _STATES["dense"])
-    names = {"output", "logsumexp", "d_output", "d_logsumexp"}
+    names = {"output", "logsumexp", "empty", "d_output", "d_logsumexp"}
     assert set(found) == names | {"d_query", "d_key", "d_value"}
 
 

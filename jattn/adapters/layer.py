@@ -1,6 +1,8 @@
 """Arguments of other libraries' layers, translated to arguments of `jattn.attention`."""
 
 import contextlib
+import functools
+import inspect
 import operator
 from functools import reduce
 from typing import Any
@@ -64,6 +66,31 @@ def extend(
     mask = both(Causal(), any_mask(where, mask))
     with _precise(where, precision):
         return kv.extend(query, key, value, count=count, mask=mask, **options)
+
+
+def decoding(where: str, attention_fn, ours) -> tuple[Any, dict[str, Any]]:
+    """Gives the mask and the options that decoding has from a layer's `attention_fn`.
+
+    Those are the ones that `functools.partial` added to `ours`, so that decoding gives what
+    the whole gives. Positions are left out: a cache counts its tokens itself.
+    """
+    if not isinstance(attention_fn, functools.partial) or attention_fn.func is not ours:
+        return None, {}
+    # The layer gives what `ours` names, but for these two.
+    given = set(inspect.signature(ours).parameters) - {"and_mask", "bias"}
+    left_out = given | {"and_mask", "query_position", "key_position"}
+    added = attention_fn.keywords
+    mask = any_mask(where, added.get("and_mask"))
+    return mask, {k: x for k, x in added.items() if k not in left_out}
+
+
+def check_count(where: str, count) -> None:
+    """Raises for a `count` outside of decoding, where it would do nothing."""
+    if count is not None:
+        raise ValueError(
+            f"{where}: `count` must be left out unless the layer decodes, got {count}; "
+            f"hide keys that do not count with `mask`."
+        )
 
 
 @pytree()

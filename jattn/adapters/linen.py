@@ -140,7 +140,8 @@ class MultiHeadDotProductAttention(linen.MultiHeadDotProductAttention):
     - Nothing is dropped, and no weights are sown.
 
     Attributes:
-        attention_fn: What attends without `decode`.
+        attention_fn: What attends without `decode`. Decoding takes over what
+            `functools.partial` adds to this module's `attention`, but no positions.
         cache_dtype: See `jattn.caches.empty`; the dtype of the keys by default.
     """
 
@@ -168,13 +169,18 @@ class MultiHeadDotProductAttention(linen.MultiHeadDotProductAttention):
         Raises:
             ValueError: If an argument does not fit; the message says what to do.
         """
-        if self.decode and not (inputs_k is None and inputs_v is None):
+        others = inputs_k, inputs_v, options.get("inputs_kv")
+        if self.decode and any(x is not None for x in others):
             raise ValueError(
                 f"{WHERE_LAYER}: in decoding, queries, keys and values must be of the same "
                 f"tokens, got `inputs_k` or `inputs_v`; give `inputs_q` alone."
             )
 
-        def extend(query, key, value, mask=None, precision=None):
+        if not self.decode:
+            layer.check_count(WHERE_LAYER, count)
+
+        def extend(query, key, value, mask=None, precision=None, module=None):
+            del module  # given where weights are to be sown
             return self._extend(query, key, value, mask, count, precision)
 
         inner: Any = self._inner(extend if self.decode else self.attention_fn)
@@ -198,7 +204,9 @@ class MultiHeadDotProductAttention(linen.MultiHeadDotProductAttention):
         kv = self.variable(
             "cache", "kv", lambda: caches.empty(tuple(batch), T, K, H, dtype=dtype)
         )
-        given = {"mask": mask, "count": count, "precision": precision, "options": {}}
+        more, added = layer.decoding(WHERE_LAYER, self.attention_fn, attention)
+        mask = layer.both(layer.any_mask(WHERE_LAYER, mask), more)
+        given = {"mask": mask, "count": count, "precision": precision, "options": added}
         output, after = layer.extend(WHERE_LAYER, kv.value, query, key, value, **given)
         if is_there:  # what initialises a model only makes the cache
             kv.value = after

@@ -1,5 +1,6 @@
 """`jattn.attention` in `flax.nnx.MultiHeadAttention`, and the layer that decodes."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -148,7 +149,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
         Args:
             *sizes: As in flax, like all other arguments.
-            attention_fn: What attends without `decode`.
+            attention_fn: What attends without `decode`. Decoding takes over what
+                `functools.partial` adds to this module's `attention`, but no positions.
             **options: See flax.
         """
         super().__init__(*sizes, attention_fn=attention_fn, **options)
@@ -199,6 +201,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             ValueError: If an argument does not fit; the message says what to do.
         """
         if not (self.decode if decode is None else decode):
+            layer.check_count(WHERE_LAYER, count)
             given: Any = {"mask": mask, "decode": decode, **options}
             return super().__call__(inputs_q, inputs_k, inputs_v, **given)
         others = [x for x in (inputs_k, inputs_v) if x is not None and x is not inputs_q]
@@ -208,7 +211,21 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 f"the same tokens, got kv={self.kv} and {len(others)} other inputs; call "
                 f"`init_cache` first, and give `inputs_q` alone."
             )
+        self._check(options)
         return self._extend(inputs_q, mask, count, options)
+
+    def _check(self, options) -> None:
+        """Raises for what decoding cannot do, and as Python does for an unknown name."""
+        known = inspect.signature(super().__call__).parameters
+        if unknown := sorted(set(options) - set(known)):
+            raise TypeError(
+                f"{WHERE_LAYER}() got an unexpected keyword argument {unknown[0]!r}"
+            )
+        if options.get("input_positions") is not None:
+            raise ValueError(
+                f"{WHERE_LAYER}: `input_positions` must be left out in decoding, where the "
+                f"cache counts its tokens from 0; use `jattn.caches` for other positions."
+            )
 
     def _extend(self, x, mask, count, options) -> jax.Array:
         sharding = options.get("qkv_sharding")
@@ -216,7 +233,14 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         query, key, value = (part(x, out_sharding=sharding) for part in project)
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
-        given = {"mask": mask, "count": count, "precision": self.precision, "options": {}}
+        more, added = layer.decoding(WHERE_LAYER, self.attention_fn, attention)
+        mask = layer.both(layer.any_mask(WHERE_LAYER, mask), more)
+        given = {
+            "mask": mask,
+            "count": count,
+            "precision": self.precision,
+            "options": added,
+        }
         output, after = layer.extend(
             WHERE_LAYER, self.kv.get_value(), query, key, value, **given
         )

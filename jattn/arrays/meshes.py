@@ -8,6 +8,7 @@ whose values differ over different axes. Where an array lies changes no number, 
 
     `across`     runs a public function with explicit axes left to XLA, and gives its
                  results the sharding that the types of the inputs say
+    `methods_across`   does the same for methods of a value, such as a cache
     `jaxpr_of`   traces a user's function of scalars into a jaxpr whose types say nothing
                  of devices, even if the types of the captured arrays do (`call.plain`)
 """
@@ -16,6 +17,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import math
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
@@ -58,6 +60,70 @@ def across(letters: str):
         return on_any_mesh
 
     return decorate
+
+
+def methods_across(kind):
+    """Makes the public methods of a class of trees work with arrays on any mesh.
+
+    Of a method's results, trees of the same kind are cut as the tree itself, array by
+    array; others are cut as the argument `query`, whose axes BTN they begin with.
+    """
+    for name, method in list(vars(kind).items()):
+        if inspect.isfunction(method) and not name.startswith("_"):
+            setattr(kind, name, _method_across(kind, method))
+    return kind
+
+
+def _method_across(kind, method):
+    @functools.wraps(method)
+    def on_any_mesh(self, *args, **kwargs):
+        leaves, tree = jax.tree.flatten((self, args, kwargs))
+        mesh = _explicit_mesh(leaves)
+        if mesh is None:
+            return method(self, *args, **kwargs)
+        query = kwargs.get("query", args[0] if args else None)
+        with use_abstract_mesh(_left_to_xla(mesh)), _called_from(mesh):
+            own, args, kwargs = tree.unflatten(map(without_axes, leaves))
+            result = method(own, *args, **kwargs)
+        found, tree = jax.tree.flatten(result, is_leaf=lambda x: isinstance(x, kind))
+        again = lambda x: (
+            _cut_as(self, x, mesh) if isinstance(x, kind) else _cut_as_query(query, x, mesh)
+        )
+        return tree.unflatten(map(again, found))
+
+    return on_any_mesh
+
+
+def _cut_as(before, after, mesh):
+    """Cuts each array of a tree as the array at the same place of another tree."""
+    specs = {
+        path: jax.typeof(x).sharding.spec
+        for path, x in jax.tree_util.tree_leaves_with_path(before)
+        if _mesh_of(x) is not None
+    }
+
+    def again(path, x):
+        spec = [*specs.get(path, ()), *[None] * x.ndim][: x.ndim]
+        parts = zip(x.shape, spec, strict=True)
+        fitting = [
+            names if size % _count(mesh, names) == 0 else None for size, names in parts
+        ]
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*fitting)))
+
+    return jax.tree_util.tree_map_with_path(again, after)
+
+
+def _count(mesh, names) -> int:
+    """Counts the devices along mesh axes: one name, several, or None."""
+    names = (names,) if isinstance(names, str) else names or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _cut_as_query(query, result, mesh):
+    """Cuts a result BTN… as the query is."""
+    word = "BTN." if result.ndim == query.ndim else "BTN"
+    spec = _spec(word, result, _axes(query, None))
+    return jax.sharding.reshard(result, NamedSharding(mesh, spec))
 
 
 _CALLER: contextvars.ContextVar = contextvars.ContextVar("mesh", default=None)

@@ -1,6 +1,7 @@
 """The positions of queries and keys, in int32."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ def positions(where: str, name: str, position, sizes: Sizes, axis: str) -> jax.A
             f"B{axis} = {(*sizes.batch, length)}, got {array.shape}"
             f"{advice if per_example else ''}."
         )
-    return array if array.ndim == 0 else array.reshape(-1, length)
+    # Not −1 for the examples: no size follows from arrays without rows.
+    return array if array.ndim == 0 else array.reshape(math.prod(array.shape[:-1]), length)
 
 
 def checked_positions(where: str, sizes: Sizes, query_position, key_position):

@@ -178,9 +178,9 @@ def _check_shape(where, name, array):
 def _check_block(where: str, block) -> tuple[int, int]:
     pair = block if isinstance(block, tuple | list) else (block, block)
     whole = [isinstance(x, int | np.integer) and not isinstance(x, bool) for x in pair]
-    if len(pair) != 2 or not all(whole) or min(pair) < 1:
+    if len(pair) != 2 or not all(whole) or min(pair) < 1 or max(pair) >= 2**31:
         raise ValueError(
-            f"{where}: `block` must be a number of queries and keys above 0, or a pair of "
-            f"such, got {block!r}."
+            f"{where}: `block` must be a number of queries and keys above 0 and below 2³¹, "
+            f"or a pair of such, got {block!r}."
         )
     return int(pair[0]), int(pair[1])

@@ -4,10 +4,12 @@ Every kind stands for the sequence of tokens that was appended, and attending to
 `jattn.attention` over the plain list of them. All are frozen pytrees.
 
 `rounding`      vectors in 8 or 4 bits, with one scale for each
+`sizes`         the sizes and the dtype that a cache is made with
 `write`         rows written into arrays that keep their place
 `products`      the two products of a decoding step with what a store holds
 `store`         where keys and values lie in memory
 `asked`         a call to a cache, checked and taken apart
+`examples`      numbers of examples, checked
 `by_kernel`     a few queries by a kernel for TPU
 `decode`        a few queries by the tokens of a store, as one operation
 `attend`        which way a call goes

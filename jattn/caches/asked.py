@@ -13,10 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.arrays.checks import check_array, check_integers, is_known, saturate
-from jattn.arrays.shapes import FLOATS, Sizes, wide_dtype
+from jattn.arrays.shapes import Sizes, wide_dtype
 from jattn.blocks.block_table import BlockTable
-from jattn.caches.rounding import LARGEST
-from jattn.caches.store import check_there
 from jattn.call.options import Options
 from jattn.call.pose import check_bias, pose, pose_mask
 from jattn.call.problem import Operands, Problem, asking_logsumexp, drawn, index
@@ -92,6 +90,20 @@ def check_query(where: str, query, batch, store, dtype=None) -> jax.Array:
     return query
 
 
+def check_rows(where: str, query, T: int, one: bool = False) -> None:
+    """Raises for more queries than tokens; with `one`, for any number but 1 and T.
+
+    Queries stand at the last tokens that are appended, so that more have no place.
+    """
+    rows = jnp.shape(query)[-3:-2]
+    if rows and (rows[0] > T or (one and rows[0] not in (1, T))):
+        cure = "one for each token, or one for the last" if one else "no more than tokens"
+        raise ValueError(
+            f"{where}: `query` must have T = {T} queries, {cure}, got {rows[0]}; give each "
+            f"query its token."
+        )
+
+
 def check_tokens(where: str, store, *, batch=None, **tokens) -> list[jax.Array]:
     """Keys `BTKH` and values `BTKD` that fit a store, and each other.
 
@@ -162,40 +174,6 @@ def check_whole(where: str, name: str, value, shape: tuple[int, ...] | None) -> 
     return jnp.broadcast_to(value, shape)
 
 
-def check_examples(where: str, name: str, value, shape, count: int) -> jax.Array:
-    """Checks that numbers name examples, 0 to `count` − 1; −1 is the last one.
-
-    A number that is no example's is refused where it is known, and becomes `count` where
-    it is traced.
-    """
-    given = check_integers(where, name, value)
-    check_there(where, name, given, count, least=-count)
-    value = check_whole(where, name, given, shape)
-    value = jnp.where(value < 0, value + count, value)
-    return jnp.where(value < 0, count, value)
-
-
-def check_owners(where: str, example, shape, count: int) -> jax.Array:
-    """Checks the example of each token, 0 to `count` − 1; below 0 for padding."""
-    example = check_integers(where, "example", example)
-    check_there(where, "example", example, count, or_else=", or −1 for padding")
-    return check_whole(where, "example", example, shape)
-
-
-def chosen_examples(where: str, examples, batch: tuple[int, ...]) -> jax.Array:
-    """Gives Booleans `B` from Booleans or from numbers of examples."""
-    array = check_array(where, "examples", examples)
-    if array.dtype != jnp.bool_:
-        numbers = check_examples(where, "examples", examples, None, *batch)
-        return jnp.zeros(batch, bool).at[numbers.reshape(-1)].set(True, mode="drop")
-    if array.shape != batch:
-        raise ValueError(
-            f"{where}: `examples` must be Booleans of shape B = {batch}, one of each "
-            f"example, or numbers, got Booleans of shape {array.shape}."
-        )
-    return array
-
-
 def by_position(where: str, options) -> dict[str, Any]:
     """Gives the options of a call whose slots hold tokens in another order than theirs.
 
@@ -226,18 +204,6 @@ def _check_pointwise(where: str, mask, modifier) -> None:
                 f"{where}: `{type(part).__name__}` lies along slots, not tokens, and these "
                 f"are not in order here; use a function of positions."
             )
-
-
-def check_dtype(where: str, dtype) -> str:
-    """Gives the name of a dtype that a cache can have."""
-    name = str(dtype) if isinstance(dtype, str) else jnp.dtype(dtype).name
-    known = (*FLOATS, *LARGEST)
-    if name not in known:
-        raise ValueError(
-            f"{where}: `dtype` must be one of {', '.join(known)}, got {name}; convert what "
-            f"you append."
-        )
-    return name
 
 
 def of_each(number, batch: tuple[int, ...]) -> jax.Array:

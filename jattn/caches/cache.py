@@ -13,13 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.arrays.checks import check_integers, is_known, saturate
+from jattn.arrays.meshes import methods_across
 from jattn.caches import asked, attend, write
+from jattn.caches.sizes import batch_axes, check_sizes, check_vectors
 from jattn.caches.store import Store, blank, put_at, put_run, taken
 from jattn.pytree import pytree
 from jattn.state import State
 
 
 @pytree("store", "length")
+@methods_across
 class Cache:
     """Tokens in order, and how many there are; `empty` makes one.
 
@@ -141,6 +144,7 @@ class Cache:
             The output, `BTND`, and the cache with the tokens.
         """
         cache = self.append(key, value, count=count)
+        asked.check_rows("caches.extend", query, jnp.shape(key)[len(self.batch)])
         return cache.attend(query, count=count, **options), cache
 
     def truncate(self, length) -> "Cache":
@@ -204,9 +208,10 @@ def empty(
         >>> output, int(kv.length)
         (Array([[[[3., 3.]]]], dtype=float32), 1)
     """
-    batch = batch_size if isinstance(batch_size, tuple) else (batch_size,)
-    value_dim = head_dim if value_head_dim is None else value_head_dim
-    dtype = asked.check_dtype("caches.empty", dtype)
+    where, batch = "caches.empty", batch_axes("caches.empty", batch_size)
+    check_sizes(where, capacity=(capacity, 0))
+    vectors = num_kv_heads, head_dim, value_head_dim, dtype
+    value_dim, dtype = check_vectors(where, *vectors)
     store = blank(batch, capacity, num_kv_heads, head_dim, value_dim, dtype)
     return Cache(store, jnp.zeros(batch if ragged else (), jnp.int32))
 

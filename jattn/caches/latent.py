@@ -19,14 +19,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jattn.arrays.meshes import methods_across
 from jattn.caches import asked
 from jattn.caches.cache import Cache
+from jattn.caches.sizes import batch_axes, check_dtype, check_sizes
 from jattn.caches.store import blank
 from jattn.pytree import pytree
 from jattn.state import State
 
 
 @pytree("cache")
+@methods_across
 class LatentCache:
     """Latent vectors and rotary keys of the tokens so far; `latent` makes one.
 
@@ -35,6 +38,11 @@ class LatentCache:
     """
 
     cache: Cache
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Gives the axes of examples."""
+        return self.cache.batch
 
     @property
     def length(self) -> jax.Array:
@@ -72,7 +80,10 @@ class LatentCache:
         where, store = "caches.append", self.cache.store
         sizes = (store.value_dim,), (store.head_dim - store.value_dim,)
         tokens = {"latent": (latent, sizes[0]), "rotary": (rotary, sizes[1])}
-        joined = jnp.concatenate(asked.check_tokens(where, store, **tokens), axis=-1)
+        parts = asked.check_tokens(where, store, **tokens)
+        if store.is_rounded:  # which takes any dtype, and two of them
+            parts = [x.astype(jnp.float32) for x in parts]
+        joined = jnp.concatenate(parts, axis=-1)
         cache = self.cache.appended(where, joined[..., None, :], None, count)
         return LatentCache(cache)
 
@@ -110,6 +121,7 @@ class LatentCache:
             Sums of latent vectors, `BTNC`, and the cache with the tokens.
         """
         after = self.append(latent, rotary, count=count)
+        asked.check_rows("caches.extend", query, jnp.shape(latent)[len(self.batch)])
         return after.attend(query, count=count, scale=scale, **options), after
 
     def truncate(self, length) -> "LatentCache":
@@ -151,8 +163,10 @@ def latent(
         >>> kv.attend(jnp.zeros((1, 1, 2, 6)), scale=0.5).shape
         (1, 1, 2, 4)
     """
-    batch = batch_size if isinstance(batch_size, tuple) else (batch_size,)
-    dtype = asked.check_dtype("caches.latent", dtype)
+    where, batch = "caches.latent", batch_axes("caches.latent", batch_size)
+    check_sizes(where, capacity=(capacity, 0), latent_dim=(latent_dim, 0))
+    check_sizes(where, rope_dim=(rope_dim, 0))
+    dtype = check_dtype(where, dtype)
     store = blank(batch, capacity, 1, latent_dim + rope_dim, latent_dim, dtype, shared=True)
     length = jnp.zeros(batch if ragged else (), jnp.int32)
     return LatentCache(Cache(store, length))

@@ -15,15 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jattn.arrays.meshes import methods_across
 from jattn.caches import asked, attend, sharing, tokens
+from jattn.caches.examples import check_examples, check_pairs, chosen_examples
 from jattn.caches.pages import Pages
 from jattn.caches.pool import Pool, full_pool
+from jattn.caches.sizes import check_sizes, check_vectors
 from jattn.caches.store import Store, blank, put_pairs
 from jattn.pytree import pytree
 from jattn.state import State
 
 
 @pytree("store", "table", "length", "pool")
+@methods_across
 class PagedCache:
     """Tokens in pages; `paged` makes one.
 
@@ -89,6 +93,7 @@ class PagedCache:
             ValueError: If there are too few, as far as that is known.
         """
         count = asked.check_whole("caches.reserve", "count", count, self.batch)
+        count = jnp.minimum(count, self.capacity + 1)  # int32 holds no length far beyond
         grown, granted = sharing.grown(self, count)
         marked = grown.owned * self.page_size + 1
         grown = dataclasses.replace(grown, length=jnp.where(granted, self.length, marked))
@@ -138,7 +143,7 @@ class PagedCache:
             example: Whose each token is, `T`; −1 for padding, which sees nothing.
             position: Where each stands in its example, `T`.
             **options: Those of `jattn.attention`, but no bias or mask by column. A mask or
-                modifier sees as b the example. Say `Causal()`.
+                modifier sees as b the example. Say `Causal()`. Dropout must be `shared`.
 
         Returns:
             The output, `TND`.
@@ -149,11 +154,12 @@ class PagedCache:
     def extend(self, query, key, value, *, count=None, **options):
         """Appends tokens and attends from them; see `Cache.extend`."""
         cache = self.append(key, value, count=count)
+        asked.check_rows("caches.extend", query, jnp.shape(key)[1])
         return cache.attend(query, count=count, **options), cache
 
     def release(self, examples) -> "PagedCache":
         """Empties examples, given by number or as Booleans `B`, and frees their pages."""
-        chosen = asked.chosen_examples("caches.release", examples, self.batch)
+        chosen = chosen_examples("caches.release", examples, self.batch)
         gone = jnp.where(chosen[:, None], self.table, -1)
         return dataclasses.replace(
             self,
@@ -171,19 +177,12 @@ class PagedCache:
             source: The number of an example, or several.
             target: As many others, which are emptied before.
         """
-        where = "caches.fork"
         (B,) = self.batch
-        source = asked.check_examples(where, "source", source, None, B).reshape(-1)
-        target = asked.check_examples(where, "target", target, None, B).reshape(-1)
-        whose = jnp.arange(B, dtype=jnp.int32)
-        return sharing.copied(
-            self, whose.at[target].set(source), whose.at[target].set(-1) < 0
-        )
+        return sharing.copied(self, *check_pairs("caches.fork", source, target, B))
 
     def take(self, indices) -> "PagedCache":
         """Gives the examples `indices`, B of them, in this order; copies share pages."""
-        batch = self.batch
-        whose = asked.check_examples("caches.take", "indices", indices, batch, *batch)
+        whose = check_examples("caches.take", "indices", indices, self.batch, *self.batch)
         earlier = jnp.tril(jnp.ones((whose.size, whose.size), bool), -1)
         again = jnp.any((whose[:, None] == whose[None]) & earlier, axis=1)
         return sharing.copied(self, whose, again)
@@ -243,8 +242,10 @@ def paged(
         >>> int(kv.release([0, 1]).num_free)
         4
     """
-    value_dim = head_dim if value_head_dim is None else value_head_dim
-    dtype = asked.check_dtype("caches.paged", dtype)
+    where, some = "caches.paged", {"num_pages": (num_pages, 1), "page_size": (page_size, 1)}
+    check_sizes(where, **some, max_pages=(max_pages, 1), batch_size=(batch_size, 0))
+    vectors = num_kv_heads, head_dim, value_head_dim, dtype
+    value_dim, dtype = check_vectors(where, *vectors)
     store = blank((num_pages,), page_size, num_kv_heads, head_dim, value_dim, dtype)
     table = jnp.full((batch_size, max_pages), -1, jnp.int32)
     return PagedCache(store, table, jnp.zeros(batch_size, jnp.int32), full_pool(num_pages))

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from jattn.api.attention import attention_state
+from jattn.arrays.meshes import methods_across
 from jattn.caches import asked, attend
 from jattn.caches.asked import of_each
+from jattn.caches.sizes import batch_axes, check_sizes, check_vectors
 from jattn.caches.store import Store, blank, put_at, taken
 from jattn.masks import Mask, Pointwise
 from jattn.pytree import pytree
@@ -27,6 +29,7 @@ from jattn.state import State, merge, with_sink
 
 
 @pytree("store", "length", static=("window", "sinks"))
+@methods_across
 class RollingCache:
     """The last `window` tokens and the first `sinks`; `rolling` makes one.
 
@@ -78,13 +81,13 @@ class RollingCache:
 
         More queries have to see keys that their own tokens may have overwritten: `extend`.
         """
-        where, T = "caches.attend", jnp.shape(query)[-3]
-        if T > 1:
+        where = "caches.attend"
+        query = asked.check_query(where, query, self.batch, self.store)
+        if (T := query.shape[-3]) > 1:
             raise ValueError(
                 f"{where}: {T} queries of a rolling cache must see {self.window} keys "
                 f"each, but it holds {self.window}; use `extend`."
             )
-        query = asked.check_query(where, query, self.batch, self.store)
         rows = self._count(where, count, T)
         options = asked.by_position(where, options)
         return self._last(query, rows, options)
@@ -93,7 +96,7 @@ class RollingCache:
         """Appends T tokens and attends from them, T of any size; see `Cache.extend`.
 
         Args:
-            query: `BTNH`.
+            query: `BTNH`, or `B1NH` for the last token alone.
             key: `BTKH`.
             value: `BTKD`.
             count: See `Cache.append`.
@@ -108,6 +111,7 @@ class RollingCache:
         query = asked.check_query(where, query, self.batch, self.store)
         options = asked.by_position(where, options)
         after = self._appended(key, value, count)
+        asked.check_rows(where, query, key.shape[len(self.batch)], one=True)
         if query.shape[-3] == 1:
             return after._last(query, count, options), after
         return self._prompt(query, key, value, count, options), after
@@ -116,7 +120,9 @@ class RollingCache:
         """Gives the examples `indices`, in this order."""
         store = taken("caches.take", self.store, indices)
         length = self.length
-        length = length if length.ndim == 0 else jnp.take(length, jnp.asarray(indices))
+        if length.ndim:  # an example that is not there is full of NaN
+            full = {"mode": "fill", "fill_value": self.capacity}
+            length = jnp.take(length, jnp.asarray(indices), 0, **full)
         return dataclasses.replace(self, store=store, length=length)
 
     def _checked(self, name, key, value, count):
@@ -164,18 +170,17 @@ class RollingCache:
     def _held(self, query, options) -> State:
         """Gives the state over what is in the slots."""
         position = self.key_position
-        if position.ndim > 1:
+        if position.ndim == 1:  # of all examples: alone, there may be as many of these
+            position = position[None]
+        else:
+            missing = len(self.batch) - self.length.ndim
             position = jnp.broadcast_to(
-                position.reshape(*position.shape[:-1], *[1] * self._missing, -1),
+                position.reshape(*position.shape[:-1], *[1] * missing, -1),
                 (*self.batch, self.capacity),
             )
         given = options | {"mask": self._seen(options), "key_position": position}
         end = jnp.minimum(jnp.max(self.length, initial=0), self.capacity)
         return attend.attend_state("caches.extend", query, self.store, end, given)
-
-    @property
-    def _missing(self) -> int:
-        return len(self.batch) - self.length.ndim
 
     def _prompt(self, query, key, value, count, options) -> jax.Array:
         """Attends from new tokens to the slots as they were, and to each other."""
@@ -188,7 +193,9 @@ class RollingCache:
         options = options | {"query_position": start}
         old = self._held(query, options)
         if self.store.is_rounded:  # all queries see what is stored
-            alone = blank(self.batch, T, *self._sizes, self.store.dtype)
+            store = self.store
+            sizes = store.num_heads, store.head_dim, store.value_dim
+            alone = blank(self.batch, T, *sizes, store.dtype)
             slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (*self.batch, T))
             key, value = put_at(alone, key, value, slots).vectors(query.dtype)
         mask = self._seen(options)
@@ -198,10 +205,6 @@ class RollingCache:
         row = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * len(self.batch), T, 1, 1)
         counted = row < of_each(count, self.batch)[..., None, None, None]
         return jnp.where(counted, output, 0)
-
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        return self.store.num_heads, self.store.head_dim, self.store.value_dim
 
 
 def rolling(
@@ -237,14 +240,10 @@ def rolling(
         >>> output[0, :, 0, 0]
         Array([0. , 0.5, 1.5, 2.5], dtype=float32)
     """
-    if window < 1 or sinks < 0:
-        raise ValueError(
-            f"caches.rolling: `window` must be at least 1 and `sinks` at least 0, got "
-            f"{window} and {sinks}; a window holds the query's own token."
-        )
-    batch = batch_size if isinstance(batch_size, tuple) else (batch_size,)
-    value_dim = head_dim if value_head_dim is None else value_head_dim
-    dtype = asked.check_dtype("caches.rolling", dtype)
+    where, batch = "caches.rolling", batch_axes("caches.rolling", batch_size)
+    check_sizes(where, window=(window, 1), sinks=(sinks, 0))  # 1: the query's own token
+    vectors = num_kv_heads, head_dim, value_head_dim, dtype
+    value_dim, dtype = check_vectors(where, *vectors)
     store = blank(batch, window + sinks, num_kv_heads, head_dim, value_dim, dtype)
     length = jnp.zeros(batch if ragged else (), jnp.int32)
     return RollingCache(store, length, window, sinks)

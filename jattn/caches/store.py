@@ -11,6 +11,7 @@ in each step. `key` and `value` are views in the usual order.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -96,8 +97,8 @@ class Store(Products):
 
     def flat(self) -> "Store":
         """Gives the same with one batch axis."""
-        first = len(self.batch)
-        return self.map(lambda x, _: x.reshape(-1, *x.shape[first:]))
+        first, count = len(self.batch), math.prod(self.batch)
+        return self.map(lambda x, _: x.reshape(count, *x.shape[first:]))
 
     def cut(self, start, size: int) -> "Store":
         """Gives the slots from `start` on."""
@@ -183,12 +184,13 @@ def put_run(store: Store, key, value, start, count) -> Store:
 def put_at(store: Store, key, value, slots) -> Store:
     """Writes each of T tokens of each example into its own slot, BT."""
     new, batch = _as_stored(store, key, value), store.batch
-    slots = slots.reshape(-1, slots.shape[-1])
+    count = math.prod(batch)  # not −1: no size follows from arrays without numbers
+    slots = slots.reshape(count, slots.shape[-1])
 
     def put(array, axis):
         rows = next(new)
-        rows = rows.reshape(-1, *rows.shape[len(batch) :])
-        flat = array.reshape(-1, *array.shape[len(batch) :])
+        rows = rows.reshape(count, *rows.shape[len(batch) :])
+        flat = array.reshape(count, *array.shape[len(batch) :])
         flat = write.write_at(flat, rows, slots, flat.ndim + axis)
         return flat.reshape(array.shape)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jattn.api.attention import attention
 from jattn.caches import asked
+from jattn.caches.examples import check_owners
 from jattn.masks import Mask
 from jattn.modifiers import Modifier, as_modifier
 from jattn.pytree import pytree
@@ -76,7 +77,7 @@ def attend(where: str, cache, query, example, position, options) -> jax.Array:
     query = asked.check_query(where, query, (), cache.store)
     shape = query.shape[:1]
     (B,) = cache.batch
-    example = asked.check_owners(where, example, shape, B)
+    example = check_owners(where, example, shape, B)
     position = asked.check_whole(where, "position", position, shape)
     key, value = cache.store.vectors(query.dtype)
     key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))
@@ -92,6 +93,12 @@ def _of_tokens(where: str, cache, example, options):
     options = asked.by_position(where, options)
     mask, modifier = options["mask"], options.get("modifier")
     modifier = None if modifier is None else as_modifier(modifier, where)
+    dropout = options.get("dropout")
+    if dropout is not None and dropout.rate and not dropout.shared:
+        raise ValueError(
+            f"{where}: `dropout` must be shared by examples, for a page may belong to "
+            f"several; give `Dropout(rate, rng, shared=True)`."
+        )
     table, num_pages, page_size = cache.table, cache.num_pages, cache.page_size
     page = jnp.arange(num_pages, dtype=jnp.int32).repeat(page_size)
     row = jnp.arange(table.shape[0], dtype=jnp.int32)[:, None]

@@ -77,7 +77,8 @@ def _attend(arguments, arrays, one_head, tokens, unused) -> None:
     weights = None
     if _needs_all_weights(arguments):
         weights = _all_weights(query, key, options, sizes)
-    one_axis = lambda array: array.reshape(-1, *array.shape[-3:])  # of the batch
+    # Of the batch; its size is not left to NumPy, which finds none in an empty array.
+    one_axis = lambda array: array.reshape(sizes.B, *array.shape[-3:])
     page_of = {"query": one_axis(query), "key": one_axis(key), "tokens": tokens, **options}
     _write(arguments, state, weights, one_head, page_of)
     _print_summary(arguments, arrays, options, one_head, unused)
@@ -88,7 +89,7 @@ def _attend(arguments, arrays, one_head, tokens, unused) -> None:
 
 
 def _check_targets(arguments) -> None:
-    targets = [path for path in (arguments.out, arguments.plot) if path]
+    targets = [path for path in (arguments.out, arguments.plot) if path is not None]
     for path in targets:
         check_target(path, arguments.force, arguments.file)
     if len({os.path.realpath(path) for path in targets}) < len(targets):

@@ -60,6 +60,8 @@ def check_target(path: str, force: bool, source: str | None = None) -> None:
     Raises:
         Refusal: If the file exists and must not be replaced, or its folder cannot be used.
     """
+    if not path:
+        raise Refusal("the name of a file to write is empty; name one, or leave it out.")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise Refusal(f"{path}: there is no folder {folder}.")

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         mask = parse(arguments.expression)
         if arguments.blocks is not None:
             mask = _table(mask, T, S, arguments.blocks)
-        if arguments.plot:
+        if arguments.plot is not None:
             _plot(arguments, mask, T, S)
         else:
             _print(arguments.expression, mask, T, S)
@@ -70,13 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(mask, T: int, S: int, size: int) -> BlockTable:
     """Makes the block table of a mask for one example and head."""
-    if math.ceil(T / size) * math.ceil(S / size) > _MOST_BLOCKS or max(T, S) > 2**27:
+    # Whole numbers: Python cannot divide those of 300 digits into a float.
+    if max(T, S) > 2**27 or -(-T // size) * -(-S // size) > _MOST_BLOCKS:
         raise Refusal(
             f"{T} × {S} pairs in blocks of {size} × {size} are too many; the most are 2²⁴ "
             f"blocks and 2²⁷ queries or keys."
         )
     query, key = (jax.ShapeDtypeStruct((length, 1, 1), "float32") for length in (T, S))
-    return block_table(mask, query, key, block=size)
+    return block_table(mask, query, key, block=min(size, max(T, S)))
 
 
 def _print(expression: str, mask, T: int, S: int) -> None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.arrays.integers import is_number
 from jattn.blocks.block_table import BlockTable, block_table
 from jattn.blocks.kinds import EMPTY, spread
 
@@ -51,10 +52,12 @@ def balanced(length: int, devices: int, mask=None, block: int = 128):
         >>> balanced(8, 2)
         Array([0, 1, 6, 7, 2, 3, 4, 5], dtype=int32)
     """
-    if devices < 1 or length % devices or length < 1:
+    whole = all(map(is_number, (length, devices, block))) and block > 0
+    if not whole or devices < 1 or length % devices or length < 1:
         raise ValueError(
-            f"balanced: `devices` must divide `length`, got {devices} and {length}; pad "
-            f"the tokens to a multiple."
+            f"balanced: `devices` must divide `length`, and `block` be at least 1, all "
+            f"whole numbers, got {devices}, {length} and {block}; pad the tokens to a "
+            f"multiple."
         )
     if mask is None:
         return jnp.asarray(_zigzag(length, devices))
@@ -90,6 +93,12 @@ def _work(mask, length: int, block: int):
     table = mask
     if not isinstance(mask, BlockTable):
         table = block_table(mask, shape, shape, block=block)
+    elif table.lengths != (length, length):
+        raise ValueError(
+            f"balanced: `mask` is a block table for T={table.lengths[0]} and "
+            f"S={table.lengths[1]}, which must both be `length`, got {length}; make one "
+            f"with `jattn.block_table`."
+        )
     elif table.blocks != (block, block):
         table = block_table(mask.mask, shape, shape, block=block)
     kinds = spread(table.kinds, (length, length), (block, block))

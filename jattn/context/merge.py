@@ -36,7 +36,11 @@ def merge_over(state: State, axis) -> State:
         The state of all keys, the same on every device: the output in the dtype of the
         parts', the logsumexp in float32 at least. Each part was rounded to that dtype once;
         the merging itself rounds nothing.
+
+    Raises:
+        ValueError: If the state is none, or there is no such axis here.
     """
+    _check(state, axis)
     dtype = state.output.dtype
     wide = wide_dtype(dtype)
     # A maximum has no derivative across devices, and needs none.
@@ -49,6 +53,22 @@ def merge_over(state: State, axis) -> State:
     total = jnp.where(empty, 1, total)
     logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
     return State((output / total[..., None]).astype(dtype), logsumexp)
+
+
+def _check(state, axis) -> None:
+    if not all(hasattr(getattr(state, x, None), "dtype") for x in State._fields):
+        raise ValueError(
+            f"merge_over: `state` must be a `jattn.State` of arrays, got "
+            f"{type(state).__name__}; `jattn.attention_state` gives one."
+        )
+    for name in axis if isinstance(axis, tuple | list) else (axis,):
+        try:
+            lax.axis_size(name)
+        except (NameError, KeyError, AssertionError, TypeError):
+            raise ValueError(
+                f"merge_over: `axis` must name a mesh axis of the `jax.shard_map` around "
+                f"it, got {name!r}; call it inside one over that axis."
+            ) from None
 
 
 def varying(arrays, axes: frozenset[str]) -> list[jax.Array]:

@@ -40,6 +40,13 @@ class Context:
     mesh: Mesh | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
+        for name in ("axis", "batch", "heads"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        if self.mesh is not None and not hasattr(self.mesh, "axis_types"):
+            raise ValueError(
+                f"Context: `mesh` must be a jax.sharding.Mesh, got "
+                f"{type(self.mesh).__name__}; `jax.make_mesh` makes one."
+            )
         if self.strategy not in (None, *STRATEGIES):
             names = ", ".join(f'"{name}"' for name in STRATEGIES)
             raise ValueError(
@@ -65,6 +72,19 @@ class Context:
                 f"Context: a mesh axis must be named once in `axis`, `batch` and `heads`, "
                 f"got {min(twice)!r} twice; name another."
             )
+
+
+def _names(where: str, names):
+    """Gives names of mesh axes as they were given, but a list as a tuple."""
+    if names is None or isinstance(names, str):
+        return names
+    several = tuple(names) if isinstance(names, list | tuple) else ()
+    if not all(isinstance(x, str) for x in several) or not isinstance(names, list | tuple):
+        raise ValueError(
+            f"Context: `{where}` must be the name of a mesh axis, or several, got "
+            f"{names!r}."
+        )
+    return several
 
 
 class Place(NamedTuple):

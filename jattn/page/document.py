@@ -82,6 +82,7 @@ def document(
     Returns:
         The page.
     """
+    facts = {**facts, "title": str(facts["title"])}
     parts = {
         "title": plain(facts["title"]),
         "style": _template("style.css"),

@@ -22,6 +22,8 @@ from jattn.testing.cases import Case, Inputs, cast, random_inputs
 def derivatives(case: Case, attention_state: Callable, inputs: Inputs, seed: int = 0):
     """Computes output, logsumexp, and the derivatives of a case, by name.
 
+    `empty` is 1 where a query sees nothing, so that its logsumexp is −∞, and 0 elsewhere.
+
     The gradients are those of Σ output · a + Σ logsumexp · b with random a and b, by each
     floating input. The tangents are along one random direction in all floating inputs.
     """
@@ -30,14 +32,19 @@ def derivatives(case: Case, attention_state: Callable, inputs: Inputs, seed: int
     def state(floating):
         output, logsumexp = case.call(attention_state, inputs | floating)
         # An empty row has logsumexp −∞, which would make each sum −∞; it counts as 0.
-        return output, jnp.where(logsumexp == -jnp.inf, 0, logsumexp)
+        # Beside it stands which rows are empty, so that no number passes for −∞.
+        empty = logsumexp == -jnp.inf
+        found = output, jnp.where(empty, 0, logsumexp)
+        return found, empty.astype(logsumexp.dtype)
 
     rng = np.random.default_rng(seed + 1)
     like = lambda x: cast(rng.standard_normal(x.shape), x.dtype)
-    result, pullback = jax.vjp(state, floating)
+    result, pullback, empty = jax.vjp(state, floating, has_aux=True)
     (gradients,) = pullback(jax.tree.map(like, result))
-    tangents = jax.jvp(state, (floating,), (jax.tree.map(like, floating),))[1]
+    directions = jax.tree.map(like, floating)
+    tangents = jax.jvp(lambda x: state(x)[0], (floating,), (directions,))[1]
     named = {"output": result[0], "logsumexp": result[1]}
+    named["empty"] = empty
     named |= {"d_output": tangents[0], "d_logsumexp": tangents[1]}
     return named | {f"d_{name}": gradient for name, gradient in gradients.items()}
 
@@ -139,7 +146,7 @@ def assert_matches_definition(
     """
     found = errors(case, attention_state, dtype, sizes=sizes, seed=seed)
     for name, (error, baseline, largest) in found.items():
-        wide = name in ("logsumexp", "d_logsumexp") and jnp.finfo(dtype).bits < 32
+        wide = name in ("logsumexp", "d_logsumexp", "empty") and jnp.finfo(dtype).bits < 32
         # The logsumexp is in float32 at least, also for narrow inputs.
         allowed = budget * baseline
         allowed += 2 * float(jnp.finfo("float32" if wide else dtype).eps) * largest
