@@ -25,6 +25,7 @@ from jattn.blocks.intervals import (
     Interval,
     Operation,
     apply,
+    flushed,
     has_rule,
     is_real,
     point,
@@ -71,7 +72,7 @@ def constant(array) -> Node:
     if not is_real(array):
         return _unknown(array)
     array = concrete(array)
-    value = point(array.reshape((1,) * _LEAD + array.shape))
+    value = flushed(point(array.reshape((1,) * _LEAD + array.shape)))
     return Node(None, (), frozenset(), value)
 
 
