@@ -50,7 +50,8 @@ def softmax(logits, sink=-jnp.inf):
     logit in the sum; its weight goes to no key. Where every logit is −∞, all weights
     are 0.
     """
-    top = jnp.maximum(jnp.max(logits, initial=-jnp.inf), sink)
+    top = jnp.max(logits, initial=-jnp.inf)
+    top = jnp.maximum(top, jnp.where(sink == jnp.inf, top, sink))  # ∞ takes all weight
     # Any finite `top` gives the same weights, so no gradient flows through it.
     top = jax.lax.stop_gradient(jnp.where(jnp.isinf(top), 0, top))
     exponentials = jnp.exp(logits - top)
@@ -137,6 +138,8 @@ def attend(
     logits = logits if bias is None else logits + bias
     logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
     weights = softmax(logits, sink)
+    # Where another logit is NaN, masked weights would be NaN too, and reach gradients.
+    weights = weights if mask is None else jnp.where(mask, weights, 0)
     weights = weights if dropout is None else dropout(weights)
     return Answer(weighted_sum(weights, value).astype(dtype), weights, logsumexp(logits))
 
@@ -226,7 +229,8 @@ def _of_one_query(sizes, mask, modifier, scale, dropout):
             allowed = jax.vmap(allows)(s, mask_elements)
         if modifier is not None:
             wide = wide_dtype(query.dtype)
-            change = lambda x, s, e: modifier.modify(x, b, n, t, s, e).astype(wide)
+            new = lambda x, s, e: modifier.modify(x, b, n, t, s, e)
+            change = lambda x, s, e: jnp.asarray(new(x, s, e)).astype(wide)
             modify = lambda scores: jax.vmap(change)(scores, s, modifier_elements)
         if dropout is not None:
             drop = functools.partial(_drop, dropout, b, n, t, s)
