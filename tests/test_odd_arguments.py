@@ -44,7 +44,7 @@ def test_a_function_of_other_arguments_is_refused_in_a_sentence():
         ValueError, match=r"`mask` must be a function of \(b, n, t, s\), got"
     ):
         jattn.attention(X, X, X, mask=lambda t, s: t >= s)
-    with pytest.raises(ValueError, match="`modifier` must be a function of .*too many"):
+    with pytest.raises(ValueError, match=r"`modifier` must be a function of .*too many"):
         jattn.attention(X, X, X, modifier=lambda logit, t, s: logit)
     varying = jattn.attention(X, X, X, mask=lambda *at: at[2] >= at[3])
     np.testing.assert_array_equal(varying, jattn.attention(X, X, X, mask=Causal()))
