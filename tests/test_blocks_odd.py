@@ -78,3 +78,11 @@ def test_a_sum_that_is_part_of_many_is_seen_once():
     start = time.perf_counter()
     check(mask, skips=True)
     assert time.perf_counter() - start < 10  # hours along every path; 0.1 s here
+
+
+def test_a_mask_that_depends_on_the_platform_is_decided_for_none():
+    def mask(t, s):
+        later = lambda t, s: t <= s
+        return lax.platform_dependent(t, s, cpu=lambda t, s: t >= s, default=later)
+
+    check(mask, skips=False)  # the program may be lowered for another platform
