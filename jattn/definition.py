@@ -50,7 +50,8 @@ def softmax(logits, sink=-jnp.inf):
     logit in the sum; its weight goes to no key. Where every logit is −∞, all weights
     are 0.
     """
-    top = jnp.maximum(jnp.max(logits, initial=-jnp.inf), sink)
+    top = jnp.max(logits, initial=-jnp.inf)
+    top = jnp.maximum(top, jnp.where(sink == jnp.inf, top, sink))  # ∞ takes all weight
     # Any finite `top` gives the same weights, so no gradient flows through it.
     top = jax.lax.stop_gradient(jnp.where(jnp.isinf(top), 0, top))
     exponentials = jnp.exp(logits - top)
@@ -63,8 +64,7 @@ def logsumexp(logits):
     top = jnp.max(logits, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     total = jnp.sum(jnp.exp(logits - top))
-    empty = total == 0
-    return jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))
+    return jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1, total)))
 
 
 def weighted_sum(weights, value):
@@ -137,6 +137,8 @@ def attend(
     logits = logits if bias is None else logits + bias
     logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
     weights = softmax(logits, sink)
+    # Where another logit is NaN, masked weights would be NaN too, and reach gradients.
+    weights = weights if mask is None else jnp.where(mask, weights, 0)
     weights = weights if dropout is None else dropout(weights)
     return Answer(weighted_sum(weights, value).astype(dtype), weights, logsumexp(logits))
 
@@ -219,8 +221,7 @@ def _of_one_query(sizes, mask, modifier, scale, dropout):
             allows = lambda s, e: mask.allows(b, n, t, s, e)
             allowed = jax.vmap(allows)(s, mask_elements)
         if modifier is not None:
-            wide = wide_dtype(query.dtype)
-            change = lambda x, s, e: modifier.modify(x, b, n, t, s, e).astype(wide)
+            change = lambda x, s, e: jnp.asarray(modifier.modify(x, b, n, t, s, e), x.dtype)
             modify = lambda scores: jax.vmap(change)(scores, s, modifier_elements)
         if dropout is not None:
             drop = functools.partial(_drop, dropout, b, n, t, s)
@@ -244,7 +245,6 @@ def _drop(dropout, b, n, t, s, weights):
     """Drops weights; those that are kept grow so that the sum is expected to stay."""
     # A shared draw does not depend on b and n: it is the draw of b = 0, n = 0.
     here = (0 * b, 0 * n) if dropout.shared else (b, n)
-    of_query = words(dropout.rng, *here, t, side=0)
-    of_keys = words(dropout.rng, *here, s, side=1)
-    kept = keep(of_query, of_keys, dropout.rate)
+    sides = words(dropout.rng, *here, t, side=0), words(dropout.rng, *here, s, side=1)
+    kept = keep(*sides, dropout.rate)
     return jnp.where(kept, weights / (1 - dropout.rate), 0)

@@ -102,7 +102,9 @@ def _merge(a: State, b: State) -> State:
     low = jnp.where(swap, a.logsumexp, b.logsumexp)
     # Any finite `top` gives the same result, so it needs no gradient; −∞ − −∞ is NaN.
     top = jax.lax.stop_gradient(jnp.where(high == -jnp.inf, 0, high))
-    high_share, low_share = jnp.exp(high - top), jnp.exp(low - top)
+    # And so is ∞ − ∞: a sink of ∞ has all the weight, unless the other sum is ∞ too.
+    high_share = jnp.exp(jnp.where(high == jnp.inf, 0, high - top))
+    low_share = jnp.exp(low - top)
     total = high_share + low_share
     empty = total == 0
     total = jnp.where(empty, 1, total)
@@ -141,6 +143,12 @@ def with_sink(state: State, sink: jax.Array | None) -> jax.Array:
 
 def _check(parts) -> None:
     """Checks that all outputs are …TND of one shape and all logsumexps fit them."""
+    for part in parts:
+        if not isinstance(part, State):
+            raise ValueError(
+                f"merge: takes states, got {type(part).__name__}; give what "
+                f"`attention_state` returns, or `State(output, logsumexp)`."
+            )
     outputs = {shape for part in parts if (shape := jnp.shape(part.output))}
     whole = max(outputs, default=(), key=len)
     for part in parts:
@@ -149,6 +157,11 @@ def _check(parts) -> None:
         fits = output in ((), whole) and (
             logsumexp == output[:-1] if output else logsumexp in ((), whole[-2:-1])
         )
+        if output and not jnp.issubdtype(jnp.result_type(part.output), jnp.floating):
+            raise ValueError(
+                f"merge: outputs must be floating, got {jnp.result_type(part.output)}; "
+                f"convert them with `.astype`."
+            )
         if not fits:
             raise ValueError(
                 f"merge: states must have outputs …TND and logsumexps …TN of one shape, "

@@ -1,6 +1,7 @@
 """Arrays as a caller gives them: checked, aligned, and never silently cut to 32 bits."""
 
 import contextlib
+import inspect
 import math
 from typing import Any
 
@@ -18,6 +19,7 @@ def check_array(where: str, name: str, array) -> jax.Array:
         ValueError: If it is not an array, or holds an integer that JAX would cut to 32
             bits.
     """
+    array = native(array)
     try:
         whole = jnp.asarray(array)
     except (TypeError, ValueError) as error:
@@ -33,12 +35,38 @@ def check_array(where: str, name: str, array) -> jax.Array:
     return whole
 
 
+def native(array):
+    """Gives an array of NumPy in the byte order of this machine, as JAX asks for."""
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
+
+
 def _too_wide(where: str, name: str, array) -> str:
     got = str(array) if np.ndim(array) == 0 else f"{np.min(array)}…{np.max(array)}"
     return (
         f"{where}: `{name}` must hold integers of 32 bits while JAX's `jax_enable_x64` is "
         f"off, got {got}; number them anew from 0, or switch it on."
     )
+
+
+def check_arguments(where: str, name: str, function, arguments: str) -> None:
+    """Checks that a function takes these arguments, as far as Python knows.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some functions in C
+        return
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise ValueError(
+            f"{where}: `{name}` must be a function of ({arguments}), got one of "
+            f"{signature}; {error}."
+        ) from None
 
 
 def check_integers(where: str, name: str, array) -> Any:
@@ -58,7 +86,7 @@ def check_integers(where: str, name: str, array) -> Any:
     with contextlib.suppress(TypeError):  # raised for a list that holds traced numbers
         # Inside `jit`, `jnp.asarray` would turn known numbers into a traced array.
         array = checked if isinstance(array, jax.Array) else np.asarray(array)
-    array = array if hasattr(array, "dtype") else checked
+    array = native(array) if hasattr(array, "dtype") else checked
     # Asked of NumPy: inside `jit`, what JAX computes of known numbers is not known.
     known = is_known(array)
     if np.can_cast(array.dtype, np.int32) or (known and fits(np.asarray(array))):

@@ -9,6 +9,7 @@
 `graph`         a jaxpr as a graph, in which values that see one side are computed at once
 `infinite`      which functions may answer −∞
 `formulas`      Booleans as disjunctions of conjunctions, where these are short
+`sums`          sums and differences, written in the values that they are made of
 `bounds`        bounds that a conjunction sets on t − s
 `select`        the rows and columns that one-sided facts select
 `decide`        Booleans decided on all blocks at once

@@ -16,6 +16,7 @@ import numpy as np
 from jattn.blocks.formulas import Literal
 from jattn.blocks.graph import KEY, QUERY, Node
 from jattn.blocks.intervals import Interval, apply, extremes, namespace
+from jattn.blocks.sums import linear, name_of, sums
 
 FALSE, TRUE = np.zeros((1, 1, 1, 1), bool), np.ones((1, 1, 1, 1), bool)
 
@@ -63,8 +64,8 @@ class Bounds(NamedTuple):
 
     def wraps(self, selection):
         """Says on which blocks an operand of a comparison may have wrapped around."""
-        nodes = dict.fromkeys(x for node, _ in self.literals for x in node.operands)
-        return functools.reduce(operator.or_, (_wraps(x, selection) for x in nodes))
+        nodes = sums(*(x for node, _ in self.literals for x in node.operands))
+        return functools.reduce(operator.or_, (_wraps(x, selection) for x in nodes), FALSE)
 
     def band(self, layout: Layout):
         """Returns bounds on row − column if these are bounds on t − s, else None."""
@@ -108,12 +109,11 @@ def find_bounds(literals: Iterable[Literal]) -> list[Bounds]:
     """Returns the bounds that comparisons of integers set, one for each sum of nodes."""
     result: dict[Any, Bounds] = {}
     for node, positive in literals:
-        limits = _LIMITS.get((_name(node) or "", positive))
+        limits = _LIMITS.get((name_of(node) or "", positive))
         if limits is None or not _compares_integers(node):
             continue
-        form, known = {}, []
-        for operand, sign in zip(node.operands, (1, -1), strict=True):
-            _linear(operand, sign, form, known)
+        x, y = node.operands
+        form, known = linear({x: 1, y: -1} if x is not y else {x: 0})
         # Bounds have 64 bits if the compared integers do, otherwise 32.
         wide = node.operation.operands[0].dtype.itemsize == np.dtype(np.int64).itemsize
         kind = np.int64 if wide else np.int32
@@ -136,14 +136,10 @@ def find_bounds(literals: Iterable[Literal]) -> list[Bounds]:
 def joins_sides(literal: Literal) -> bool:
     """Says whether a literal is an equation of a query's value and a key's value."""
     node, positive = literal
-    if not positive or _name(node) != "eq" or not _compares_integers(node):
+    if not positive or name_of(node) != "eq" or not _compares_integers(node):
         return False
     sides = [x.sides for x in node.operands if x.dense is not None]
     return sorted(map(tuple, sides)) == [(QUERY,), (KEY,)]
-
-
-def _name(node: Node) -> str | None:
-    return node.operation.name if node.operation else None
 
 
 def _compares_integers(node: Node) -> bool:
@@ -155,31 +151,13 @@ def _is_known(array) -> bool:
     return isinstance(array, np.ndarray | np.generic)
 
 
-def _linear(node: Node, sign: int, form: dict[Node, int], known: list) -> None:
-    """Adds ±node to a sum, as nodes in `form` and as arrays in `known`.
-
-    `known` has the values that are the same for all rows and columns.
-    """
-    name = _name(node)
-    if name in ("add", "sub"):
-        x, y = node.operands
-        _linear(x, sign, form, known)
-        _linear(y, sign if name == "add" else -sign, form, known)
-        return
-    lo, hi = node.dense or (None, None)
-    if lo is not None and lo is hi and not node.sides:
-        known.append((sign, lo))
-    else:
-        form[node] = form.get(node, 0) + sign
-
-
 def _far(kind) -> int:
     # A quarter of the range of the type.
     return 2 ** (8 * np.dtype(kind).itemsize - 2)
 
 
 def _ends(limits, known: list, kind) -> list:
-    """Returns the bounds limit − Σ sign · array of both limits; ±far where it is None."""
+    """Returns the bounds limit − Σ count · array of both limits; ±far where it is None."""
     far = _far(kind)
     total, is_near = _total(known, kind, far)
     ends: list[Any] = []
@@ -202,23 +180,30 @@ def _total(known: list, kind, far: int):
     """
     total: Any = np.zeros(TRUE.shape, object)
     traced = []
-    for sign, array in known:
+    for count, array in known:
         if _is_known(array):
-            total = total + sign * array.astype(object)
-        else:
-            traced.append((sign, array))
+            total = total + count * _whole(array)
+        elif count:
+            traced.append((count, array))
     if not traced:
         return total, True
     most = far // (2 * _MANY_TERMS)
-    is_near: Any = (abs(total) < far // 2).astype(bool) & (len(traced) <= _MANY_TERMS)
+    is_near: Any = (abs(total) < far // 2).astype(bool)
     total = np.clip(total, -far, far).astype(kind)
-    for sign, array in traced:
+    if sum(abs(count) for count, _ in traced) > _MANY_TERMS:
+        return jnp.asarray(total), False
+    for count, array in traced:
         if array.dtype.itemsize >= np.dtype(kind).itemsize:
             is_near = (
                 is_near & (array < most) & ~(array < -most if _signed(array) else False)
             )
-        total = total + sign * array.astype(kind)
+        total = total + count * array.astype(kind)
     return total, is_near
+
+
+def _whole(array):
+    """Returns known integers as Python's; those of int4 by way of a type of NumPy."""
+    return (array if array.dtype.kind in "iu" else array.astype(np.int8)).astype(object)
 
 
 def _signed(array) -> bool:
@@ -226,13 +211,11 @@ def _signed(array) -> bool:
 
 
 def _wraps(node: Node, selection):
-    """Says on which blocks a sum may have left its type."""
-    if _name(node) not in ("add", "sub"):
-        return FALSE
-    # `hi + 0` is another object than `lo`, so a single value becomes an interval of two
-    # bounds: the rule for single values would let the sum wrap.
+    """Says on which blocks a sum of two values may have left its type."""
+    # The sum with 0 is another object than `lo`, so a single value becomes an interval of
+    # two bounds: the rule for single values would let the sum wrap.
     values = [selection.value(x) for x in node.operands]
-    lo, hi = apply(node.operation, [Interval(lo, hi + 0) for lo, hi in values])
+    zero = node.operation.result.dtype.type(0)  # a Python 0 would widen int4
+    lo, hi = apply(node.operation, [Interval(lo, hi + zero) for lo, hi in values])
     least, most = extremes(lo.dtype)
-    wraps = [_wraps(x, selection) for x in node.operands]
-    return functools.reduce(operator.or_, wraps, (lo == least) & (hi == most))
+    return (lo == least) & (hi == most)

@@ -23,7 +23,7 @@ from jattn.blocks.bounds import Layout
 from jattn.blocks.decide import Decision
 from jattn.blocks.graph import KEY, QUERY, Node, concrete, constant, trace
 from jattn.blocks.infinite import may_be_infinite
-from jattn.blocks.intervals import Interval, point, unknown
+from jattn.blocks.intervals import Interval, flushed, point, unknown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,4 +213,4 @@ def _leaf(array, dtype) -> Node:
     if not np.can_cast(array.dtype, dtype):  # the cast might change its numbers
         return Node(None, (), frozenset(), unknown(jax.ShapeDtypeStruct((), dtype)))
     sides = frozenset(side for side in (QUERY, KEY) if array.shape[side] != 1)
-    return Node(None, (), sides, point(array.astype(dtype)))
+    return Node(None, (), sides, flushed(point(array.astype(dtype))))

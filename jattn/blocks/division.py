@@ -101,7 +101,8 @@ def _remainder(quotient, ends):
 
 def _ends_of_rem(xp, x, y):
     """Returns the bounds of `rem`, which has the sign of the dividend."""
-    size, zero = xp.maximum(abs(y.lo), abs(y.hi)) - 1, xp.zeros_like(x.lo)
+    zero, one = xp.zeros_like(x.lo), xp.ones_like(y.lo)
+    size = xp.maximum(abs(y.lo), abs(y.hi)) - one
     if jnp.issubdtype(x.lo.dtype, jnp.unsignedinteger):
         return zero, xp.minimum(x.hi, size)
     least = xp.maximum(xp.minimum(x.lo, zero), -size)
@@ -110,8 +111,8 @@ def _ends_of_rem(xp, x, y):
 
 def _ends_of_remainder(xp, x, y):
     """Returns the bounds of `remainder`, which has the sign of the divisor."""
-    zero = xp.zeros_like(y.lo)
-    return xp.where(y.lo < 0, y.lo + 1, zero), xp.where(y.hi > 0, y.hi - 1, zero)
+    zero, one = xp.zeros_like(y.lo), xp.ones_like(y.lo)
+    return xp.where(y.lo < 0, y.lo + one, zero), xp.where(y.hi > 0, y.hi - one, zero)
 
 
 elementwise("floor_divide")(_quotient(operator.floordiv))
@@ -130,7 +131,7 @@ def _shift_left(xp, op, x, y):
     lo, hi = corners(xp, operator.lshift, x, y)
     # A bit was shifted out if shifting back gives another number.
     for a in x:
-        bad = bad | ((a << y.hi) >> y.hi != a)
+        bad = bad | ((a << y.hi).astype(a.dtype) >> y.hi != a)
     return unless(xp, bad, lo, hi, op.result)
 
 

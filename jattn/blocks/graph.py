@@ -26,6 +26,7 @@ from jattn.blocks.intervals import (
     Interval,
     Operation,
     apply,
+    flushed,
     has_rule,
     is_real,
     point,
@@ -72,7 +73,7 @@ def constant(array) -> Node:
     if not is_real(array):
         return _unknown(array)
     array = concrete(array)
-    value = point(array.reshape((1,) * _LEAD + array.shape))
+    value = flushed(point(array.reshape((1,) * _LEAD + array.shape)))
     return Node(None, (), frozenset(), value)
 
 
@@ -205,6 +206,9 @@ def _folded(eqn, operands: list[Node]) -> list[Node] | None:
     floats = [not is_real(a) or jnp.issubdtype(a.dtype, jnp.floating) for a in results]
     sides = frozenset().union(*(x.sides for x in operands))
     single = all(x is not None and x.lo is x.hi for x in values)
+    # The program may be lowered for another platform than the one that folds.
+    if eqn.primitive.name == "platform_index":
+        return None
     if eqn.effects or any(floats) or len(sides) > 1 or not single:
         return None
     if sum(size(values, aval) for aval in results) > _MAX_SIZE:

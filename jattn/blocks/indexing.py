@@ -58,7 +58,7 @@ def _gather(xp, op, x, where):
 
 def _outside(x: Interval, size: int) -> Interval:
     """Says where an index is definitely, and where possibly, out of bounds."""
-    low, high = x.lo.dtype.type(0), x.lo.dtype.type(size - 1)
+    low, high = x.lo.dtype.type(0), _last(x.lo.dtype, size)
     return Interval((x.hi < low) | (x.lo > high), (x.lo < low) | (x.hi > high))
 
 
@@ -99,8 +99,12 @@ def _index(op, x: Interval, parts: dict[int, Interval]):
 
 def _clamped(index, size: int):
     xp, kind = namespace(index), index.dtype.type
-    last = kind(min(size - 1, extremes(index.dtype)[1]))
-    return xp.clip(index, kind(0), last).astype(np.int32)
+    return xp.clip(index, kind(0), _last(index.dtype, size)).astype(np.int32)
+
+
+def _last(dtype, size: int):
+    """Returns the last index of an axis that an integer type holds."""
+    return dtype.type(min(size - 1, extremes(dtype)[1]))
 
 
 def _take(table, indices):

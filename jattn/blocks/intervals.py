@@ -96,6 +96,27 @@ def point(array) -> Interval:
     return Interval(array, array)
 
 
+def typed(x: Interval, dtype) -> Interval:
+    """Returns bounds in their type: NumPy answers some questions of int4 in int8."""
+    return x if x.lo.dtype == x.hi.dtype == dtype else both(x, lambda a: a.astype(dtype))
+
+
+def flushed(x: Interval) -> Interval:
+    """Adds 0 to known ranges that end at a denormal number.
+
+    Some processors read these as 0, and round to 0 what would be one: 1e-40 > 0 is False on
+    a CPU, and True where XLA evaluates it at compile time. Traced bounds are compared as
+    the numbers themselves are, by one processor.
+    """
+    if namespace(*x) is not np or not jnp.issubdtype(x.lo.dtype, jnp.floating):
+        return x
+    normal, zero = (x.lo.dtype.type(a) for a in (jnp.finfo(x.lo.dtype).tiny, 0))
+    above, below = (x.lo > zero) & (x.lo < normal), (x.hi < zero) & (x.hi > -normal)
+    if not (above.any() or below.any()):
+        return x
+    return Interval(np.where(above, zero, x.lo), np.where(below, zero, x.hi))
+
+
 def extremes(dtype):
     """Returns the least and the greatest value of a type, infinities included."""
     if np.dtype(dtype) == np.bool_:
@@ -144,12 +165,12 @@ def apply(op: Operation, operands: list[Interval]) -> Interval:
     # Bounds may overflow or be NaN; the rules handle that.
     with np.errstate(all="ignore"):
         if exact and discrete and all(x.lo is x.hi for x in operands):
-            return point(exact(*(x.lo for x in operands)))
+            return typed(point(exact(*(x.lo for x in operands))), op.result.dtype)
         try:
             result = function(xp, op, *operands)
         except Renamed:
             result = None
-    return unknown(op.result) if result is None else result
+    return unknown(op.result) if result is None else flushed(typed(result, op.result.dtype))
 
 
 def is_float(aval) -> bool:

@@ -20,6 +20,7 @@ from jattn.blocks.intervals import (
     extremes,
     namespace,
     point,
+    typed,
     unknown,
 )
 
@@ -77,8 +78,9 @@ class _Selection:
         side = min(sides)
         is_single = len(sides) == 1 and lo.ndim == TRUE.ndim and lo.shape[side] > 1
         if side in self.ranges and is_single:
-            return self._within(Interval(lo, hi), side)
-        return Interval(self._reduced(lo, "min"), self._reduced(hi, "max"))
+            return typed(self._within(Interval(lo, hi), side), x.lo.dtype)
+        ends = Interval(self._reduced(lo, "min"), self._reduced(hi, "max"))
+        return typed(ends, x.lo.dtype)
 
     def _reduced(self, array, extreme: str):
         for side, block in self.layout.sizes.items():

@@ -183,8 +183,7 @@ class PagedCache:
     def take(self, indices) -> "PagedCache":
         """Gives the examples `indices`, B of them, in this order; copies share pages."""
         whose = check_examples("caches.take", "indices", indices, self.batch, *self.batch)
-        earlier = jnp.tril(jnp.ones((whose.size, whose.size), bool), -1)
-        again = jnp.any((whose[:, None] == whose[None]) & earlier, axis=1)
+        again = jnp.any(jnp.tril(whose[:, None] == whose[None], -1), axis=1)
         return sharing.copied(self, whose, again)
 
     def truncate(self, length) -> "PagedCache":

@@ -184,6 +184,11 @@ def _check_scale(where, scale, sizes):
     return scale
 
 
+def _raw_key() -> tuple[int, ...]:
+    """Gives the shape of a key of the old style, `jax.random.PRNGKey(seed)`."""
+    return jax.eval_shape(jax.random.PRNGKey, 0).shape
+
+
 def _check_dropout(where, dropout):
     if dropout is None:
         return 0.0, False, None
@@ -197,7 +202,7 @@ def _check_dropout(where, dropout):
         return 0.0, False, None
     dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", ())
     is_key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (shape == () if is_key else dtype == jnp.uint32 and len(shape) == 1):
+    if not (shape == () if is_key else dtype == jnp.uint32 and shape == _raw_key()):
         got = type(rng).__name__ if dtype is None else f"{dtype}{list(shape)}"
         raise ValueError(
             f"{where}: `dropout` must have one random key as `rng`, got {got}; give "

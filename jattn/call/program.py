@@ -56,7 +56,8 @@ class Program:
 
         def at(*scalars):
             (result,) = jax.core.eval_jaxpr(self.jaxpr, arrays.captured, *scalars)
-            return result
+            # A constant result, as of `lambda …: True`, is a number of Python.
+            return jnp.asarray(result, self.jaxpr.outvars[0].aval.dtype)
 
         return over_axes(at, inputs, self.used)
 

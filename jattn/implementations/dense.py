@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jattn.call.problem import Operands, Problem, index, kept
 from jattn.implementations import shared
-from jattn.implementations.isolated import isolate_values
+from jattn.implementations.isolated import isolated_sums
 from jattn.implementations.kernel import Plain
+from jattn.operations.mapped import cond_any
 from jattn.operations.varying import locally
 from jattn.state import State
 
@@ -33,15 +34,30 @@ def _logits(problem: Problem, operands: Operands) -> jax.Array:
         query, query_poison = shared.isolate(query)
         key, key_poison = shared.isolate(key)
         products = operands.scale * shared.products(query, key)
+        key_poison = jnp.repeat(key_poison, problem.sizes.G, axis=2)
+        poison = _rows(query_poison) + _columns(key_poison)
+        products, poison = _infinite(operands, products, poison)
         if problem.modifier is not None:
             products = shared.harmless(products, allowed)
-        logits = shared.logits(problem, operands, at, products)
-        key_poison = jnp.repeat(key_poison, problem.sizes.G, axis=2)
-        logits += _rows(query_poison) + _columns(key_poison)
+        logits = shared.logits(problem, operands, at, products) + poison
         logits = jnp.where(allowed, logits, -jnp.inf)
     logits = jnp.broadcast_to(logits, problem.sizes.BNTS)
     chex.assert_type(logits, problem.wide)
     return logits
+
+
+def _infinite(operands: Operands, products, poison):
+    """Gives products of ±∞ where vectors have infinite numbers, and no poison there."""
+
+    def mended(products, poison):
+        query, key = (x.astype(products.dtype) for x in (operands.query, operands.key))
+        true = operands.scale * shared.products(query, key)
+        true = jax.lax.stop_gradient(true)
+        infinite = jnp.isinf(true) & jnp.isnan(poison)
+        return jnp.where(infinite, true, products), jnp.where(infinite, 0, poison)
+
+    spoiled, otherwise = jnp.any(jnp.isnan(poison)), lambda *arrays: arrays
+    return cond_any(spoiled, mended, otherwise, products, poison)
 
 
 def attention_weights(problem: Problem, operands: Operands):
@@ -60,7 +76,9 @@ def _weights(problem: Problem, operands: Operands):
     empty = total == 0
     total = jnp.where(empty, 1, total)
     logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-    return exponentials / total[..., None], logsumexp
+    # A NaN in a row must not reach the gradients of values that the row does not see.
+    weights = jnp.where(logits == -jnp.inf, 0, exponentials / total[..., None])
+    return weights, logsumexp
 
 
 def drop(problem: Problem, operands: Operands, weights: jax.Array) -> jax.Array:
@@ -97,10 +115,7 @@ def _state(problem: Problem, operands: Operands) -> State:
     if allowed is None:
         output = shared.sums(weights, value)
     else:
-        value, poison = isolate_values(value)
-        poison = _columns(jnp.repeat(poison, problem.sizes.G, axis=2))
-        seen = jnp.sum(jnp.where(allowed, poison, 0), axis=-1)  # 0 or NaN, BNT
-        output = shared.sums(weights, value) + jnp.swapaxes(seen, 1, 2)[..., None]
+        output = isolated_sums(weights, allowed, value)
     return State(output, jnp.swapaxes(logsumexp, 1, 2))
 
 

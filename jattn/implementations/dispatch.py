@@ -61,7 +61,8 @@ def choose(where: str, problem: Problem, platform: str, implementation=None) -> 
     if implementation is None:
         answers = refusals(problem, platform)
         return next(name for name, sentence in answers.items() if sentence is None)
-    if implementation not in IMPLEMENTATIONS:
+    is_name = isinstance(implementation, str)  # a list, say, could not be looked up
+    if not is_name or implementation not in IMPLEMENTATIONS:
         names = ", ".join(f'"{name}"' for name in IMPLEMENTATIONS)
         raise ValueError(
             f"{where}: `implementation` must be None or one of {names}, got "

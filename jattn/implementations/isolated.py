@@ -1,53 +1,69 @@
-"""The isolation of values, as an operation that JAX can transpose.
+"""The sums of values where a mask is, as an operation that JAX can transpose.
 
-The output of attention is linear in the values. But to isolate them is not, as JAX sees it:
-whether a number is finite is no linear function of it. For finite values the finite part is
-the value itself, and the poison is 0. This is linear, and it is what
-`jax.linear_transpose` transposes.
+The output of attention is linear in the values. But to leave out values that are not finite
+is not, as JAX sees it: whether a number is finite is no linear function of it. For finite
+values the sums are linear, and that is what `jax.linear_transpose` transposes.
 """
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from jattn.implementations import shared
+from jattn.operations.mapped import cond_any
 from jattn.operations.operation import Operation, retype
 
 
 @dataclasses.dataclass(frozen=True)
 class Isolated(Operation):
-    """The operation that maps values `…D` to their finite part and the poison of rows."""
+    """The operation that sums up values BSKD with weights BNTS, as a mask BNTS allows."""
 
     @property
     def outputs(self) -> int:
-        """Counts the outputs: the finite part and the poison."""
-        return 2
+        """Counts the outputs: the sums."""
+        return 1
 
     @property
     def linear_in(self) -> frozenset[int]:
         """Gives the index of the values."""
-        return frozenset({0})
+        return frozenset({2})
 
     def types(self, *types) -> list:
-        """Gives the type of the values, and the same without the last axis."""
-        (value,) = types
-        rows = retype(value, value.shape[:-1], spec=value.sharding.spec[:-1])
-        return [value, rows]
+        """Gives the type of the sums, BTND."""
+        weights, _, value = types
+        B, N, T, _ = weights.shape
+        b, n, t, _ = weights.sharding.spec
+        spec = b, t, n, value.sharding.spec[3]
+        return [retype(weights, (B, T, N, value.shape[3]), spec=spec)]
 
     def fast(self, *arrays, spread):
-        """Computes both outputs."""
+        """Computes the sums."""
         del spread
         return self.reference(*arrays)
 
     def reference(self, *arrays):
-        """Computes both outputs, by `shared.isolate`."""
-        return shared.isolate(*arrays)
+        """Computes the sums of what is finite, then adds what is not."""
+        weights, allowed, value = arrays
+        finite, poison = shared.isolate(value)
+        total = shared.sums(weights, finite)
+
+        def spoil(total):
+            B, N, T, S = weights.shape
+            K = value.shape[2]
+            rows = lambda x: jnp.broadcast_to(x, weights.shape).reshape(B, K, -1, S)
+            values = jnp.moveaxis(value, 2, 1)
+            found = shared.spoiled(rows(weights), values, rows(allowed))
+            return total + jnp.moveaxis(found.reshape(B, N, T, -1), 1, 2)
+
+        return [cond_any(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)]
 
 
-def isolate_values(value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes the finite part of the values and the poison of their rows.
+def isolated_sums(weights: jax.Array, allowed: jax.Array, value: jax.Array) -> jax.Array:
+    """Sums up values BSKD with weights BNTS to BTND, where the mask `allowed` says so.
 
-    The result is that of `shared.isolate`, and JAX can transpose it.
+    The result is linear in the values for JAX to transpose. A value that is not finite
+    reaches those only who see it.
     """
-    finite, poison = Isolated()(value)
-    return finite, poison
+    (sums,) = Isolated()(weights, allowed, value)
+    return sums

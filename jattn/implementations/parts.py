@@ -207,6 +207,6 @@ def _sums(problem: Problem, part, weights, allowed):
     weights = rows(weights)
     if allowed is None:
         return part.sums(weights, problem.wide)
-    values, poison = shared.isolate(part.vectors_of_values(problem.wide))
-    seen = jnp.sum(jnp.where(rows(allowed), poison[:, :, None], 0), axis=-1)
-    return jnp.einsum("BKRS,BKSD->BKRD", weights, values) + seen[..., None]
+    values = part.vectors_of_values(problem.wide)
+    total = jnp.einsum("BKRS,BKSD->BKRD", weights, shared.isolate(values)[0])
+    return total + shared.spoiled(weights, values, rows(allowed))

@@ -58,6 +58,33 @@ def isolate(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(finite, array, 0), poison
 
 
+def spoiled(weights: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Sums up weight · value of the pairs that count, where the value is not finite.
+
+    The result is 0 where there is none, else ±∞ or NaN, which no other feature gets. It is
+    a constant in derivatives.
+
+    Args:
+        weights: One for each pair, BKRS.
+        value: The values, BKSD; the result is BKRD.
+        allowed: Which pairs count; broadcasts to BKRS.
+    """
+    weights, value = jax.lax.stop_gradient((weights, value))
+    allowed = jnp.broadcast_to(allowed, weights.shape)
+    more, less = allowed & (weights > 0), allowed & (weights < 0)
+    other = allowed & ~(more | less)  # 0 · ∞ is NaN, and so is NaN · ∞
+    high, low = value == jnp.inf, value == -jnp.inf
+    count = lambda x, y: jnp.einsum(
+        "BKRS,BKSD->BKRD", x.astype(jnp.float32), y.astype(jnp.float32)
+    )
+    mark = lambda count, number: jnp.where(count > 0, jnp.array(number, weights.dtype), 0)
+    return (
+        mark(count(more, high) + count(less, low), jnp.inf)
+        + mark(count(more, low) + count(less, high), -jnp.inf)
+        + mark(count(allowed, jnp.isnan(value)) + count(other, high | low), jnp.nan)
+    )
+
+
 def products(query: jax.Array, key: jax.Array) -> jax.Array:
     """Multiplies each query by each key, BTNH and BSKH to BNTS, in their precision.
 

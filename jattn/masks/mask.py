@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jattn.arrays.checks import align, check_array
+from jattn.arrays.checks import align, check_arguments, check_array
 from jattn.arrays.shapes import Sizes
 from jattn.pytree import as_written, pytree
 
@@ -72,6 +72,7 @@ def as_mask(mask, where: str = "masks") -> Mask:
             f"{where}: `mask` must be a mask, got the class {mask.__name__}; call it."
         )
     if callable(mask):
+        check_arguments(where, "mask", mask, "b, n, t, s")
         return Pointwise(mask)
     return Explicit(_boolean(where, "mask", mask))
 

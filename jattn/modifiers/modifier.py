@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jattn.arrays.checks import check_arguments
 from jattn.arrays.shapes import Sizes
 from jattn.pytree import as_written, pytree
 
@@ -49,6 +51,7 @@ def as_modifier(modifier, where: str = "modifiers") -> Modifier:
             f"as `mask`."
         )
     if callable(modifier):
+        check_arguments(where, "modifier", modifier, "logit, b, n, t, s")
         return Pointwise(modifier)
     raise ValueError(
         f"{where}: `modifier` must be a function (logit, b, n, t, s) → logit or one of "
@@ -82,8 +85,8 @@ class Compose(Modifier):
         """Applies the first modifier, then the second one."""
         first, second = elements
         # The first modifier may change the dtype; the second gets the logit's again.
-        logit = self.first.modify(logit, b, n, t, s, first).astype(logit.dtype)
-        return self.second.modify(logit, b, n, t, s, second)
+        first = jnp.asarray(self.first.modify(logit, b, n, t, s, first))
+        return self.second.modify(first.astype(logit.dtype), b, n, t, s, second)
 
     def __repr__(self) -> str:
         second = f"({self.second!r})" if isinstance(self.second, Compose) else self.second

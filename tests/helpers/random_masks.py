@@ -106,6 +106,7 @@ PLAIN = [
     ("clamp({0})", lambda x: lax.clamp(np.int32(2), _int(x), np.int32(7))),
     ("popcount({0})", lambda x: lax.population_count(_int(x))),
     ("int8({0})", lambda x: _int(_int(x).astype(jnp.int8))),
+    ("int4({0})", lambda x: _int(_int(x).astype(jnp.int4) + jnp.int4(3))),
     ("uint16({0})", lambda x: _int(_int(x).astype(jnp.uint16))),
     ("uint32({0})", lambda x: _int((_int(x).astype(jnp.uint32) - jnp.uint32(3)) >> 1)),
     ("rint({0})", lambda x: _int(jnp.round(jnp.clip(_float(x), -99, 99) * 0.3))),
@@ -155,6 +156,7 @@ COMPARISONS = [
     ("any([{0}, {1}] > 3)", lambda x, y: (jnp.stack([_int(x), _int(y)]) > 3).any()),
     ("all([{0}, {1}] > 3)", lambda x, y: (jnp.stack([_int(x), _int(y)]) > 3).all()),
     ("bf16({0}) < {1}", lambda x, y: _half(x) * _half(0.3) < _half(y)),
+    ("(tiny {0} < {1})", lambda x, y: _float(x) * 1e-39 + 1e-40 < _float(y) * 1e-40),
     ("bool({0} - {1})", lambda x, y: (_int(x) - y).astype(bool)),
 ]
 

@@ -224,20 +224,21 @@ def sums_of(weights, value, allowed, unasked: bool = False):
     """Sums up the values BKSD, times weights BKRS.
 
     With a mask, a non-finite number in a value counts as 0 in the sum, because 0 · NaN is
-    NaN. After the sum, each row that sees such a value gets NaN; `unasked` does so without
-    a condition on whether there is one, for which a GPU would make the host wait.
+    NaN. After the sum, each row that sees such a value gets ±∞ or NaN in its feature. With
+    `unasked` it gets NaN in all features, without a condition on whether there is such a
+    value, for which a GPU would make the host wait.
     """
     wide = wide_dtype(weights.dtype)
     if allowed is None:
         return dot("BKRS,BKSD->BKRD", weights, value, wide)
-    value, poison = shared.isolate(value)
+    finite, poison = shared.isolate(value)
     poison = poison.astype(wide)
-    total = dot("BKRS,BKSD->BKRD", weights, value, wide)
-
-    def spoil(total):
+    total = dot("BKRS,BKSD->BKRD", weights, finite, wide)
+    if unasked:
         seen = jnp.where(allowed, poison[..., None, :], 0)
         return total + jnp.sum(seen, axis=-1)[..., None]
 
-    if unasked:
-        return spoil(total)
+    def spoil(total):
+        return total + shared.spoiled(weights.astype(wide), value, allowed)
+
     return cond_any(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)
