@@ -96,6 +96,8 @@ def _parts(
     # What isolates copies what it reads.
     in_place = source.lies_ready(problem.wide) and not isolating
     short, chunk = _fit(FIRST, source), chunk_of(problem, source)
+    if isolating and order is None:
+        chunk = _fit(chunk // 2, source)  # to isolate takes twice the memory
 
     def loop(_):
         place = lambda i: i if order is None else order[i]

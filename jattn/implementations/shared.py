@@ -65,24 +65,22 @@ def spoiled(weights: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Arr
     a constant in derivatives.
 
     Args:
-        weights: One for each pair, BKRS.
+        weights: One for each pair, BKRS; none is negative.
         value: The values, BKSD; the result is BKRD.
         allowed: Which pairs count; broadcasts to BKRS.
     """
     weights, value = jax.lax.stop_gradient((weights, value))
     allowed = jnp.broadcast_to(allowed, weights.shape)
-    more, less = allowed & (weights > 0), allowed & (weights < 0)
-    other = allowed & ~(more | less)  # 0 · ∞ is NaN, and so is NaN · ∞
-    high, low = value == jnp.inf, value == -jnp.inf
-    count = lambda x, y: jnp.einsum(
-        "BKRS,BKSD->BKRD", x.astype(jnp.float32), y.astype(jnp.float32)
+    count = lambda pairs, values: jnp.einsum(
+        "BKRS,BKSD->BKRD", pairs.astype(jnp.float32), values.astype(jnp.float32)
     )
-    mark = lambda count, number: jnp.where(count > 0, jnp.array(number, weights.dtype), 0)
-    return (
-        mark(count(more, high) + count(less, low), jnp.inf)
-        + mark(count(more, low) + count(less, high), -jnp.inf)
-        + mark(count(allowed, jnp.isnan(value)) + count(other, high | low), jnp.nan)
-    )
+    all_of_them = count(allowed, ~jnp.isfinite(value))
+    signs = jnp.where(jnp.isinf(value), jnp.sign(value), 0)
+    # As many of one sign as there are at all: none of the other, no NaN, and no 0 · ∞.
+    more = count(allowed & (weights > 0), signs)
+    same_sign = jnp.where(more > 0, jnp.inf, -jnp.inf)
+    found = jnp.where(abs(more) == all_of_them, same_sign, jnp.nan)
+    return jnp.where(all_of_them == 0, 0, found).astype(weights.dtype)
 
 
 def products(query: jax.Array, key: jax.Array) -> jax.Array:
