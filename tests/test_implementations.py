@@ -34,7 +34,7 @@ _STATES = {
 
 
 # At these sizes blockwise has one tile, as dense has, unless tiles are small.
-QUICK = {(name, IN_TILES) for name in TELLING}
+QUICK = {(name, IN_TILES) for name in TELLING[:2]}
 
 
 @pytest.mark.parametrize(
