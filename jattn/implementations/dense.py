@@ -23,41 +23,48 @@ def attention_logits(problem: Problem, operands: Operands) -> jax.Array:
 
 
 def _logits(problem: Problem, operands: Operands) -> jax.Array:
-    at = index(problem, operands)
-    allowed = shared.allowed(problem, operands, at)
-    query = operands.query.astype(problem.wide)
-    key = operands.key.astype(problem.wide)
+    allowed = shared.allowed(problem, operands, index(problem, operands))
+    query, key = (x.astype(problem.wide) for x in (operands.query, operands.key))
+
+    def plain(query, key):
+        products = operands.scale * shared.products(query, key)
+        return _of_products(problem, operands, allowed, products)
+
     if allowed is None:
-        products = operands.scale * shared.products(query, key)
-        logits = shared.logits(problem, operands, at, products)
-    else:  # a NaN of a masked pair must reach no other pair; see `shared`
-        query, query_poison = shared.isolate(query)
-        key, key_poison = shared.isolate(key)
-        products = operands.scale * shared.products(query, key)
-        key_poison = jnp.repeat(key_poison, problem.sizes.G, axis=2)
-        poison = _rows(query_poison) + _columns(key_poison)
-        products, poison = _infinite(operands, products, poison)
-        if problem.modifier is not None:
-            products = shared.harmless(products, allowed)
-        logits = shared.logits(problem, operands, at, products) + poison
+        return plain(query, key)
+    # Checkpointed, so that a gradient keeps nothing of it where it does not run.
+    careful = jax.checkpoint(lambda *xs: _isolated(problem, operands, allowed, *xs))
+    spoiled = ~(jnp.all(jnp.isfinite(query)) & jnp.all(jnp.isfinite(key)))
+    return cond_any(spoiled, careful, plain, query, key)
+
+
+def _of_products(problem, operands, allowed, products, poison=0):
+    if problem.modifier is not None:
+        products = shared.harmless(products, allowed)
+    at = index(problem, operands)
+    logits = shared.logits(problem, operands, at, products) + poison
+    if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
     logits = jnp.broadcast_to(logits, problem.sizes.BNTS)
     chex.assert_type(logits, problem.wide)
     return logits
 
 
-def _infinite(operands: Operands, products, poison):
-    """Gives products of ±∞ where vectors have infinite numbers, and no poison there."""
+def _isolated(problem, operands, allowed, query, key):
+    """Computes logits in which a NaN of a masked pair reaches no other pair; see `shared`.
 
-    def mended(products, poison):
-        query, key = (x.astype(products.dtype) for x in (operands.query, operands.key))
-        true = operands.scale * shared.products(query, key)
-        true = jax.lax.stop_gradient(true)
-        infinite = jnp.isinf(true) & jnp.isnan(poison)
-        return jnp.where(infinite, true, products), jnp.where(infinite, 0, poison)
-
-    spoiled, otherwise = jnp.any(jnp.isnan(poison)), lambda *arrays: arrays
-    return cond_any(spoiled, mended, otherwise, products, poison)
+    Products of infinite numbers are ±∞ or NaN, as they are without a mask.
+    """
+    true = jax.lax.stop_gradient(operands.scale * shared.products(query, key))
+    query, query_poison = shared.isolate(query)
+    key, key_poison = shared.isolate(key)
+    key_poison = jnp.repeat(key_poison, problem.sizes.G, axis=2)
+    poison = _rows(query_poison) + _columns(key_poison)
+    infinite = jnp.isinf(true) & jnp.isnan(poison)
+    products = operands.scale * shared.products(query, key)
+    products = jnp.where(infinite, true, products)
+    poison = jnp.where(infinite, 0, poison)
+    return _of_products(problem, operands, allowed, products, poison)
 
 
 def attention_weights(problem: Problem, operands: Operands):
@@ -76,9 +83,13 @@ def _weights(problem: Problem, operands: Operands):
     empty = total == 0
     total = jnp.where(empty, 1, total)
     logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    weights = exponentials / total[..., None]
+    allowed = shared.allowed(problem, operands, index(problem, operands))
+    if allowed is None:
+        return weights, logsumexp
     # A NaN in a row must not reach the gradients of values that the row does not see.
-    weights = jnp.where(logits == -jnp.inf, 0, exponentials / total[..., None])
-    return weights, logsumexp
+    spoiled, hide = jnp.any(jnp.isnan(total)), lambda x: jnp.where(allowed, x, 0)
+    return cond_any(spoiled, hide, lambda x: x, weights), logsumexp
 
 
 def drop(problem: Problem, operands: Operands, weights: jax.Array) -> jax.Array:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import jet
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core.primitives import cond_p, remat_p
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
@@ -147,11 +149,42 @@ def _slope(path, time):
     return jax.jvp(path, (time,), (jnp.ones_like(time),))[1]
 
 
+def _jet_of_cond(primals, series, *, branches, **params):
+    """Computes the coefficients of the branch that runs."""
+    del params  # they say nothing of what is computed
+    which, *operands = primals
+    of = lambda branch: lambda *xs: _jet_of_jaxpr(branch, *xs)
+    return jax.lax.switch(which, list(map(of, branches)), operands, series[1:])
+
+
+def _jet_of_remat(primals, series, *, jaxpr, **params):
+    """Computes the coefficients of what a gradient would compute again."""
+    del params
+    return _jet_of_jaxpr(ClosedJaxpr(jaxpr, ()), primals, series)
+
+
+def _jet_of_jaxpr(jaxpr, primals, series):
+    # Under strict promotion JAX takes no series of integers and Booleans; theirs are 0.
+    real = [jnp.issubdtype(x.dtype, jnp.floating) for x in primals]
+
+    def at(*moving):
+        moving = iter(moving)
+        given = [
+            next(moving) if is_real else x for x, is_real in zip(primals, real, strict=True)
+        ]
+        return jaxpr_as_fun(jaxpr)(*given)
+
+    return jet.jet(at, choose(real, primals), choose(real, series))
+
+
 ad.primitive_jvps[primitive] = _jvp
 ad.primitive_transposes[primitive] = _transpose
 batching.primitive_batchers[primitive] = _batch
 pe.custom_partial_eval_rules[primitive] = _partial_eval
 jet.jet_rules[primitive] = _jet
+# JAX has no rules for these (0.10 to 0.12).
+jet.jet_rules.setdefault(cond_p, _jet_of_cond)
+jet.jet_rules.setdefault(remat_p, _jet_of_remat)
 mlir.register_lowering(primitive, lower)
 for _platform in ("tpu", "cuda"):
     _rule = functools.partial(lower, platform=_platform)
