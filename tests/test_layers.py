@@ -15,7 +15,7 @@ def listed(package: str) -> list[str]:
     """The modules on the contents page of a package, in its order."""
     path = ROOT / package.replace(".", "/") / "__init__.py"
     page = ast.get_docstring(ast.parse(path.read_text())) or ""
-    return re.findall(r"^`(\w+)` {2,}\S", page, re.MULTILINE)
+    return re.findall(r"^ *`(\w+)` {2,}\S", page, re.MULTILINE)
 
 
 def order(package: str = "") -> list[str]:

@@ -9,8 +9,8 @@ A mask may also read arrays by row and column instead of by position. `aligned` 
 these arrays, as any pytree, and `allows` gets a tree of the same structure that holds
 their elements for its pair.
 
-`mask`          what a mask is, and masks made of functions, arrays and other masks
-`named`         causal, windows, prefixes, segments, lengths
+    `mask`          what a mask is, and masks made of functions, arrays and other masks
+    `named`         causal, windows, prefixes, segments, lengths
 """
 
 from jattn.masks.mask import Explicit, Mask, Pointwise, as_mask

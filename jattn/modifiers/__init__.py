@@ -8,9 +8,9 @@ it holds or closes over have gradients.
 Modifiers are frozen dataclasses and JAX pytrees. As with masks, `aligned` gives arrays
 that are read by row and column, and `modify` gets their elements for its pair.
 
-`modifier`      what a modifier is, and modifiers made of functions and other modifiers
-`buckets`       which column of a table a distance reads
-`named`         biases, a cap, ALiBi, relative positions
+    `modifier`      what a modifier is, and modifiers made of functions and other modifiers
+    `buckets`       which column of a table a distance reads
+    `named`         biases, a cap, ALiBi, relative positions
 """
 
 from jattn.modifiers.buckets import distance, log_bucket
