@@ -5,8 +5,8 @@
 
 A test that takes more seconds than that enters `tests/slow.txt`, and then runs where
 `pytest -m slow` asks for it. The quickest test of a file of tests stays if it takes at most
-four times as long, and so do those of KEPT, which marks some of its tests itself. A test
-that is in the list already stays there; to let one out, delete its line first.
+four times as long, and so do those of KEPT, some of which are marked where they are
+written. A test that is in the list stays there; to let one out, delete its line first.
 """
 
 import argparse
@@ -18,7 +18,10 @@ LIST = pathlib.Path(__file__).parents[1] / "slow.txt"
 HEADER = """# Tests that take long; `pytest -m slow` runs them, as .ci/run does.
 # Written by `python -m tests.helpers.slow`, which says how.
 """
-KEPT = "tests/test_implementations.py::"  # the comparison that all else rests on
+KEPT = (  # the comparison that all else rests on
+    "tests/test_implementations.py::test_implementation_equals_definition[",
+    "tests/test_implementations.py::test_blockwise_in_one_tile_equals_definition[",
+)
 ROW = re.compile(r"^([\d.]+)s (?:call|setup) +(.+?)(?:@\w+)?$", re.MULTILINE)
 
 
