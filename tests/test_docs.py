@@ -114,7 +114,7 @@ def test_command_is_one_that_there_is(command):
 
 
 def anchors(path: pathlib.Path) -> set[str]:
-    """What the headings of a page are called in links."""
+    """Gives the names of the headings of a page, as links write them."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 

@@ -226,7 +226,7 @@ def test_planes_of_zeros_take_no_room():
 
 
 def pairs_of(read):
-    """Which pairs may attend, as the script of the page finds them."""
+    """Gives which pairs may attend, as the script of the page finds them."""
     (rows, columns), T, S = read.facts["block"], read.facts["T"], read.facts["S"]
     kinds = read.kinds.reshape(-(-T // rows), -(-S // columns))
     found = np.repeat(np.repeat(kinds == 2, rows, 0), columns, 1)

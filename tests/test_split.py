@@ -51,7 +51,7 @@ def primitives(jaxpr):
 
 
 def pieces(function):
-    """What is left inside, and the shapes of what is taken outside."""
+    """Gives what is left inside, and the shapes of what is taken outside."""
     program, arrays, at = function
     joint, rest = split(program, arrays, at)
     return primitives(joint.jaxpr), [x.shape for x in rest.aligned], rest.captured

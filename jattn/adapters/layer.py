@@ -68,19 +68,21 @@ def extend(
         return kv.extend(query, key, value, count=count, mask=mask, **options)
 
 
-def decoding(where: str, attention_fn, ours) -> tuple[Any, dict[str, Any]]:
-    """Gives the mask and the options that decoding has from a layer's `attention_fn`.
+def decoding(where: str, attention_fn, ours, mask) -> tuple[Any, dict[str, Any]]:
+    """Gives the mask of decoding, and the options that a layer's `attention_fn` adds.
 
-    Those are the ones that `functools.partial` added to `ours`, so that decoding gives what
-    the whole gives. Positions are left out: a cache counts its tokens itself.
+    `functools.partial` may have added options and a second mask to `ours`. Decoding has
+    them too, so that it gives what the whole gives. Positions are left out: a cache counts
+    its tokens itself.
     """
+    mask = any_mask(where, mask)
     if not isinstance(attention_fn, functools.partial) or attention_fn.func is not ours:
-        return None, {}
+        return mask, {}
     # The layer gives what `ours` names, but for these two.
     given = set(inspect.signature(ours).parameters) - {"and_mask", "bias"}
     left_out = given | {"and_mask", "query_position", "key_position"}
     added = attention_fn.keywords
-    mask = any_mask(where, added.get("and_mask"))
+    mask = both(mask, any_mask(where, added.get("and_mask")))
     return mask, {k: x for k, x in added.items() if k not in left_out}
 
 

@@ -204,8 +204,7 @@ class MultiHeadDotProductAttention(linen.MultiHeadDotProductAttention):
         kv = self.variable(
             "cache", "kv", lambda: caches.empty(tuple(batch), T, K, H, dtype=dtype)
         )
-        more, added = layer.decoding(WHERE_LAYER, self.attention_fn, attention)
-        mask = layer.both(layer.any_mask(WHERE_LAYER, mask), more)
+        mask, added = layer.decoding(WHERE_LAYER, self.attention_fn, attention, mask)
         given = {"mask": mask, "count": count, "precision": precision, "options": added}
         output, after = layer.extend(WHERE_LAYER, kv.value, query, key, value, **given)
         if is_there:  # what initialises a model only makes the cache

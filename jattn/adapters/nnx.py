@@ -233,8 +233,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         query, key, value = (part(x, out_sharding=sharding) for part in project)
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
-        more, added = layer.decoding(WHERE_LAYER, self.attention_fn, attention)
-        mask = layer.both(layer.any_mask(WHERE_LAYER, mask), more)
+        mask, added = layer.decoding(WHERE_LAYER, self.attention_fn, attention, mask)
         given = {
             "mask": mask,
             "count": count,

@@ -73,7 +73,7 @@ def _is_shape(leaf) -> bool:
 
 
 def _posed(where: str, query, key, value, given: dict[str, Any]) -> Problem:
-    """Poses the problem of arrays of which some are mere shapes."""
+    """Poses the problem, where some arrays may be shapes alone, without numbers."""
     leaves, tree = jax.tree.flatten((query, key, value, given))
     problems = []
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jattn.arrays.checks import check_array
+from jattn.arrays.integers import is_number
 from jattn.arrays.meshes import across
 from jattn.arrays.shapes import Sizes, measure
 from jattn.blocks.kinds import draw, shares, spread
@@ -177,8 +178,12 @@ def _check_shape(where, name, array):
 
 def _check_block(where: str, block) -> tuple[int, int]:
     pair = block if isinstance(block, tuple | list) else (block, block)
-    whole = [isinstance(x, int | np.integer) and not isinstance(x, bool) for x in pair]
-    if len(pair) != 2 or not all(whole) or min(pair) < 1 or max(pair) >= 2**31:
+    if (
+        len(pair) != 2
+        or not all(map(is_number, pair))
+        or min(pair) < 1
+        or max(pair) >= 2**31
+    ):
         raise ValueError(
             f"{where}: `block` must be a number of queries and keys above 0 and below 2³¹, "
             f"or a pair of such, got {block!r}."

@@ -51,9 +51,15 @@ def posed(where: str, query, sizes: Sizes, options) -> tuple[Problem, Operands]:
 
 def mask_of(where: str, options, seen: Mask) -> Mask:
     """Gives the mask of a call together with what is there to be seen."""
+    mask = _own_mask(where, options)
+    return seen if mask is None else seen & mask
+
+
+def _own_mask(where: str, options) -> Mask | None:
+    """Gives the mask that was given, without the blocks of a table: slots have others."""
     mask = options.get("mask")
     mask = mask.mask if isinstance(mask, BlockTable) else mask
-    return seen if mask is None else seen & as_mask(mask, where)
+    return None if mask is None else as_mask(mask, where)
 
 
 def check_options(where: str, options) -> None:
@@ -187,9 +193,7 @@ def by_position(where: str, options) -> dict[str, Any]:
                 f"{where}: `{name}` must not be given here, where slots do not hold tokens "
                 f"in their order; use a function of positions."
             )
-    mask = options.get("mask")
-    mask = mask.mask if isinstance(mask, BlockTable) else mask
-    mask = None if mask is None else as_mask(mask, where)
+    mask = _own_mask(where, options)
     _check_pointwise(where, mask, options.get("modifier"))
     return options | {"mask": mask}
 

@@ -38,7 +38,7 @@ def grown(cache, count):
 
 
 def unused(cache, length) -> jax.Array:
-    """Says which pages hold no token of examples of these lengths, B × max_pages."""
+    """Says which pages hold no token, if examples have these lengths: B × max_pages."""
     block = jnp.arange(cache.table.shape[1], dtype=jnp.int32)[None]
     return block * cache.page_size >= length[:, None]
 

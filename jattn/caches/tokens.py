@@ -24,7 +24,7 @@ from jattn.pytree import pytree
 
 @pytree("example", "page", "owns", "length", "mask")
 class OfTokens(Mask):
-    """A query sees the tokens of its own example, and of these what a mask allows.
+    """A mask that shows a query those tokens of its own example that a mask allows.
 
     Attributes:
         example: Whose each query is, `T`; −1 for nobody's.

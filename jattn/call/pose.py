@@ -1,6 +1,7 @@
 """The arguments of a public function, checked and taken apart into facts and arrays."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -184,9 +185,11 @@ def _check_scale(where, scale, sizes):
     return scale
 
 
-def _raw_key() -> tuple[int, ...]:
+@functools.cache  # a call must not trace it each time
+def _raw_key(implementation: str) -> tuple[int, ...]:
     """Gives the shape of a key of the old style, `jax.random.PRNGKey(seed)`."""
-    return jax.eval_shape(jax.random.PRNGKey, 0).shape
+    make = functools.partial(jax.random.PRNGKey, impl=implementation)
+    return jax.eval_shape(make, 0).shape
 
 
 def _check_dropout(where, dropout):
@@ -202,7 +205,9 @@ def _check_dropout(where, dropout):
         return 0.0, False, None
     dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", ())
     is_key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (shape == () if is_key else dtype == jnp.uint32 and shape == _raw_key()):
+    config: Any = jax.config  # as in `pose`
+    raw = _raw_key(config.jax_default_prng_impl)
+    if not (shape == () if is_key else dtype == jnp.uint32 and shape == raw):
         got = type(rng).__name__ if dtype is None else f"{dtype}{list(shape)}"
         raise ValueError(
             f"{where}: `dropout` must have one random key as `rng`, got {got}; give "

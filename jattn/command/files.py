@@ -18,7 +18,7 @@ def read(path: str, names: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
     """Reads the named arrays of an .npz file, and the names of its other arrays.
 
     Raises:
-        Refusal: If the file or one of these arrays cannot be read.
+        Refusal: If the file cannot be read, or does not give one of the named arrays.
     """
     with contextlib.ExitStack() as stack:
         try:

@@ -21,7 +21,7 @@ __all__ = ["distances", "live_parts", "turns"]
 
 
 def live_parts(problem: Problem, operands: Operands, devices: int):
-    """Says which device has a query that sees a key of which: P × P."""
+    """Says for each two devices if a query of the first sees a key of the second: P × P."""
     blocks = problem.sizes.T // devices, problem.sizes.S // devices
     kinds = of_call.block_table(problem, operands, *blocks)
     xp = np if isinstance(kinds, np.ndarray) else jnp

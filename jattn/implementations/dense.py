@@ -22,8 +22,15 @@ def attention_logits(problem: Problem, operands: Operands) -> jax.Array:
     return locally(_logits, (problem,), operands)
 
 
+def _allowed(problem: Problem, operands: Operands) -> jax.Array | None:
+    return shared.allowed(problem, operands, index(problem, operands))
+
+
 def _logits(problem: Problem, operands: Operands) -> jax.Array:
-    allowed = shared.allowed(problem, operands, index(problem, operands))
+    return _logits_of(problem, operands, _allowed(problem, operands))
+
+
+def _logits_of(problem: Problem, operands: Operands, allowed) -> jax.Array:
     query, key = (x.astype(problem.wide) for x in (operands.query, operands.key))
 
     def plain(query, key):
@@ -38,11 +45,12 @@ def _logits(problem: Problem, operands: Operands) -> jax.Array:
     return cond_any(spoiled, careful, plain, query, key)
 
 
-def _of_products(problem, operands, allowed, products, poison=0):
+def _of_products(problem, operands, allowed, products, poison=None):
     if problem.modifier is not None:
         products = shared.harmless(products, allowed)
     at = index(problem, operands)
-    logits = shared.logits(problem, operands, at, products) + poison
+    logits = shared.logits(problem, operands, at, products)
+    logits = logits if poison is None else logits + poison
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
     logits = jnp.broadcast_to(logits, problem.sizes.BNTS)
@@ -73,7 +81,11 @@ def attention_weights(problem: Problem, operands: Operands):
 
 
 def _weights(problem: Problem, operands: Operands):
-    logits = _logits(problem, operands)
+    return _weights_of(problem, operands, _allowed(problem, operands))
+
+
+def _weights_of(problem: Problem, operands: Operands, allowed):
+    logits = _logits_of(problem, operands, allowed)
     # weightₛ = exp(logitₛ − top) / total, the same for any top. With the maximum no
     # exponential overflows; and as the result does not depend on it, it is a constant.
     top = jnp.max(logits, axis=-1, initial=-jnp.inf)
@@ -84,7 +96,6 @@ def _weights(problem: Problem, operands: Operands):
     total = jnp.where(empty, 1, total)
     logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
     weights = exponentials / total[..., None]
-    allowed = shared.allowed(problem, operands, index(problem, operands))
     if allowed is None:
         return weights, logsumexp
     # A NaN in a row must not reach the gradients of values that the row does not see.
@@ -119,10 +130,10 @@ class Dense(Plain):
 
 
 def _state(problem: Problem, operands: Operands) -> State:
-    weights, logsumexp = _weights(problem, operands)
+    allowed = _allowed(problem, operands)
+    weights, logsumexp = _weights_of(problem, operands, allowed)
     weights = drop(problem, operands, weights)
     value = operands.value.astype(problem.wide)
-    allowed = shared.allowed(problem, operands, index(problem, operands))
     if allowed is None:
         output = shared.sums(weights, value)
     else:
