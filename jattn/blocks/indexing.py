@@ -1,9 +1,10 @@
 """The rules of indexing: which values of an array a range of indices may read.
 
 The result has the least and the greatest value of the array between the bounds of its
-index. They come from a sparse table of powers of two, which costs O(array · log) once and
-O(1) for each block. A single index, not a range, is plain indexing, and a known run of
-consecutive indices is a slice.
+index. For a long array they come from a sparse table of powers of two, which costs
+O(array · log) once and O(1) for each block; for others from comparing each index with each
+range. A single index, not a range, is plain indexing, and a known run of consecutive
+indices is a slice.
 """
 
 import functools
@@ -132,6 +133,11 @@ def _run(index):
     return (long[0] if long else -1), slice(first, first + line.size)
 
 
+# A CPU makes this many comparisons in some 10 ms; they are a call with 2¹⁶ tokens, where
+# attention takes seconds.
+_MOST_COMPARED = 2**24
+
+
 def range_extremes(table: Interval, parts: list[Interval]) -> Interval:
     """Returns the extremes of an array over ranges of its first axes.
 
@@ -144,26 +150,54 @@ def range_extremes(table: Interval, parts: list[Interval]) -> Interval:
     both_ends = xp.stack([table.lo, _opposite(xp, table.hi)], -1)
     last = max(i for i, p in enumerate(parts) if p.lo is not p.hi)
     others = parts[:last] + parts[last + 1 :]
-    levels = _levels(both_ends, last)
+    rest = [p.lo for p in others]
     lo, hi = parts[last]
     # A mask that selects nothing leaves an empty range, where any answer is right.
     hi = xp.maximum(lo, hi)
-    # A range of n numbers is two overlapping ranges of 2^power ≤ n numbers: the one that
-    # starts at its left end, and the one that ends at its right end.
-    sizes = 2 ** np.arange(1, len(levels), dtype=np.int32)
-    sizes = sizes.reshape(-1, *[1] * lo.ndim)
-    power = xp.sum(((hi - lo + 1)[None] >= sizes).astype(lo.dtype), 0, dtype=lo.dtype)
-    right = hi + 1 - xp.left_shift(xp.ones_like(hi), power)
-    rest = [p.lo for p in others]
-    first, second = (_take(levels, [power, x, *rest]) for x in (lo, right))
-    result = xp.minimum(first, second)
+    shape = np.broadcast_shapes(lo.shape, hi.shape, *(x.shape for x in rest))
+    if xp is not np and math.prod(shape) * table.lo.shape[last] <= _MOST_COMPARED:
+        result = _least_in(jnp.moveaxis(both_ends, last, len(rest)), lo, hi, rest)
+    else:
+        result = _least_of_levels(_levels(both_ends, last), lo, hi, rest)
     if any(p.lo is not p.hi for p in others):
         single = functools.reduce(operator.and_, (p.lo == p.hi for p in others))
-        whole = levels[0].min(tuple(range(len(parts))))
+        whole = both_ends.min(tuple(range(len(parts))))
         whole = whole.reshape((1,) * _LEAD + whole.shape)
         single = single.reshape(single.shape + (1,) * (result.ndim - single.ndim))
         result = xp.where(single, result, whole)
     return Interval(result[..., 0], _opposite(xp, result[..., 1]))
+
+
+def _least_in(table, lo, hi, rest):
+    """Returns the least of each range of an axis, at indices of the axes before it.
+
+    It compares each index of the axis with the ends of each range, which XLA makes one
+    pass of. On a GPU a table of levels takes some launches for each of its levels.
+    """
+    numbers = _take(table, rest) if rest else table.reshape((1,) * _LEAD + table.shape)
+    index = np.arange(numbers.shape[_LEAD], dtype=np.int32)
+    index = index.reshape((1,) * _LEAD + index.shape)
+    inside = (index >= lo[..., None]) & (index <= hi[..., None])
+    inside = inside.reshape(inside.shape + (1,) * (numbers.ndim - inside.ndim))
+    greatest = extremes(numbers.dtype)[1]
+    if greatest != greatest:  # a type without ∞
+        greatest = jnp.finfo(numbers.dtype).max
+    return jnp.min(numbers, axis=_LEAD, where=inside, initial=greatest)
+
+
+def _least_of_levels(levels, lo, hi, rest):
+    """Returns the least of each range of the first axis, at indices of the other ones.
+
+    A range of n numbers is two overlapping ranges of 2^power ≤ n numbers: the one that
+    starts at its left end, and the one that ends at its right end.
+    """
+    xp = namespace(levels, lo, hi)
+    sizes = 2 ** np.arange(1, len(levels), dtype=np.int32)
+    sizes = sizes.reshape(-1, *[1] * lo.ndim)
+    power = xp.sum(((hi - lo + 1)[None] >= sizes).astype(lo.dtype), 0, dtype=lo.dtype)
+    right = hi + 1 - xp.left_shift(xp.ones_like(hi), power)
+    first, second = (_take(levels, [power, x, *rest]) for x in (lo, right))
+    return xp.minimum(first, second)
 
 
 def _opposite(xp, array):
