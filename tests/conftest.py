@@ -30,6 +30,7 @@ OPTIMIZED = {
     "test_flat",
     "test_bench",
     "test_caches_memory",
+    "test_on_gpu",
 }
 
 

@@ -22,13 +22,12 @@ IMPLEMENTATIONS: dict[str, Kernel | Plain] = {
     "dense": Dense(),
     "tpu": TPU(),
     "cudnn": cudnn.CuDNN(),
-    # Compiled and emulated, never run on a GPU: so it is in no order below.
     "gpu": GPU(),
     "decode": Decode(),
 }
 
 # The first implementation that accepts is used. Other platforms use DEFAULT_ORDER.
-_GPU = ("cudnn", "blockwise", "dense")
+_GPU = ("cudnn", "gpu", "blockwise", "dense")
 ORDER: dict[str, tuple[str, ...]] = {
     "tpu": ("tpu", "blockwise", "dense"),
     "gpu": _GPU,
@@ -44,11 +43,13 @@ def names(platform: str) -> tuple[str, ...]:
 
 
 def refusals(problem: Problem, platform: str) -> dict[str, str | None]:
-    """Collects each implementation's refusal of a problem, in the platform's order."""
+    """Collects why each implementation does not run by itself, in the platform's order."""
     order = names(platform)
     others = [name for name in IMPLEMENTATIONS if name not in order]
+    found = {name: IMPLEMENTATIONS[name] for name in (*order, *others)}
     return {
-        name: IMPLEMENTATIONS[name].refusal(problem, platform) for name in (*order, *others)
+        name: one.refusal(problem, platform) or one.leaves(problem)
+        for name, one in found.items()
     }
 
 
@@ -84,12 +85,16 @@ def candidates(problem: Problem, name: str, is_named: bool) -> tuple[str, ...]:
     """
     if is_named or name == "dense":
         return (name,)
-    return tuple(
-        own
-        for platform, (own, *_) in ORDER.items()
+    own = [
+        (platform, name)
+        for platform, order in ORDER.items()
         if platform != "gpu"  # the same as "cuda", which programs are lowered for
-        and _can_be_lowered(own)
-        and IMPLEMENTATIONS[own].refusal(problem, platform) is None
+        for name in order[: order.index("blockwise")]
+    ]
+    return tuple(
+        name
+        for platform, name in own
+        if _can_be_lowered(name) and refusals(problem, platform)[name] is None
     )
 
 

@@ -43,6 +43,10 @@ class Implementation(abc.ABC):
     def refusal(self, problem: Problem, platform: str) -> str | None:
         """Says why it refuses a problem on a platform; None if it accepts."""
 
+    def leaves(self, problem: Problem) -> str | None:
+        """Says why it leaves a problem that it accepts to others, unless it is named."""
+        del problem
+
     @abc.abstractmethod
     def block_sizes(
         self, problem: Problem, operands: Operands | None, platform: str

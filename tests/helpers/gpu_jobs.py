@@ -174,7 +174,11 @@ def kernels_match(name: str, dtype: str, capability: str = HOPPER):
 
 
 def hidden_is_ignored():
-    """NaN and Inf in hidden keys and values change neither output nor gradient."""
+    """NaN and Inf that a mask hides change neither output nor gradient.
+
+    No query sees the last keys. Query 100 does not see keys from 99 on, so what it and its
+    cotangent are does not reach their gradients.
+    """
     case = several()
     inputs = testing.random_inputs(case, "bfloat16")
     spoil = lambda x: x.at[:, -1].set(jnp.nan).at[:, -2, :, 0].set(jnp.inf)
@@ -188,6 +192,20 @@ def hidden_is_ignored():
     want = jax.grad(seen, (0, 1, 2))(query, key, value)
     for x, y in zip(got, want, strict=True):
         assert_near(x, y, 4 * jnp.finfo("bfloat16").eps, "gradient")
+    mine = lambda x: x.at[:, 100].set(jnp.nan)
+
+    def others(query, key, value, spoil):
+        state = emulated_gpu.attention_state(query, key, value, mask=Causal(-2))
+        weights = spoil(jnp.ones_like(state.output).at[:, 100].set(0))
+        return jnp.sum(state.output * jax.lax.stop_gradient(weights))
+
+    want = jax.grad(others, (1, 2))(query, key, value, lambda x: x)
+    for bad, spoil in ((mine(query), lambda x: x), (query, mine)):
+        got = jax.grad(others, (1, 2))(bad, key, value, spoil)
+        for x, y in zip(got, want, strict=True):
+            assert np.all(np.isnan(x[:, 0].astype("float32")))
+            x, y = x[:, 99:], y[:, 99:]
+            assert_near(x, y, 4 * jnp.finfo("bfloat16").eps, "gradient")
 
 
 def traced_tables_match():

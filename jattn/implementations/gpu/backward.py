@@ -32,10 +32,11 @@ from jattn.implementations.joint import Extras
 from jattn.implementations.shared import harmless
 
 
-def row_numbers(outputs, cotangents, rate: float):
+def row_numbers(outputs, cotangents, rate: float, is_masked: bool):
     """Computes level, share and rest of each row.
 
-        level = log₂ Σₛ exp(logitₛ)          +∞ where a row sees nothing: weights are 0
+        level = log₂ Σₛ exp(logitₛ)          +∞ where a row sees nothing: weights are 0;
+                                             with a mask NaN if d_output is not finite
         share = 1 / (1 − rate)               0 where one key has all the weight
         rest  = δ − d_logsumexp              −d_logsumexp there
 
@@ -46,9 +47,12 @@ def row_numbers(outputs, cotangents, rate: float):
     d_output, _, d_total = cotangents
     empty, settled = total == 0, total == 1
     level = top * LOG2_E + jnp.log2(jnp.where(empty, 1, total))
+    delta = jnp.sum(d_output * output, axis=-1)
+    if is_masked:  # the kernels read a d_output that is finite, see `finite`
+        level = jnp.where(jnp.isfinite(delta), level, jnp.nan)
     level = jnp.where(empty, jnp.inf, level)
     share = jnp.where(settled, 0, jnp.full_like(total, 1 / (1 - rate)))
-    delta = jnp.where(settled, 0, jnp.sum(d_output * output, axis=-1))
+    delta = jnp.where(settled, 0, delta)
     return level, share, delta - d_total * total
 
 
@@ -175,14 +179,14 @@ def _weights(tile: Tile, products, level, options):
     (masked, chosen, given), call = options, tile.call
     size, exponent = given.numbers[0], given.numbers[1]
     allowed = plain(tile.allowed) if masked else None
-    logits, pull = products, lambda d: (d, ())
+    hide = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
+    logits, pull = products, lambda d: (hide(d), ())
     if call.has_logits:
         scaled = harmless(products * size, allowed)
         logits = plain(tile.logits, scaled, tile.active)
         pull = lambda d: _pull(tile, scaled, chosen, allowed, d)
-    if allowed is not None:
-        logits = jnp.where(allowed, logits, -jnp.inf)
-    return jnp.exp2(logits * exponent - level), pull
+    # The level of a row may be NaN, so that weights are hidden, and not only logits.
+    return hide(jnp.exp2(logits * exponent - level)), pull
 
 
 def _pull(tile: Tile, scaled, chosen, allowed, d_logits):

@@ -96,7 +96,7 @@ def tile(ref):
 
 def store(ref, value):
     """Writes a tile or a vector to global memory, each thread what it has."""
-    plgpu.store(ref, value, optimized=False)
+    ref[...] = value
 
 
 def spread(value, shape, axis: int | None = None):

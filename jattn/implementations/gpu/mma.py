@@ -73,7 +73,8 @@ class Mma(Machine):
 
         def begin(j):
             self._wait(arrived, group)
-            plgpu.barrier_arrive_and_wait(met)
+            plgpu.barrier_arrive(met)
+            plgpu.barrier_wait(met)
             pl.when(j + 1 < program.live)(lambda: start(j + 1))
 
         pl.when(program.live > 0)(lambda: start(np.int32(0)))

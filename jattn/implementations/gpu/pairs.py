@@ -95,6 +95,8 @@ def _plain(jaxpr, constants, inputs) -> list:
             return _plain(inner[0], inner[1], operands)
         if primitive.name in _REWRITTEN:
             return [_REWRITTEN[primitive.name](*operands)]
+        if equation.params.get("new_dtype") == jnp.bool_:  # jax 0.11 does not narrow to it
+            return [operands[0] != 0]
         if primitive.name == "integer_pow":
             return [_integer_pow(operands[0], equation.params["y"])]
         result = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
@@ -157,6 +159,7 @@ _REWRITTEN = {
     "floor": _floor,
     "is_finite": lambda x: jnp.abs(x) < jnp.inf,
     "log1p": _log1p,
+    "not": lambda x: x ^ (True if x.dtype == jnp.bool_ else -1),
     "stop_gradient": lambda x: x,
     "tanh": _tanh,
 }
