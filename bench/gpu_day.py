@@ -4,57 +4,73 @@
     float64, and 20 repeats bitwise · speed of each implementation and of peers
 
 Each part runs in a process of its own under a time limit, and appends a line of JSON to the
-file after every figure, so a kernel that hangs loses only the rest of its part. All parts
+file after every figure, so a kernel that hangs loses only the rest of its part. The parts
+that measure speed compile their programs at the same time, and then take turns. All parts
 take 8 minutes at most. `--lower` lowers every program that `--run` would time, on any
 machine; nothing runs.
+
+Two times are measured of each call. `ms` is the time in a program that calls it again and
+again, as a model does. `call_ms` is that of calls by the host, which takes some time to
+start a program.
 """
 
-import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 import jattn
 from bench.gpu_rows import DOCUMENT, KINDS, ROWS, WINDOW, Row, by_name, inputs, timed
-from jattn import definition
 
-# Seconds that each part may take; together 8 minutes.
-PARTS = {
-    "tests": 110,
-    "checks": 60,
-    "gpu": 80,
-    "cudnn": 40,
-    "blockwise": 60,
-    "dense": 30,
-    "jax.nn": 30,
-    "attention_mgpu": 20,
-    "torch": 50,
-}
+# Who is timed, in this order.
+TIMED = ("gpu", "cudnn", "blockwise", "dense", "jax.nn", "attention_mgpu", "torch")
+# Seconds that parts may take: the tests, the checks, to compile all that is timed, and to
+# time each of the seven. Together they are 8 minutes at most.
+TESTS, CHECKS, COMPILE, TIME = 150, 60, 130, 20
 # Dense products of bfloat16 in TFLOP/s, from NVIDIA's data sheets.
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
 
 
-def clock(function, arrays) -> float:
-    """Measures the median of five times ten calls, in seconds."""
-    function = jax.jit(function)
+def clock(function, arrays, count: int) -> float:
+    """Measures a compiled function: the median of five times so many calls, in seconds."""
     jax.block_until_ready(function(*arrays))
     found = []
     for _ in range(5):
         start = time.perf_counter()
-        for _ in range(10):
+        for _ in range(count):
             result = function(*arrays)
         jax.block_until_ready(result)
-        found.append((time.perf_counter() - start) / 10)
+        found.append((time.perf_counter() - start) / count)
     return sorted(found)[2]
+
+
+def repeated(function, count: int):
+    """Gives a function that computes another one so many times, one after another.
+
+    One number of the query becomes the sum of one number of each result. So XLA can
+    neither leave out a call, nor compute a part of one once for all of them.
+    """
+
+    def turn(_, arrays):
+        results = jax.tree.leaves(function(*arrays))
+        (query, *others), results = lax.optimization_barrier((arrays, results))
+        first = lambda x: x[(0,) * x.ndim].astype(jnp.float32)
+        number = sum(map(first, results)).astype(query.dtype)
+        return query.at[(0,) * query.ndim].set(number), *others
+
+    return lambda *arrays: lax.fori_loop(0, count, turn, arrays)
 
 
 class File:
@@ -70,87 +86,148 @@ class File:
             file.write(json.dumps(what) + "\n")
 
 
-def speeds(file: File, name: str):
-    """Times each row."""
+def speeds(file: File, name: str, turn: Callable):
+    """Times each row, after all of them are compiled on all cores and `turn` has come."""
     kind = jax.devices()[0].device_kind
     peak = next((x for part, x in PEAKS.items() if part in kind), None)
-    for row in ROWS:
-        function = by_name(name, row)
+    calls = {row: by_name(name, row) for row in ROWS}
+    calls = {row: timed(x, row) for row, x in calls.items() if x is not None}
+    once = {row: jax.jit(x) for row, x in calls.items()}
+    often = {row: jax.jit(repeated(x, row.repeats)) for row, x in calls.items()}
+
+    # JAX's own kernel takes float16 only, which is as fast.
+    dtype = "float16" if name == "attention_mgpu" else "bfloat16"
+
+    def compile_for(function, row: Row):
+        return function.lower(*row.arrays(dtype)).compile()
+
+    # Programs are compiled together, but run one by one.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        first = {row: pool.submit(compile_for, x, row) for row, x in once.items()}
+        second = {row: pool.submit(compile_for, x, row) for row, x in often.items()}
+    turn()
+    for row in calls:
         facts = {"part": name} | dataclasses.asdict(row)
-        if function is None:
-            continue
         try:
-            seconds = clock(timed(function, row), inputs(row))
+            arrays = inputs(row, dtype)
+            seconds = clock(second[row].result(), arrays, 1) / row.repeats
+            by_host = clock(first[row].result(), arrays, row.repeats)
         except Exception as error:  # noqa: BLE001  (the next row is worth its time)
             file.say(**facts, failed=f"{type(error).__name__}: {str(error)[:300]}")
             continue
         speed = row.operations / seconds / 1e12
-        share = None if peak is None else speed / peak
-        file.say(**facts, ms=1e3 * seconds, tflops=speed, share_of_peak=share)
+        facts |= {"ms": 1e3 * seconds, "call_ms": 1e3 * by_host, "tflops": speed}
+        file.say(**facts, share_of_peak=None if peak is None else speed / peak)
 
 
 def checks(file: File):
-    """Compares each implementation with the definition in float64, and with itself."""
+    """Compares each implementation with dense in float64, and with itself."""
+    rows = [Row(what, 2048, gradients=x) for x in (False, True) for what in KINDS]
     for name in ("gpu", "cudnn", "blockwise", "dense"):
-        for what in KINDS:
-            row = Row(what, 1536)
-            arrays = inputs(row)
+        for row in rows:
+            facts = {"part": "checks", "name": name} | dataclasses.asdict(row)
             try:
-                function = jax.jit(by_name(name, row))
-                got = function(*arrays)
-                same = all(bool(jnp.all(function(*arrays) == got)) for _ in range(20))
-                error = float(np.max(np.abs(np.asarray(got, np.float64) - exact(row))))
-                file.say(part="checks", name=name, what=what, error=error, same=same)
+                function = jax.jit(timed(by_name(name, row), row))
+                first, *more = (_numbers(function(*inputs(row))) for _ in range(21))
+                pairs = [(x, y) for one in more for x, y in zip(first, one, strict=True)]
+                same = all(np.array_equal(x, y) for x, y in pairs)
+                errors = map(_error, first, exact(row))
             except Exception as error:  # noqa: BLE001  (the next one is worth its time)
-                file.say(part="checks", name=name, what=what, failed=str(error)[:300])
+                file.say(**facts, failed=str(error)[:300])
+                continue
+            file.say(**facts, error=max(errors), same=same)
+
+
+def _numbers(results) -> list:
+    return [np.asarray(x).astype(np.float64) for x in jax.tree.leaves(results)]
+
+
+def _error(got, want) -> float:
+    """Gives the largest error as a share of the largest number."""
+    return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
 
 
 @functools.cache
-def exact(row: Row):
-    """Computes the definition in float64, on the CPU."""
-    cpu = jax.devices("cpu")[0]
-    arrays = [np.asarray(x).astype(np.float64) for x in inputs(row)]
-    with jax.default_device(cpu), jax.enable_x64(True):
-        placed = [jax.device_put(x, cpu) for x in arrays]
-        return np.asarray(definition.attention_state(*placed, **row.options).output)
+def exact(row: Row) -> list:
+    """Computes the row densely in float64, which the tests compare with the definition."""
+    with jax.enable_x64(True):
+        function = functools.partial(jattn.attention, implementation="dense", **row.options)
+        return _numbers(jax.jit(timed(function, row))(*_numbers(inputs(row))))
 
 
 def tests(file: File):
-    """Runs the tests of every implementation and case on the device."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "gpu"]
+    """Runs the tests of every implementation and case on the device, on all cores."""
+    command = [sys.executable, "-m", "pytest", "-n", "auto", "-q", "-rf", "--tb=line"]
     found = subprocess.run(
-        [*command, "tests/test_on_gpu.py"], capture_output=True, text=True
+        [*command, "-m", "gpu", "tests/test_on_gpu.py"], capture_output=True, text=True
     )
-    file.say(part="tests", code=found.returncode, said=found.stdout[-3000:])
+    file.say(part="tests", code=found.returncode, said=found.stdout[-6000:])
 
 
-def torch_speeds(file: File):
+def torch_speeds(file: File, turn: Callable):
     """Times flex_attention and scaled_dot_product_attention, where torch is installed."""
     if importlib.util.find_spec("torch") is None:
         file.say(part="torch", failed="torch is not installed")
         return
     from bench import gpu_torch
 
-    for row in ROWS:
-        for name, seconds in gpu_torch.speeds(row, WINDOW, DOCUMENT):
-            speed = row.operations / seconds / 1e12
-            facts = {"part": name} | dataclasses.asdict(row)
-            file.say(**facts, ms=1e3 * seconds, tflops=speed)
+    calls = [(row, *x) for row in ROWS for x in gpu_torch.calls(row, WINDOW, DOCUMENT)]
+    turn()
+    for row, name, call in calls:
+        seconds, by_host = gpu_torch.clock(call, row.repeats)
+        speed = row.operations / seconds / 1e12
+        times = {"ms": 1e3 * seconds, "call_ms": 1e3 * by_host, "tflops": speed}
+        file.say(**{"part": name} | dataclasses.asdict(row) | times)
 
 
-def part(name: str, path: str) -> int:
-    """Runs one part in this process."""
+class Part:
+    """A part that runs in a process of its own."""
+
+    def __init__(self, name: str, path: str):
+        context = multiprocessing.get_context("spawn")
+        self.name, self.file = name, File(path)
+        self.ready, self.go = context.Event(), context.Event()
+        arguments = name, path, self.ready, self.go
+        self.process = context.Process(target=_run_part, args=arguments, daemon=False)
+        self.process.start()
+
+    def wait(self, seconds: float):
+        """Waits until the part is ready to measure, or has ended."""
+        deadline = time.perf_counter() + seconds
+        while self.process.is_alive() and time.perf_counter() < deadline:
+            if self.ready.wait(0.1):
+                return
+
+    def finish(self, seconds: float):
+        """Lets the part measure, and ends it after so many seconds."""
+        if self.process.is_alive() and not self.ready.is_set():
+            self.file.say(part=self.name, stopped="was not compiled in time")
+            seconds = 0
+        self.go.set()
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.file.say(part=self.name, stopped=f"after {seconds} s")
+            self.process.kill()
+        elif self.process.exitcode:
+            self.file.say(part=self.name, stopped=f"exit code {self.process.exitcode}")
+
+
+def _run_part(name: str, path: str, ready, go):
+    def turn():
+        ready.set()
+        go.wait()
+
     file = File(path)
-    own = {"tests": tests, "checks": checks, "torch": torch_speeds}
-    own.get(name, lambda file: speeds(file, name))(file)
-    return 0
+    if name in TIMED:
+        torch_speeds(file, turn) if name == "torch" else speeds(file, name, turn)
+    else:
+        turn()
+        {"tests": tests, "checks": checks}[name](file)
 
 
-def run(path: str) -> int:
-    """Runs all parts, each in a process of its own."""
-    file = File(path)
-    kept = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
-    command = [sys.executable, "-m", "bench.gpu_day", "--json", path, "--part"]
+def run(path: str, only: Collection[str] = ("tests", "checks", *TIMED)) -> int:
+    """Runs the parts, each in a process of its own."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share it
     about = "import jax; x = jax.devices()[0]; print(jax.__version__, x.platform, x)"
     try:
         found = subprocess.run(
@@ -161,19 +238,26 @@ def run(path: str) -> int:
     if found is None or " gpu " not in found.stdout:
         print("bench.gpu --run needs a GPU that JAX sees; --lower needs none")
         return 1
-    file.say(part="where", device=found.stdout.strip(), jattn=jattn.__version__)
-    for name, seconds in PARTS.items():
-        try:
-            subprocess.run([*command, name], env=kept, timeout=seconds, check=True)
-        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-            file.say(part=name, stopped=f"{type(error).__name__} after {seconds} s at most")
+    kind = found.stdout.strip()
+    File(path).say(part="where", device=kind, jattn=jattn.__version__)
+    for name, seconds in (("tests", TESTS), ("checks", CHECKS)):
+        if name in only:
+            part = Part(name, path)
+            part.wait(seconds)
+            part.finish(seconds)
+    parts = [Part(name, path) for name in TIMED if name in only]
+    deadline = time.perf_counter() + COMPILE
+    for part in parts:
+        part.wait(deadline - time.perf_counter())
+    for part in parts:
+        part.finish(TIME)
     return 0
 
 
 def lower() -> int:
     """Lowers every program that `--run` would time; gives the number of failures."""
     failures = 0
-    for name in [x for x in PARTS if x not in ("tests", "checks", "torch", "cudnn")]:
+    for name in [x for x in TIMED if x not in ("torch", "cudnn")]:
         for row in ROWS:
             function = by_name(name, row)
             if function is None:
@@ -188,11 +272,3 @@ def lower() -> int:
             print(f"{name:15} {row.what:14} T={row.T:<6} {direction}  {said}", flush=True)
     print("lowered for CUDA; nothing ran")
     return failures
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser("python -m bench.gpu_day", allow_abbrev=False)
-    parser.add_argument("--part", choices=PARTS, required=True)
-    parser.add_argument("--json", required=True)
-    chosen = parser.parse_args()
-    sys.exit(part(chosen.part, chosen.json))

@@ -49,6 +49,11 @@ class Row:
         seen = pairs.get(self.what, (self.queries or T / 2) * T)
         return 4 * seen * N * self.H * (3.5 if self.gradients else 1)
 
+    @property
+    def repeats(self) -> int:
+        """Gives the number of calls that a GPU of 200 TFLOP/s computes in 20 ms."""
+        return max(3, min(50, int(0.02 * 200e12 / self.operations)))
+
     def arrays(self, dtype="bfloat16"):
         """Describes query, key and value."""
         shapes = (1, self.queries or self.T, N, self.H), *[(1, self.T, N, self.H)] * 2
