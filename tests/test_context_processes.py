@@ -56,3 +56,13 @@ def test_ring_among_processes(count):
         for process in running:
             process.kill()
     assert [process.returncode for process in running] == [0] * count, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_longest_sequence_of_the_bench(processes):
+    command = [sys.executable, "-m", "bench.context_longest", "--length", "8192"]
+    command += ["--devices", "4", "--processes", str(processes)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("of the largest number") == 5
