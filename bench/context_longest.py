@@ -9,6 +9,7 @@ memory, and fails where they differ. On two cores it takes about half an hour; s
 """
 
 import argparse
+import os
 import resource
 import socket
 import subprocess
@@ -27,6 +28,12 @@ from jattn.masks import Causal
 
 H, ROWS, SAMPLES = 64, 4096, 16
 TOLERANCE = 1e-4  # of the largest number; float32 sums of up to 2²⁰ numbers
+# XLA:CPU ends a program in which a device waits for another one for 40 s. Here a turn of
+# the ring takes longer than that.
+PATIENCE = (
+    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=3600"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=7200"
+)
 NAMES = ("output", "logsumexp", "d_query", "d_key", "d_value")
 
 
@@ -119,6 +126,7 @@ def check(length: int, found) -> float:
 
 def run(length: int, devices: int, processes: int, me: int = 0, port: int = 0) -> int:
     """Runs one process of all; the first one checks and prints."""
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + PATIENCE
     jax.config.update("jax_num_cpu_devices", devices // processes)
     if processes > 1:
         jax.distributed.initialize(f"localhost:{port}", processes, me)

@@ -158,9 +158,14 @@ def exact(row: Row) -> list:
 def tests(file: File):
     """Runs the tests of every implementation and case on the device, on all cores."""
     command = [sys.executable, "-m", "pytest", "-n", "auto", "-q", "-rf", "--tb=line"]
-    found = subprocess.run(
-        [*command, "-m", "gpu", "tests/test_on_gpu.py"], capture_output=True, text=True
-    )
+    # Where pytest-benchmark is installed, it warns of several processes.
+    command += ["-p", "no:benchmark", "-m", "gpu", "tests/test_on_gpu.py"]
+    seconds = TESTS - 5  # it ends before its part, which would leave its processes behind
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as late:
+        file.say(part="tests", stopped=f"after {seconds} s", said=str(late.stdout)[-6000:])
+        return
     file.say(part="tests", code=found.returncode, said=found.stdout[-6000:])
 
 

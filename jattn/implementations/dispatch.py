@@ -46,11 +46,13 @@ def refusals(problem: Problem, platform: str) -> dict[str, str | None]:
     """Collects why each implementation does not run by itself, in the platform's order."""
     order = names(platform)
     others = [name for name in IMPLEMENTATIONS if name not in order]
-    found = {name: IMPLEMENTATIONS[name] for name in (*order, *others)}
-    return {
-        name: one.refusal(problem, platform) or one.leaves(problem)
-        for name, one in found.items()
-    }
+    return {name: _reason(name, problem, platform) for name in (*order, *others)}
+
+
+def _reason(name: str, problem: Problem, platform: str) -> str | None:
+    """Says why an implementation does not run by itself; None if it may."""
+    found = IMPLEMENTATIONS[name]
+    return found.refusal(problem, platform) or found.leaves(problem)
 
 
 def choose(where: str, problem: Problem, platform: str, implementation=None) -> str:
@@ -94,7 +96,7 @@ def candidates(problem: Problem, name: str, is_named: bool) -> tuple[str, ...]:
     return tuple(
         name
         for platform, name in own
-        if _can_be_lowered(name) and refusals(problem, platform)[name] is None
+        if _can_be_lowered(name) and _reason(name, problem, platform) is None
     )
 
 
