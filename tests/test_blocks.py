@@ -178,11 +178,11 @@ def test_tables_are_exact(name):
         np.testing.assert_array_equal(np.broadcast_to(table, truth.shape), truth)
 
 
-@pytest.mark.parametrize("compares", [True, False], ids=["compared", "in levels"])
 @pytest.mark.parametrize("name", [*SIMPLE, "segments & sink", "causal - 3 | segments"])
+@pytest.mark.parametrize("compares", [True, False], ids=["compared", "in levels"])
 def test_tables_are_exact_when_traced(name, compares, monkeypatch):
-    if not compares:  # as for long arrays
-        monkeypatch.setattr(indexing, "_MOST_COMPARED", 0)
+    if compares:  # as on a GPU
+        monkeypatch.setattr(indexing, "_least_of_levels", indexing._least_in)
     mask = (SIMPLE | JOINED)[name]
     shape, _, cut = LAYOUTS[0]
 
@@ -193,6 +193,23 @@ def test_tables_are_exact_when_traced(name, compares, monkeypatch):
     truth = dense_table(all_pairs(mask, grid), grid)
     result = jax.jit(table, static_argnums=1)(ARRAYS, None)
     np.testing.assert_array_equal(np.broadcast_to(result, truth.shape), truth)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int4", "uint32", "float8_e4m3fn", "float32"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_least_of_a_range_by_comparing_and_by_levels(dtype, batched):
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.integers(-8, 8, (3, 13, 2))).astype(dtype)
+    if dtype == "float32":
+        table = table.at[:, 4, 0].set(jnp.inf).at[:, 9].set(-jnp.inf)
+    lo = jnp.asarray(rng.integers(0, 13, (3, 1, 4, 5)), jnp.int32)
+    hi = jnp.minimum(lo + jnp.asarray(rng.integers(0, 13, (1, 1, 4, 5)), jnp.int32), 12)
+    rest = (jnp.arange(3, dtype=jnp.int32).reshape(3, 1, 1, 1),) if batched else ()
+    table = table if batched else table[0]
+    compared = indexing._least_in(table, lo, hi, *rest)
+    in_levels = indexing._least_of_levels(table, lo, hi, *rest)
+    assert compared.dtype == in_levels.dtype
+    np.testing.assert_array_equal(compared, in_levels)
 
 
 def pictures(mask, arrays=None, query_position=None):
