@@ -212,3 +212,13 @@ def test_absorbed_attention_is_the_expanded_one(dtype):
     np.testing.assert_array_equal(exact.latent, kv.latent)
     with pytest.raises(ValueError, match="`rotary` must have shape"):
         kv.append(latent, latent)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "int4"])
+def test_rolling_cache_is_what_it_means_without_rounding(dtype):
+    query, key, value = tokens(13)
+    _, kv = caches.rolling(B, 6, K, H, D, sinks=2, dtype=dtype).extend(query, key, value)
+    exact = kv.dequantize()
+    assert exact.store.dtype == "float32"
+    got, want = (x.attend(query[:, -1:], mask=USER) for x in (kv, exact))
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -22,7 +22,7 @@ from jattn.arrays.meshes import methods_across
 from jattn.caches import asked, attend
 from jattn.caches.asked import of_each
 from jattn.caches.sizes import batch_axes, check_sizes, check_vectors
-from jattn.caches.store import Store, blank, put_at, taken
+from jattn.caches.store import Store, blank, put_at, stored_vectors, taken
 from jattn.masks import Mask, Pointwise
 from jattn.pytree import pytree
 from jattn.state import State, merge, with_sink
@@ -125,6 +125,10 @@ class RollingCache:
             length = jnp.take(length, jnp.asarray(indices), 0, **full)
         return dataclasses.replace(self, store=store, length=length)
 
+    def dequantize(self, dtype="float32") -> "RollingCache":
+        """Gives the same tokens without rounding."""
+        return dataclasses.replace(self, store=self.store.exact(dtype))
+
     def _checked(self, name, key, value, count):
         where, store = f"caches.{name}", self.store
         shapes = (store.num_heads, store.head_dim), (store.num_heads, store.value_dim)
@@ -193,11 +197,7 @@ class RollingCache:
         options = options | {"query_position": start}
         old = self._held(query, options)
         if self.store.is_rounded:  # all queries see what is stored
-            store = self.store
-            sizes = store.num_heads, store.head_dim, store.value_dim
-            alone = blank(self.batch, T, *sizes, store.dtype)
-            slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (*self.batch, T))
-            key, value = put_at(alone, key, value, slots).vectors(query.dtype)
+            key, value = stored_vectors(self.store, key, value, query.dtype)
         mask = self._seen(options)
         given = options | {"mask": mask, "key_position": start}
         new = attention_state(query, key, value, **given)

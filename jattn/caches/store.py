@@ -197,6 +197,14 @@ def put_at(store: Store, key, value, slots) -> Store:
     return store.map(put)
 
 
+def stored_vectors(store: Store, key, value, dtype) -> tuple[jax.Array, jax.Array]:
+    """Gives the keys and values of T tokens, rounded as in the store."""
+    T, sizes = key.shape[-3], (store.num_heads, store.head_dim, store.value_dim)
+    slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (*store.batch, T))
+    alone = blank(store.batch, T, *sizes, store.dtype)
+    return put_at(alone, key, value, slots).vectors(dtype)
+
+
 @jax.jit  # one program where it is called outside of one
 def put_pairs(store: Store, key, value, pages, slots) -> Store:
     """Writes each of T tokens of each example into a slot of a page, BT and BT."""
