@@ -6,6 +6,10 @@ as hosts are. Sampled queries are compared with blockwise on one device, and the
 of sampled keys and values with the formulas in float64. It prints the seconds and the
 memory, and fails where they differ. On two cores it takes about half an hour; see
 `--length`.
+
+The emulated devices of one process take more and more memory as the sequence grows: with
+eight of them XLA:CPU (jax 0.10.2) had taken 18 GB after 17 minutes, and all 24 GB of the
+machine after 29. Four processes took 2.1 GiB each, to the end.
 """
 
 import argparse
