@@ -18,7 +18,11 @@ from jattn.call.pose import pose
 from jattn.implementations import dense
 from jattn.implementations import run as operation
 from jattn.implementations.blockwise import forward
+from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.plan import plan
+from jattn.implementations.blockwise.tiles import columns_of, products_of
 from tests.helpers import small_tiles
+from tests.helpers.draws import normal
 from tests.helpers.params import quick_and_slow
 
 blockwise_attention = functools.partial(jattn.attention, implementation="blockwise")
@@ -332,3 +336,18 @@ def test_sharded_inputs_are_not_gathered(kind):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("R", [3, 15, 16, 20, 40, 80, 96, 180])
+@pytest.mark.parametrize("S", [1, 2, 5, 21, 32, 90, 128])
+def test_logits_of_both_passes_are_equal_in_every_bit(R, S, dtype):
+    query = normal(0, (1, 2, R, 16)) * 1e8
+    key = normal(1, (1, 2, S, 16)).astype(dtype)
+    problem, operands = pose("exactness", *(jnp.zeros((4, 1, 16), dtype),) * 3)
+    layout = Layout(problem, operands, plan(problem, False))
+    forward = jax.jit(lambda q, k: products_of(layout, q, k))
+    backward = jax.jit(lambda q, k: columns_of(q, k.astype(q.dtype), q.dtype))
+    np.testing.assert_array_equal(
+        forward(query, key), jnp.swapaxes(backward(query, key), 2, 3)
+    )

@@ -71,7 +71,9 @@ def test_an_implementation_that_is_off_by_a_little_fails(monkeypatch, capsys):
         state = plain.attention_state(problem, operands)
         return state._replace(output=state.output * 1.0001)
 
-    broken = types.SimpleNamespace(refusal=plain.refusal, attention_state=attention_state)
+    broken = types.SimpleNamespace(
+        refusal=plain.refusal, leaves=plain.leaves, attention_state=attention_state
+    )
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "broken", broken)
     assert main([]) == 1
     printed = capsys.readouterr().out
