@@ -1,7 +1,8 @@
 """The speed of torch's own attention on the same calls, where torch is installed."""
 
 import functools
-import time
+
+from bench.gpu_measure import clock
 
 
 def calls(row, window: int, document: int):
@@ -53,8 +54,8 @@ def _ready(torch, attend, arrays, gradients: bool):
     return call
 
 
-def clock(call, count: int) -> tuple[float, float]:
-    """Measures the medians of five times: in a graph of the device, and by the host."""
+def times(call, count: int) -> tuple[float, float]:
+    """Measures a call in a graph of the device, and by the host, in seconds."""
     import torch
 
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -64,15 +65,6 @@ def clock(call, count: int) -> tuple[float, float]:
     torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph):
         call()
-    found = []
-    for function in (graph.replay, call):
-        times = []
-        for _ in range(5):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(count):
-                function()
-            torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) / count)
-        found.append(sorted(times)[2])
-    return found[0], found[1]
+    wait = lambda _: torch.cuda.synchronize()
+    in_graph, by_host = (clock(x, wait, count) for x in (graph.replay, call))
+    return in_graph, by_host

@@ -12,7 +12,6 @@ import math
 import operator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -169,7 +168,7 @@ def _least(table, lo, hi, *rest):
     if namespace(table, lo, hi, *rest) is np:
         return _least_of_levels(table, lo, hi, *rest)
     shape = np.broadcast_shapes(lo.shape, hi.shape, *(x.shape for x in rest))
-    arrays = jax.tree.map(jnp.asarray, (table, lo, hi, *rest))
+    arrays = [jnp.asarray(x) for x in (table, lo, hi, *rest)]
     if math.prod(shape) * table.shape[len(rest)] > _MOST_COMPARED:
         return _least_of_levels(*arrays)
     # On a GPU a loop launches some kernels in each turn, 100 in all for 4096 numbers. On a

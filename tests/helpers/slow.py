@@ -3,10 +3,13 @@
     pytest -m "slow or not slow" --durations=0 --durations-min=0.1 > durations.txt
     python -m tests.helpers.slow durations.txt --seconds 2
 
-A test that takes more seconds than that enters `tests/slow.txt`, and then runs where
-`pytest -m slow` asks for it. The quickest test of a file of tests stays if it takes at most
-four times as long, and so do those of KEPT, some of which are marked where they are
-written. A test that is in the list stays there; to let one out, delete its line first.
+A test that takes more than `--seconds` enters `tests/slow.txt`. From then on only
+`pytest -m slow` runs it. Two kinds of tests do not enter:
+
+    the quickest test of each file, if it takes at most four times `--seconds`
+    the tests of KEPT, which have marks of their own where some of them are slow
+
+A test that is in the list stays there; to let one out, delete its line first.
 """
 
 import argparse

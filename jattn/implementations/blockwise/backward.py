@@ -175,7 +175,7 @@ def _cotangents(layout, wanted, d_query, d_key, d_value, d_active, d_scale) -> O
     operands, S = layout.operands, layout.problem.sizes.S
     d_query = layout.unqueries(d_query)
     if d_scale is not None:
-        finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
+        finite, _ = shared.isolate(operands.query)
         at_zero = shared.sum_all(
             d_query * finite.astype(d_query.dtype)
         )  # less precise, as its sums cancel more; only where the scale is 0

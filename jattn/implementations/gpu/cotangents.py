@@ -7,7 +7,7 @@ from jattn.call.problem import Operands, Problem
 from jattn.implementations import joint
 from jattn.implementations.gpu import layout
 from jattn.implementations.kernel import Sums
-from jattn.implementations.shared import sum_all
+from jattn.implementations.shared import isolate, sum_all
 
 
 def share_kernel(problem: Problem, operands: Operands) -> bool:
@@ -46,7 +46,7 @@ def of_operands(problem: Problem, operands: Operands, results, flags, wanted) ->
         x[:, : sizes.S, :, :size].reshape(sizes.B, sizes.S, sizes.K, sizes.G, size), axis=3
     )
     d_query = d_query[:, : sizes.T, :, : sizes.H]
-    finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
+    finite, _ = isolate(operands.query)
     _, numbers = layout.numbers(problem, operands)
     d_modifier, d_bias = _read_cotangents(problem, operands, flags, (d_rows, d_columns))
     nothing = jax.tree.map(lambda _: None, wanted)

@@ -1,20 +1,22 @@
 """Numbers that are not finite, kept from the pairs that a mask hides.
 
-A product of matrices adds 0 · NaN = NaN for a pair of weight 0. So where there is a mask,
-the kernels read finite numbers, and NaN reaches the logits of those who see one that was
-not finite:
+A hidden pair has the weight 0. But a product of matrices adds 0 · NaN, which is NaN. So
+where there is a mask, the kernels read copies of the inputs:
 
-    forward     a value becomes 0, and its key NaN
-    backward    all become 0; who sees one of them has the level NaN, from its sums
+    forward     A value that is not finite is 0 in its copy, and its key is NaN. A query
+                that sees this key has a logit of NaN, and so an output of NaN.
+    backward    Every number that is not finite is 0 in the copies. The level of such a
+                query is NaN, because its sums of the forward pass are.
 
-Both follow the definition but for one thing: who sees a key or a value that is not finite
-has NaN in all features, also in those where the definition has a number or ∞.
+One thing differs from the definition. A query that sees a key or a value that is not finite
+gets NaN in all features; in some of them the definition may have a number or ∞.
 """
 
 import jax
 import jax.numpy as jnp
 
 from jattn.call.problem import Operands, Problem
+from jattn.implementations import shared
 
 
 def of_forward(problem: Problem, operands: Operands) -> Operands:
@@ -41,7 +43,7 @@ def of_backward(problem: Problem, operands: Operands) -> Operands:
 
 def cleaned(problem: Problem, array) -> jax.Array:
     """Replaces numbers that are not finite by 0, where there is a mask."""
-    return array if problem.mask is None else jnp.where(jnp.isfinite(array), array, 0)
+    return array if problem.mask is None else shared.isolate(array)[0]
 
 
 def _rows_are_finite(array):

@@ -12,8 +12,6 @@ the empty ones. Examples and heads may be 1: then all of them share the steps.
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from jattn.blocks.kinds import visits
 
@@ -26,13 +24,6 @@ class Steps(NamedTuple):
     live: jax.Array
 
 
-# XLA evaluates what does not depend on arguments when it compiles. To sort so many numbers
-# it takes a second, and a GPU less than 50 µs (estimated).
-_MOST_FOLDED = 2**15
-
-
 def schedule(kinds: Any) -> Steps:
     """Makes the steps over kinds: B or 1 × N or 1 × outer × inner, NumPy's or traced."""
-    if kinds.size > _MOST_FOLDED:
-        kinds = lax.optimization_barrier(jnp.asarray(kinds))
     return Steps(*visits(kinds))

@@ -11,7 +11,7 @@ import numpy as np
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import joint
 from jattn.implementations.kernel import Kernel, Sums
-from jattn.implementations.shared import row_numbers, sum_all
+from jattn.implementations.shared import isolate, row_numbers, sum_all
 from jattn.implementations.tpu import layout
 from jattn.implementations.tpu.layout import LOG2_E
 from jattn.implementations.tpu.pairs import objection
@@ -110,7 +110,7 @@ class TPU(Kernel):
         arguments = arguments._replace(inputs=(*arguments.inputs, *rows))
         d_query, d_key, d_value, *d_read = in_segments(call, flags, arguments)
         d_query = layout.unqueries(d_query, plan, sizes, (sizes.H,))
-        finite = jnp.where(jnp.isfinite(operands.query), operands.query, 0)
+        finite, _ = isolate(operands.query)
         arrange = functools.partial(layout.arrange, plan=plan)
         d_modifier, d_bias = joint.read_cotangents(
             problem, operands, flags, d_read, arrange
