@@ -57,6 +57,23 @@ def test_batch_and_heads_can_be_sharded():
         chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("precision", "narrow"), [(None, True), ("highest", False)])
+def test_precise_products_take_no_rounded_weights(precision, narrow):
+    """A GPU multiplies bfloat16 by itself, so weights are rounded to it, unless asked."""
+    arrays = [normal(i, (256, n, 64), jnp.bfloat16) for i, n in enumerate((4, 2, 2))]
+
+    def loss(*arrays):
+        with jax.default_matmul_precision(precision):
+            output = jattn.attention(*arrays, mask=Causal(), implementation="blockwise")
+        return jnp.sum(output.astype(jnp.float32))
+
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(*arrays)
+    lines = traced.lower(lowering_platforms=("cuda",)).as_text().splitlines()
+    products = [line for line in lines if "stablehlo.dot_general" in line]
+    assert len(products) >= 7  # two of forward, five of backward
+    assert any("bf16" in line for line in products) == narrow
+
+
 NARROW = [named[name] for name in ("large_logits", "everything", "scale", "soft_cap")]
 
 

@@ -49,6 +49,11 @@ class Problem:
         """Gives the precision of logits, softmax and sums."""
         return wide_dtype(self.dtype)
 
+    @property
+    def is_precise(self) -> bool:
+        """Says whether products are to be more precise than a platform makes them."""
+        return self.precision not in (None, "default")
+
 
 class Operands(NamedTuple):
     """The arrays of a call, with one batch axis; None where an option is absent."""

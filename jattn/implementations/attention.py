@@ -56,10 +56,12 @@ class Attention(Operation):
         flat: The most logits in a tile where one loop visits the tiles of all blocks, as
             on a GPU; 0 for loops over the tiles of each block. None: as the platform asks.
         kernel: The kernel that runs on the current platform.
-        widens: Whether backward computes bfloat16 products in float32. XLA:CPU lacks some
-            batched bfloat16 products, and float32 costs nothing there. So the logits of
-            forward are of float32 products too; and its sums, where the processor is slow
-            in bfloat16, or a cotangent that starts from its output may be float32.
+        widens: Whether backward computes bfloat16 products in float32: where the caller
+            asks for precise products, and on a CPU. XLA:CPU lacks some batched bfloat16
+            products, and float32 costs nothing there. So the logits of forward are of
+            float32 products too; and its sums, where precise products are asked for, the
+            processor is slow in bfloat16, or a cotangent that starts from its output may
+            be float32.
     """
 
     problem: Problem
@@ -97,7 +99,7 @@ class Attention(Operation):
         """Chooses the first kernel that accepts the problem on the platform, if any."""
         taking = (x for x in self.kernels if x.refusal(self.problem, platform) is None)
         chosen: dict[str, Any] = {"kernel": next(taking, None)}
-        chosen["widens"] = platform == "cpu"
+        chosen["widens"] = platform == "cpu" or self.problem.is_precise
         if self.flat is None:
             chosen["flat"] = flat_logits(platform)
         return dataclasses.replace(self, kernels=(), **chosen)
@@ -128,7 +130,8 @@ class Attention(Operation):
         if self.kernel is None:
             plan = self._plan(spread)
             slow = not (plan.folded or multiplies_bfloat16())
-            wide = self.widens and (slow or is_felt_wide(self.problem, operands))
+            asked = slow or self.problem.is_precise
+            wide = self.widens and (asked or is_felt_wide(self.problem, operands))
             return forward(Layout(self.problem, operands, plan, wide, self.widens))
         if spread:  # XLA cannot divide a kernel among devices
             return self._blockwise(spread).fast(*leaves, spread=spread)

@@ -54,7 +54,7 @@ def _objection(problem: Problem) -> str | None:
         return "draws other weights in dropout."
     if problem.blocks is not None:
         return "does not read a block table: give the mask itself."
-    if problem.precision not in (None, "default"):
+    if problem.is_precise:
         return (
             f"rounds the weights to the dtype of the inputs, and the precision of "
             f"products is to be {problem.precision}."

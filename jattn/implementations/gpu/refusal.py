@@ -30,7 +30,7 @@ def _objection(problem: Problem) -> str | None:
     found = joint.objection_to_sizes(problem)
     if found:
         return found
-    if problem.precision not in (None, "default"):
+    if problem.is_precise:
         return (
             f"rounds the weights to the dtype of the inputs, and the precision of "
             f"products is to be {problem.precision}."
