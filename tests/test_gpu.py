@@ -198,6 +198,19 @@ def test_it_is_chosen_where_it_was_measured(monkeypatch, capability, T, chosen):
     assert (found.refusals["gpu"] is None) == (chosen == "gpu")
 
 
+@mark
+@pytest.mark.parametrize(
+    ("T", "S", "first"),
+    [(2048, 2048, "gpu"), (2050, 2048, "cudnn"), (256, 4096, "cudnn")],
+)
+def test_cudnn_comes_first_where_it_is_faster(monkeypatch, T, S, first):
+    monkeypatch.setattr(nvidia, "lacking", lambda lacks: lacks("9.0"))
+    query, key = (jax.ShapeDtypeStruct((1, x, 1, 64), "bfloat16") for x in (T, S))
+    found = jattn.explain(query, key, key, platform="gpu")
+    assert found.implementation == first
+    assert found.refusals["gpu"] is found.refusals["cudnn"] is None
+
+
 def test_elsewhere_no_call_chooses_it_by_itself():
     query = jnp.zeros((256, 1, 64), "bfloat16")
     found = jattn.explain(query, query, query, platform="gpu")
