@@ -64,13 +64,13 @@ def _isolated(problem, operands, allowed, query, key):
     Products of infinite numbers are ±∞ or NaN, as they are without a mask.
     """
     true = jax.lax.stop_gradient(operands.scale * shared.products(query, key))
-    query, query_poison = shared.isolate(query)
-    key, key_poison = shared.isolate(key)
+    query, query_poison = shared.isolate_with_slope(query)
+    key, key_poison = shared.isolate_with_slope(key)
     key_poison = jnp.repeat(key_poison, problem.sizes.G, axis=2)
     poison = _rows(query_poison) + _columns(key_poison)
     infinite = jnp.isinf(true) & jnp.isnan(poison)
     products = operands.scale * shared.products(query, key)
-    products = jnp.where(infinite, true, products)
+    products = shared.sloped_as(products, jnp.where(infinite, true, products))
     poison = jnp.where(infinite, 0, poison)
     return _of_products(problem, operands, allowed, products, poison)
 

@@ -45,7 +45,7 @@ class Isolated(Operation):
     def reference(self, *arrays):
         """Computes the sums of what is finite, then adds what is not."""
         weights, allowed, value = arrays
-        finite, poison = shared.isolate(value)
+        finite, poison = shared.isolate_with_slope(value)
         total = shared.sums(weights, finite)
 
         def spoil(total):
@@ -57,6 +57,29 @@ class Isolated(Operation):
             return total + jnp.moveaxis(found.reshape(B, N, T, -1), 1, 2)
 
         return [cond_any(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)]
+
+    def pull(self, active, primals, outputs, cotangents, spread):
+        """Pulls back; a cotangent that is not finite reaches the values that its row sees.
+
+        A product would bring it to all of them, because 0 · NaN is NaN.
+        """
+        results = super().pull(active, primals, outputs, cotangents, spread)
+        if not active[2]:
+            return results
+        (weights, allowed, value), (cotangent,) = primals, cotangents
+        finite = jnp.isfinite(cotangent)
+        back = jax.linear_transpose(lambda value: shared.sums(weights, value), value)
+
+        def careful(cotangent):
+            (d_value,) = back(jnp.where(finite, cotangent, 0))
+            pairs = jnp.broadcast_to(allowed, weights.shape).astype(weights.dtype)
+            count = jax.linear_transpose(lambda value: shared.sums(pairs, value), value)
+            (lost,) = count((~finite).astype(cotangent.dtype))
+            return jnp.where(lost > 0, jnp.nan * d_value, d_value)  # derivatives too
+
+        plain = lambda cotangent: back(cotangent)[0]
+        d_value = cond_any(~jnp.all(finite), careful, plain, cotangent)
+        return (*results[:-1], d_value)
 
 
 def isolated_sums(weights: jax.Array, allowed: jax.Array, value: jax.Array) -> jax.Array:

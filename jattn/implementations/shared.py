@@ -58,18 +58,40 @@ def isolate(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(finite, array, 0), poison
 
 
+def isolate_with_slope(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Isolates in a function that JAX differentiates: derivatives are the array's own.
+
+    A number that is replaced would have the derivative 0, and what NaN has touched would
+    have a finite gradient.
+    """
+    clean, poison = isolate(array)
+    return sloped_as(array, clean), poison
+
+
+@jax.custom_jvp
+def sloped_as(array: jax.Array, value: jax.Array) -> jax.Array:
+    """Gives the value, with the derivative of the array."""
+    del array
+    return value
+
+
+@sloped_as.defjvp
+def _(primals, tangents):
+    return primals[1], tangents[0]
+
+
 def spoiled(weights: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Array:
     """Sums up weight · value of the pairs that count, where the value is not finite.
 
-    The result is 0 where there is none, else ±∞ or NaN, which no other feature gets. It is
-    a constant in derivatives.
+    The result is 0 where there is none, else ±∞ or NaN, which no other feature gets. Its
+    derivative by the weights is NaN where it is not 0; by the values it is 0.
 
     Args:
         weights: One for each pair, BKRS; none is negative.
         value: The values, BKSD; the result is BKRD.
         allowed: Which pairs count; broadcasts to BKRS.
     """
-    weights, value = jax.lax.stop_gradient((weights, value))
+    slope_of, (weights, value) = weights, jax.lax.stop_gradient((weights, value))
     allowed = jnp.broadcast_to(allowed, weights.shape)
     count = lambda pairs, values: jnp.einsum(
         "BKRS,BKSD->BKRD", pairs.astype(jnp.float32), values.astype(jnp.float32)
@@ -80,7 +102,22 @@ def spoiled(weights: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Arr
     more = count(allowed & (weights > 0), signs)
     same_sign = jnp.where(more > 0, jnp.inf, -jnp.inf)
     found = jnp.where(abs(more) == all_of_them, same_sign, jnp.nan)
-    return jnp.where(all_of_them == 0, 0, found).astype(weights.dtype)
+    found = jnp.where(all_of_them == 0, 0, found).astype(weights.dtype)
+    return _without_slope(slope_of, found)
+
+
+@jax.custom_jvp
+def _without_slope(weights: jax.Array, found: jax.Array) -> jax.Array:
+    """Gives what was found, BKRD; its derivative by the weights BKRS is NaN if not 0."""
+    del weights
+    return found
+
+
+@_without_slope.defjvp
+def _(primals, tangents):
+    found = primals[1]
+    unknown = jnp.where(found == 0, 0, jnp.nan).astype(found.dtype)
+    return found, unknown * jnp.sum(tangents[0], axis=-1)[..., None]
 
 
 def products(query: jax.Array, key: jax.Array) -> jax.Array:
