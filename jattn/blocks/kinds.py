@@ -89,7 +89,8 @@ def visits(kinds) -> tuple[jax.Array, jax.Array, jax.Array]:
         The order, how many of them are full, and how many are full or partial; int32.
     """
     xp = module(kinds)
-    if xp is jnp and kinds.size > _MOST_FOLDED:
+    is_small = isinstance(kinds.size, int) and kinds.size <= _MOST_FOLDED
+    if xp is jnp and not is_small:
         kinds = lax.optimization_barrier(kinds)
     # The sort is by FULL − kind. It is stable: blocks of a kind stay in order.
     order = xp.argsort(FULL - kinds, axis=-1, stable=True)
