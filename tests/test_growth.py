@@ -108,7 +108,8 @@ def test_table_of_a_mask_grows_linearly(name):
     few, more, most = (of_table(count, mask=MASKS[name]) for count in (3, 12, 48))
     assert more <= 4.5 * few
     assert most <= 4.5 * more
-    assert more <= 12 * 320
+    # 367 for the largest: the least of a range is there twice, for CUDA and for others.
+    assert more <= 12 * 400
 
 
 @pytest.mark.parametrize("name", MODIFIERS)
