@@ -33,8 +33,8 @@ from jattn.masks import Causal
 
 H, ROWS, SAMPLES = 64, 4096, 16
 TOLERANCE = 1e-4  # of the largest number; float32 sums of up to 2²⁰ numbers
-# XLA:CPU ends a program in which a device waits for another one for 40 s. Here a turn of
-# the ring takes longer than that.
+# No products of YNNPACK. And XLA:CPU ends a program in which a device waits for another one
+# for 40 s; here a turn of the ring takes longer than that.
 FLAGS = (
     " --xla_cpu_experimental_ynn_fusion_type="
     " --xla_cpu_collective_call_warn_stuck_timeout_seconds=3600"

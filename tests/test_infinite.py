@@ -121,7 +121,7 @@ def test_what_a_row_that_is_not_finite_pulls_back_is_not_finite(name, bad):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", BAD)
 def test_where_a_cotangent_is_not_finite_the_definition_says(name, bad):
-    """Of a loss whose derivative is NaN where the output is; also second derivatives."""
+    """Takes a loss whose derivative is NaN where the output is, and second derivatives."""
     tangents = draw(3, B, T, N, H), draw(4, B, S, 1, H), draw(5, B, S, 1, D)
 
     def pulled(name):

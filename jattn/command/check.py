@@ -81,7 +81,10 @@ def _refusal(name: str, case: Case, dtype: str) -> str | None:
         try:
             case.call(named, random_inputs(case, dtype))
         except ValueError as error:
-            return str(error).removeprefix(f'explain(implementation="{name}"): ')
+            start = f'explain(implementation="{name}"): '
+            if not str(error).startswith(start):
+                raise
+            return str(error).removeprefix(start)
     return None
 
 

@@ -28,7 +28,7 @@ from jax.custom_batching import custom_vmap
 from jattn.arrays.shapes import Sizes
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.kernel import Kernel, Sums
-from jattn.implementations.nvidia import PLATFORMS, lacking
+from jattn.implementations.nvidia import PLATFORMS, lacking, objection_to_precision
 from jattn.masks import Causal, Window
 from jattn.masks.mask import And
 
@@ -54,12 +54,11 @@ def _objection(problem: Problem) -> str | None:
         return "draws other weights in dropout."
     if problem.blocks is not None:
         return "does not read a block table: give the mask itself."
-    if problem.is_precise:
-        return (
-            f"rounds the weights to the dtype of the inputs, and the precision of "
-            f"products is to be {problem.precision}."
-        )
-    return _objection_to_sizes(problem.sizes) or _objection_to_mask(problem)
+    return (
+        objection_to_precision(problem)
+        or _objection_to_sizes(problem.sizes)
+        or _objection_to_mask(problem)
+    )
 
 
 def _objection_to_sizes(sizes: Sizes) -> str | None:

@@ -6,6 +6,7 @@ below. If the caller names one, it runs, or its sentence is raised as an error: 
 implementation is never replaced by another one.
 """
 
+import itertools
 from typing import Any
 
 from jattn.call.problem import Operands, Problem
@@ -98,12 +99,11 @@ def candidates(problem: Problem, name: str, is_named: bool) -> tuple[str, ...]:
     """
     if is_named or name == "dense":
         return (name,)
-    platforms = [x for x in ORDER if x != "gpu"]  # the same as "cuda", the name in programs
-    orders = {platform: _order(problem, platform) for platform in platforms}
     own = [
         (platform, name)
-        for platform, order in orders.items()
-        for name in order[: order.index("blockwise")]
+        for platform in ORDER
+        if platform != "gpu"  # the same as "cuda", which programs are lowered for
+        for name in itertools.takewhile("blockwise".__ne__, _order(problem, platform))
     ]
     return tuple(
         name

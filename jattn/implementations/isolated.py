@@ -63,9 +63,10 @@ class Isolated(Operation):
 
         A product would bring it to all of them, because 0 · NaN is NaN.
         """
-        results = super().pull(active, primals, outputs, cotangents, spread)
+        call = primals, outputs, cotangents, spread
         if not active[2]:
-            return results
+            return super().pull(active, *call)
+        others = super().pull((*active[:2], False), *call)
         (weights, allowed, value), (cotangent,) = primals, cotangents
         finite = jnp.isfinite(cotangent)
         back = jax.linear_transpose(lambda value: shared.sums(weights, value), value)
@@ -79,7 +80,7 @@ class Isolated(Operation):
 
         plain = lambda cotangent: back(cotangent)[0]
         d_value = cond_any(~jnp.all(finite), careful, plain, cotangent)
-        return (*results[:-1], d_value)
+        return (*others, d_value)
 
 
 def isolated_sums(weights: jax.Array, allowed: jax.Array, value: jax.Array) -> jax.Array:

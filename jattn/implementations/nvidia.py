@@ -1,8 +1,10 @@
-"""What a kernel for NVIDIA GPUs asks of the device that is here."""
+"""What kernels for NVIDIA GPUs ask of the device that is here, and of the precision."""
 
 from collections.abc import Callable
 
 import jax
+
+from jattn.call.problem import Problem
 
 PLATFORMS = ("gpu", "cuda")  # JAX has two names for this platform
 
@@ -18,6 +20,16 @@ def lacking(lacks: Callable[[str], str | None]) -> str | None:
     if "cuda" not in device.client.platform_version:
         return "runs on NVIDIA GPUs only, and this one is not."
     return lacks(device.compute_capability)
+
+
+def objection_to_precision(problem: Problem) -> str | None:
+    """Says that products are asked for that are more precise than those of a kernel."""
+    if not problem.is_precise:
+        return None
+    return (
+        f"rounds the weights to the dtype of the inputs, and the precision of products is "
+        f"to be {problem.precision}."
+    )
 
 
 def capability() -> str | None:

@@ -103,21 +103,8 @@ def spoiled(weights: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Arr
     same_sign = jnp.where(more > 0, jnp.inf, -jnp.inf)
     found = jnp.where(abs(more) == all_of_them, same_sign, jnp.nan)
     found = jnp.where(all_of_them == 0, 0, found).astype(weights.dtype)
-    return _without_slope(slope_of, found)
-
-
-@jax.custom_jvp
-def _without_slope(weights: jax.Array, found: jax.Array) -> jax.Array:
-    """Gives what was found, BKRD; its derivative by the weights BKRS is NaN if not 0."""
-    del weights
-    return found
-
-
-@_without_slope.defjvp
-def _(primals, tangents):
-    found = primals[1]
     unknown = jnp.where(found == 0, 0, jnp.nan).astype(found.dtype)
-    return found, unknown * jnp.sum(tangents[0], axis=-1)[..., None]
+    return sloped_as(unknown * jnp.sum(slope_of, axis=-1, keepdims=True), found)
 
 
 def products(query: jax.Array, key: jax.Array) -> jax.Array:

@@ -27,15 +27,11 @@ def _objection(problem: Problem) -> str | None:
         return (
             f"takes bfloat16 and float16, which tensor cores multiply, got {problem.dtype}."
         )
-    found = joint.objection_to_sizes(problem)
-    if found:
-        return found
-    if problem.is_precise:
-        return (
-            f"rounds the weights to the dtype of the inputs, and the precision of "
-            f"products is to be {problem.precision}."
-        )
-    return joint.objection_to_programs(problem, objection)
+    return (
+        joint.objection_to_sizes(problem)
+        or nvidia.objection_to_precision(problem)
+        or joint.objection_to_programs(problem, objection)
+    )
 
 
 def _missing() -> str | None:
