@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.arrays.checks import is_known
 from jattn.pytree import pytree
 
 __all__ = ["Dropout", "Numbered", "keep", "words"]
@@ -30,6 +31,8 @@ __all__ = ["Dropout", "Numbered", "keep", "words"]
 class Dropout:
     """Dropout of weights at `rate`, drawn from the JAX random key `rng`.
 
+    The rate is in [0, 1), and a constant of the compiled program: a number or an array of
+    one number, but no traced one.
     With `shared`, one draw serves all examples and heads: the two positions alone decide
     which weights drop.
     """
@@ -39,12 +42,20 @@ class Dropout:
     shared: bool = False
 
     def __post_init__(self):
-        rate = self.rate
-        if not isinstance(rate, int | float | np.number) or not 0 <= rate < 1:
+        rate = known_rate(self.rate)
+        if rate is None or not 0 <= rate < 1:
             raise ValueError(
-                f"Dropout: `rate` must be a Python number in [0, 1), got {rate!r}."
+                f"Dropout: `rate` must be a Python number in [0, 1), got {self.rate!r}."
             )
-        object.__setattr__(self, "rate", float(rate))
+        object.__setattr__(self, "rate", rate)
+
+
+def known_rate(rate) -> float | None:
+    """Gives a rate as a Python number; None where it is no number, or a traced one."""
+    is_array = isinstance(rate, np.ndarray | jax.Array) and rate.ndim == 0
+    if isinstance(rate, int | float | np.number) or (is_array and is_known(rate)):
+        return float(rate)
+    return None
 
 
 class Numbered(NamedTuple):

@@ -160,3 +160,17 @@ def test_what_cannot_be_honoured_is_refused(made, given, message):
     x = normal(T, FEATURES)
     with pytest.raises(ValueError, match=message):
         layer(adapter.MultiheadAttention, **made)(x, x, x, **given)
+
+
+@pytest.mark.parametrize(("T", "S"), [(0, 5), (5, 0)])
+def test_no_queries_and_no_keys_have_a_shape(T, S):
+    x, y = normal(T, FEATURES), normal(S, FEATURES)
+    output = layer(adapter.MultiheadAttention)(x, y, y)
+    np.testing.assert_array_equal(output, jnp.zeros((T, FEATURES)))
+
+
+def test_no_tokens_extend_to_no_outputs():
+    module = layer(adapter.MultiheadAttention)
+    output, kv = module.extend(normal(0, FEATURES), module.empty(8))
+    assert output.shape == (0, FEATURES)
+    assert kv.length == 0

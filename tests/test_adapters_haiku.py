@@ -104,8 +104,30 @@ def test_a_query_that_sees_no_key_gives_zero():
     assert not np.any(module.apply(parameters, x, x, x)[0])
 
 
+@pytest.mark.parametrize("batch", [(), (1,), (2, 1)])
+def test_keys_without_the_batch_of_the_queries_serve_all(batch):
+    arrays = normal(2, 3, T, FEATURES), *(normal(*batch, S, FEATURES) for _ in range(2))
+    parameters = transform(hk.MultiHeadAttention, {}).init(jax.random.key(0), *arrays)
+    got, want = (
+        transform(cls, {"mask": booleans(2, 1, 1, T, S)}).apply(parameters, *arrays)
+        for cls in (adapter.MultiHeadAttention, hk.MultiHeadAttention)
+    )
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize(("B", "T", "S"), [(0, 4, 6), (2, 0, 6), (2, 4, 0)])
+def test_nothing_to_attend_from_or_to_has_a_shape(B, T, S):
+    module = transform(adapter.MultiHeadAttention, {})
+    x, y = jnp.ones((B, T, FEATURES)), jnp.ones((B, S, FEATURES))
+    parameters = module.init(jax.random.key(0), x, y, y)
+    assert_close(module.apply(parameters, x, y, y), jnp.zeros((B, T, FEATURES)))
+
+
 def test_what_cannot_be_honoured_is_refused():
     x = normal(T, FEATURES)
+    module = transform(adapter.MultiHeadAttention, {}, num_kv_heads=-1)
+    with pytest.raises(ValueError, match="`num_kv_heads` must be ≥ 1, got -1"):
+        module.init(jax.random.key(0), x, x, x)
     module = transform(adapter.MultiHeadAttention, {}, num_kv_heads=3)
     with pytest.raises(ValueError, match=r"N=4 .* must be a multiple of num_kv_heads K=3"):
         module.init(jax.random.key(0), x, x, x)

@@ -204,3 +204,14 @@ def test_what_cannot_be_honoured_is_refused():
 
 def test_public_names_are_these():
     assert adapter.__all__ == ["MultiHeadAttention"]
+
+
+@pytest.mark.parametrize("given", [{}, {"return_attention_scores": True}])
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (0, 0)])
+def test_batches_of_one_and_of_none_are_those_of_keras(sizes, given):
+    arrays = normal(sizes[0], T, FEATURES), normal(sizes[1], S, FEATURES)
+    shapes = [x.shape for x in arrays]
+    # Its own fused attention asks for equal batches; so it computes weights first.
+    module = layer(theirs, *shapes, dropout=0.5)
+    ours = layer(adapter.MultiHeadAttention, *shapes, weights=module.get_weights())
+    assert_close(ours(*arrays, **given), module(*arrays, **given))

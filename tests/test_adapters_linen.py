@@ -131,6 +131,23 @@ def test_weights_are_sown():
     assert_close(*sown)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_sown_weights_have_the_dtype_of_flax(wide):
+    x, dtypes = (
+        normal(B, T, FEATURES),
+        {"dtype": "bfloat16", "force_fp32_for_softmax": wide},
+    )
+    parameters = jax.jit(layer(**dtypes).init)(jax.random.key(0), x)
+    given = {"sow_weights": True, "mutable": ["intermediates"]}
+    got, want = (
+        layer(f, **dtypes).apply(parameters, x, **given)[1] for f in (attention, None)
+    )
+    kinds = [jax.tree.map(lambda x: x.dtype.name, sown) for sown in (got, want)]
+    assert kinds[0] == kinds[1]
+    assert jax.tree.leaves(kinds[0]) == ["float32" if wide else "bfloat16"]
+    assert_close(got, want, atol=0.01)  # the logits in flax are in bfloat16
+
+
 # Dropout.
 
 
@@ -155,6 +172,11 @@ def test_dropout_without_broadcast_differs_between_examples_and_heads():
     drops = np.moveaxis(dropped(broadcast=False), 2, 1).reshape(6, -1)
     agree = (drops[:, None] == drops[None]).mean(-1)[~np.eye(6, dtype=bool)]
     assert np.abs(agree - 0.5).max() < 0.2
+
+
+def test_a_rate_of_zero_needs_no_key_as_an_array():
+    x = normal(T, N, H)
+    assert_close(attention(x, x, x, dropout_rate=jnp.float32(0)), attention(x, x, x))
 
 
 @pytest.mark.parametrize("broadcast", [True, False])

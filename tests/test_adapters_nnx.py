@@ -181,6 +181,11 @@ def test_dropout_without_broadcast_differs_between_examples_and_heads():
     assert np.abs(agree - 0.5).max() < 0.2
 
 
+def test_a_rate_of_zero_needs_no_key_as_an_array():
+    x = normal(T, N, H)
+    assert_close(attention(x, x, x, dropout_rate=jnp.float32(0)), attention(x, x, x))
+
+
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_dropout_drops_at_its_rate(broadcast):
     share = np.mean([dropped(broadcast, 0.25, seed).mean() for seed in range(8)])

@@ -86,6 +86,19 @@ def test_dropout_goes_with_positions():
     np.testing.assert_array_equal(part, kept()[:, :, 2:, 3:])
 
 
+@pytest.mark.parametrize("kind", [np.array, np.float32, jnp.array, jnp.bfloat16])
+def test_a_rate_is_a_number_of_any_kind(kind):
+    dropout = Dropout(kind(0.5), jax.random.key(1))
+    assert dropout == Dropout(0.5, dropout.rng)
+    assert type(dropout.rate) is float
+
+
+def test_a_traced_rate_is_refused():
+    message = r"`rate` must be a Python number in \[0, 1\), got .*Tracer"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda rate: kept(rate=rate))(0.5)
+
+
 def test_dropout_of_rate_zero_changes_nothing():
     got = jattn.attention(QUERY, QUERY, QUERY, dropout=Dropout(0.0, jax.random.key(1)))
     np.testing.assert_array_equal(got, jattn.attention(QUERY, QUERY, QUERY))

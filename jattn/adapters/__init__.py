@@ -1,5 +1,6 @@
 """The public functions under other libraries' signatures, and inside their layers.
 
+`pairs`     masks and biases as other libraries give them
 `layer`     what layers of other libraries have in common
 `jax_nn`    `jax.nn.dot_product_attention`
 `nnx`       `flax.nnx.MultiHeadAttention`, and its `attention_fn`

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 
 from jattn import caches
-from jattn.adapters import layer
+from jattn.adapters import layer, pairs
 
 __all__ = ["MultiheadAttention"]
 
@@ -21,7 +21,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
     - A query that sees no key has output 0 before the last projection, and gradient 0. In
       equinox the output is the mean of the values.
     - The weights are not rounded to the dtype of half precision inputs.
-    - Dropout has the same probability, but drops other weights.
+    - Dropout has the same probability, but drops other weights; it must be below 1.
     - A mask may have axes of size 1, and consist of ones and zeros.
     """
 
@@ -110,17 +110,18 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
                     f"{shapes[1]}, got {shapes[0]}."
                 )
             heads = processed
+        heads = _alike(heads)
         inference = inference if deterministic is None else deterministic
         inference = self.dropout.inference if inference is None else inference
         output = layer.attend(
             WHERE,
-            *_alike(heads),
-            mask=layer.any_mask(WHERE, mask),
+            *heads,
+            mask=pairs.any_mask(WHERE, mask, *heads[:2]),
             bias=bias,
             dropout=layer.dropout(WHERE, self.dropout.p, key, inference),
             options=options,
         )
-        return jax.vmap(self.output_proj)(output.reshape(output.shape[0], -1))
+        return self._joined(output)
 
     def empty(self, capacity: int, **options) -> caches.Cache:
         """Makes the cache of one example, for `extend`; `jax.vmap` makes that of more.
@@ -151,7 +152,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         """
         given = {"mask": mask, "count": count, "options": options}
         output, kv = layer.extend(WHERE, kv, *_alike(self._heads(x, x, x)), **given)
-        return jax.vmap(self.output_proj)(output.reshape(output.shape[0], -1)), kv
+        return self._joined(output), kv
 
     def _heads(self, query, key, value) -> tuple[jax.Array, ...]:
         """Projects queries, keys and values of one example."""
@@ -160,6 +161,11 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             _project(self.key_proj, key, self.num_kv_heads),
             _project(self.value_proj, value, self.num_kv_heads),
         )
+
+    def _joined(self, output) -> jax.Array:
+        """Joins the heads of the output, and projects them back."""
+        rows = output.reshape(len(output), self.num_heads * self.vo_size)
+        return jax.vmap(self.output_proj)(rows)
 
 
 def _alike(heads) -> list[jax.Array]:
@@ -170,4 +176,5 @@ def _alike(heads) -> list[jax.Array]:
 
 def _project(linear, array, heads: int) -> jax.Array:
     """Projects each position and splits its features into heads."""
-    return jax.vmap(linear)(array).reshape(array.shape[0], heads, -1)
+    rows = jax.vmap(linear)(array)
+    return rows.reshape(len(rows), heads, rows.shape[1] // heads)

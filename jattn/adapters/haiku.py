@@ -6,7 +6,7 @@ import haiku as hk
 import jax
 
 from jattn import caches
-from jattn.adapters import layer
+from jattn.adapters import layer, pairs
 
 __all__ = ["MultiHeadAttention"]
 
@@ -41,6 +41,8 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         """
         super().__init__(num_heads, key_size, w_init_scale, **rest)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_kv_heads < 1:
+            raise ValueError(f"{WHERE}: `num_kv_heads` must be ≥ 1, got {num_kv_heads}.")
 
     def __call__(
         self, query, key, value, mask=None, *, bias=None, dropout=None, **options
@@ -64,10 +66,11 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         Raises:
             ValueError: If an argument does not fit; the message says what to do.
         """
+        heads = layer.one_batch(*self._heads(query, key, value))
         output = layer.attend(
             WHERE,
-            *self._heads(query, key, value),
-            mask=layer.any_mask(WHERE, mask),
+            *heads,
+            mask=pairs.any_mask(WHERE, mask, *heads[:2]),
             bias=bias,
             dropout=dropout,
             options=options,
@@ -124,7 +127,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
     @hk.transparent
     def _joined(self, output) -> jax.Array:
         """Joins the heads of the output, and projects them back."""
-        output = output.reshape(*output.shape[:-2], -1)
+        output = output.reshape(*output.shape[:-2], self.num_heads * self.value_size)
         return self._linear(self.model_size)(output)
 
     def _empty(self, heads, capacity, dtype) -> caches.Cache:

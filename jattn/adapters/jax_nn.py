@@ -1,12 +1,9 @@
 """`jax.nn.dot_product_attention`, argument for argument, with the meaning of `jattn`."""
 
-import functools
-import operator
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jattn.adapters import pairs
 from jattn.api.attention import attention, attention_state
 from jattn.arrays.checks import check_array
 from jattn.masks import Causal, Lengths, Mask, Window, as_mask
@@ -87,13 +84,17 @@ def dot_product_attention(
     """
     query = check_array(WHERE, "query", query)
     key, value = (check_array(WHERE, *pair) for pair in (("key", key), ("value", value)))
+    arrays = [_batched(x) for x in (query, key, value)]
+    every_key = arrays[1].shape[-3]
     masks = _masks(
-        mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, key
+        is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, every_key
     )
-    arrays = map(_batched, (query, key, value))
+    if mask is not None:
+        mask = pairs.by_last_axes(check_array(WHERE, "mask", mask), *arrays[:2])
+        masks.append(as_mask(mask, WHERE))
     options = {
-        "mask": functools.reduce(operator.and_, masks) if masks else None,
-        "bias": _bias(bias),
+        "mask": pairs.joined(WHERE, masks),
+        "bias": pairs.any_bias(WHERE, bias, *arrays[:2]),
         "scale": scale,
         "implementation": _name(implementation),
     }
@@ -105,7 +106,7 @@ def dot_product_attention(
 
 
 def _masks(
-    mask, is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, key
+    is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, every_key
 ) -> list[Mask]:
     """Turns each of `jax.nn`'s arguments that hide keys into a mask."""
     masks: list[Mask] = []
@@ -115,11 +116,8 @@ def _masks(
         masks.append(Window(*_sides(local_window_size)))
     if key_value_seq_lengths is not None or query_seq_lengths is not None:
         # If only queries have lengths, all keys count.
-        every_key = _batched(key).shape[-3]
         lengths = every_key if key_value_seq_lengths is None else key_value_seq_lengths
         masks.append(Lengths(lengths, query_seq_lengths))
-    if mask is not None:
-        masks.append(as_mask(check_array(WHERE, "mask", mask), WHERE))
     return masks
 
 
@@ -135,15 +133,6 @@ def _sides(size) -> tuple:
             f"right), got {size!r}."
         ) from None
     return left, right
-
-
-def _bias(bias):
-    """Checks the bias; converts whole numbers to float32, as `jax.nn` adds them too."""
-    if bias is None:
-        return None
-    bias = check_array(WHERE, "bias", bias)
-    is_whole = jnp.issubdtype(bias.dtype, jnp.integer)
-    return bias.astype(jnp.float32) if is_whole else bias
 
 
 def _batched(array: jax.Array) -> jax.Array:

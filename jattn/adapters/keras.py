@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn import caches
-from jattn.adapters import layer
+from jattn.adapters import layer, pairs
 from jattn.masks import Causal, Window
 
 WHERE = "jattn.adapters.keras"
@@ -48,7 +48,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
     - A query that sees no key has output 0 and gradient 0. In keras this holds only if the
       layer drops or returns weights; otherwise the output is the mean of the values.
-    - Dropout has the same probability, but drops other weights.
+    - Dropout has the same probability, but drops other weights; it must be below 1.
     - Memory is linear in the lengths even without `flash_attention`, and weights can be
       returned even with it.
     - `value_dim` may differ from `key_dim`.
@@ -95,7 +95,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
                 f"before, or build it."
             )
         window = self._ordered(False, self._sliding_window)
-        mask = layer.both(*window, layer.any_mask(WHERE, mask))
+        mask = pairs.joined(WHERE, (*window, mask))
         x = keras.ops.cast(x, self.compute_dtype)
         heads = self._query_dense(x), self._key_dense(x), self._value_dense(x)
         given = {"mask": mask, "count": count, "options": options}
@@ -139,15 +139,13 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         """Computes the output BT…ND, and the weights BNT…S… if they are asked for."""
         masks = attention_mask if isinstance(attention_mask, list) else [attention_mask]
         masks = masks + self._ordered(use_causal_mask, None)
-        heads = [self._flatten(x) for x in (query, key, value)]
+        heads = layer.one_batch(*(self._flatten(x) for x in (query, key, value)))
         lengths = [tuple(x.shape[i] for i in self._axes) for x in (query, key)]
         rank, weights = heads[0].ndim + 2 * len(self._axes) - 2, []
         output = layer.attend(
             WHERE,
             *heads,
-            mask=layer.both(
-                *(layer.any_mask(WHERE, self._align(x, lengths, rank)) for x in masks)
-            ),
+            mask=pairs.joined(WHERE, [self._align(x, lengths, rank) for x in masks]),
             dropout=self._draw(training),
             sow=weights.append if return_attention_scores else None,
             options={},
@@ -188,7 +186,8 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         axes = self._axes
         count = array.ndim - 2 - len(axes)
         array = jnp.moveaxis(array, axes, range(count, count + len(axes)))
-        return array.reshape(*array.shape[:count], -1, *array.shape[-2:])
+        length = math.prod(array.shape[count:-2])
+        return array.reshape(*array.shape[:count], length, *array.shape[-2:])
 
     def _align(self, mask, lengths, rank: int):
         """Gives a mask the axes BNTS; it may lack axes before its own T… and S…."""

@@ -3,21 +3,17 @@
 import contextlib
 import functools
 import inspect
-import operator
-from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from jattn.adapters import pairs
 from jattn.api.attention import attention
 from jattn.api.weights import attention_weights
-from jattn.arrays.checks import check_array
-from jattn.dropout import Dropout
-from jattn.masks import Causal, Mask, as_mask
-from jattn.pytree import pytree
+from jattn.dropout import Dropout, known_rate
+from jattn.masks import Causal
 
 
 def attend(
@@ -31,14 +27,19 @@ def attend(
     dropout: Dropout | None = None,
     precision=None,
     sow=None,
+    sown_dtype=None,
     options: dict[str, Any],
 ) -> jax.Array:
-    """Attends; first hands the weights BNTS, without dropout, to `sow` if it is given."""
+    """Attends; first hands the weights BNTS, without dropout, to `sow` if it is given.
+
+    They have `sown_dtype`, that of the query by default.
+    """
+    bias = pairs.any_bias(where, bias, query, key)
     with _precise(where, precision):
         if sow is not None:  # only `attention` has a choice of implementation
             others = {k: x for k, x in options.items() if k != "implementation"}
             weights = attention_weights(query, key, mask=mask, bias=bias, **others)
-            sow(weights.astype(query.dtype))
+            sow(weights.astype(query.dtype if sown_dtype is None else sown_dtype))
         return attention(
             query, key, value, mask=mask, bias=bias, dropout=dropout, **options
         )
@@ -63,7 +64,7 @@ def extend(
     Returns:
         The output, `BTND`, and the cache with the tokens.
     """
-    mask = both(Causal(), any_mask(where, mask))
+    mask = pairs.joined(where, (Causal(), mask))
     with _precise(where, precision):
         return kv.extend(query, key, value, count=count, mask=mask, **options)
 
@@ -75,14 +76,13 @@ def decoding(where: str, attention_fn, ours, mask) -> tuple[Any, dict[str, Any]]
     them too, so that it gives what the whole gives. Positions are left out: a cache counts
     its tokens itself.
     """
-    mask = any_mask(where, mask)
     if not isinstance(attention_fn, functools.partial) or attention_fn.func is not ours:
-        return mask, {}
+        return pairs.any_mask(where, mask), {}
     # The layer gives what `ours` names, but for these two.
     given = set(inspect.signature(ours).parameters) - {"and_mask", "bias"}
     left_out = given | {"and_mask", "query_position", "key_position"}
     added = attention_fn.keywords
-    mask = both(mask, any_mask(where, added.get("and_mask")))
+    mask = pairs.joined(where, (mask, added.get("and_mask")))
     return mask, {k: x for k, x in added.items() if k not in left_out}
 
 
@@ -95,60 +95,17 @@ def check_count(where: str, count) -> None:
         )
 
 
-@pytree()
-class CausalRows(Mask):
-    """A mask in which no row sees a later column, whatever the positions are."""
-
-    def aligned(self, sizes) -> Any:
-        """Gives the number of each row and column."""
-        row, column = (jnp.arange(x, dtype=jnp.int32) for x in (sizes.T, sizes.S))
-        return row.reshape(1, 1, -1, 1), column.reshape(1, 1, 1, -1)
-
-    def allows(self, b, n, t, s, elements) -> jax.Array:
-        """Says whether the column is not after the row."""
-        row, column = elements
-        return column <= row
-
-
-def causal(options: dict[str, Any]) -> Mask:
-    """Makes the lower triangle from the top left corner, which layers mean by causal.
-
-    If positions are given, `Causal` would compare them; so rows and columns are compared.
-    """
-    placed = any(options.get(f"{side}_position") is not None for side in ("query", "key"))
-    return CausalRows() if placed else Causal()
-
-
-def any_mask(where: str, mask) -> Mask | None:
-    """Makes a mask from a function or an array; the array is Boolean, or ones and zeros.
-
-    Raises:
-        ValueError: If it is an array with a negative number, and its numbers are known:
-            such an array is made to be added to the logits, where 0 means "may attend".
-    """
-    if mask is None or isinstance(mask, Mask) or callable(mask):
-        return None if mask is None else as_mask(mask, where)
-    array = check_array(where, "mask", mask)
-    if array.dtype != jnp.bool_ and not isinstance(mask, jax.core.Tracer):
-        least = np.min(np.asarray(mask, np.float64), initial=0)
-        if not least >= 0:
-            raise ValueError(
-                f"{where}: `mask` must be Boolean, or of ones and zeros (not 0 = may "
-                f"attend), got {least} in it; a mask to be added to the logits belongs in "
-                f"`bias`, or give `mask >= 0`."
-            )
-    return as_mask(array.astype(bool), where)
-
-
-def both(*masks: Mask | None) -> Mask | None:
-    """Joins the masks that are not None by `&`; None if there are none."""
-    given = [mask for mask in masks if mask is not None]
-    return reduce(operator.and_, given) if given else None
+def one_batch(*heads: jax.Array) -> list[jax.Array]:
+    """Broadcasts the batch axes of heads, `…TNH`, to common ones."""
+    if len({x.shape[:-3] for x in heads}) == 1:
+        return list(heads)
+    batch = jnp.broadcast_shapes(*(x.shape[:-3] for x in heads))
+    return [jnp.broadcast_to(x, (*batch, *x.shape[-3:])) for x in heads]
 
 
 def dropout(where: str, rate, rng, deterministic, shared=False) -> Dropout | None:
     """Makes the dropout of a layer; None if it is off."""
-    if deterministic or (isinstance(rate, int | float | np.number) and rate == 0):
+    if deterministic or known_rate(rate) == 0:
         return None
     if rng is None:
         raise ValueError(

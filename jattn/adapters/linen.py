@@ -9,7 +9,8 @@ from flax import linen
 from flax.linen import dtypes
 
 from jattn import caches
-from jattn.adapters import layer
+from jattn.adapters import layer, pairs
+from jattn.arrays.shapes import wide_dtype
 
 __all__ = ["MultiHeadDotProductAttention", "attention"]
 
@@ -66,12 +67,13 @@ def attention(
             numbers are known; inside `jit` they are not known.
         broadcast_dropout: Whether one draw serves all examples and heads.
         dropout_rng: The random key of dropout.
-        dropout_rate: The probability that a weight is dropped.
+        dropout_rate: The probability that a weight is dropped, < 1; a known number.
         deterministic: Whether nothing is dropped.
         dtype: The dtype to convert the inputs to; by default the one they promote to.
         precision: The precision of products, the same for both sides of a product.
         module: If given, all T × S weights are sown in it as `attention_weights`.
-        force_fp32_for_softmax: Ignored: the softmax is always in float32 at least.
+        force_fp32_for_softmax: Whether sown weights keep the softmax's dtype, float32 at
+            least; otherwise they have that of the inputs.
         einsum_dot_general: Refused, since jattn computes its products itself.
         qk_attn_weights_einsum: Refused for the same reason.
         attn_weights_value_einsum: Refused for the same reason.
@@ -88,7 +90,6 @@ def attention(
             single query decodes with `modifier` or `and_mask`, and no option gives its
             position.
     """
-    del force_fp32_for_softmax
     _refuse_products(einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum)
     query, key, value = dtypes.promote_dtype(query, key, value, dtype=dtype)
     layer.check_step(WHERE, query, key, and_mask, options)
@@ -100,10 +101,11 @@ def attention(
         key,
         value,
         bias=bias,
-        mask=layer.both(layer.any_mask(WHERE, mask), layer.any_mask(WHERE, and_mask)),
+        mask=pairs.joined(WHERE, (mask, and_mask), query, key),
         dropout=layer.dropout(WHERE, *drawn),
         precision=precision,
         sow=None if module is None else sow,
+        sown_dtype=wide_dtype(query.dtype) if force_fp32_for_softmax else None,
         options=options,
     )
 

@@ -8,7 +8,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from jattn import caches
-from jattn.adapters import layer
+from jattn.adapters import layer, pairs
 
 __all__ = ["MultiHeadAttention", "attention"]
 
@@ -65,7 +65,7 @@ def attention(
             numbers are known; inside `jit` they are not known.
         broadcast_dropout: Whether one draw serves all examples and heads.
         dropout_rng: The random key of dropout.
-        dropout_rate: The probability that a weight is dropped.
+        dropout_rate: The probability that a weight is dropped, < 1; a known number.
         deterministic: Whether nothing is dropped.
         dtype: The dtype to convert the inputs to; by default the one they promote to.
         precision: The precision of products, the same for both sides of a product.
@@ -93,7 +93,7 @@ def attention(
     layer.check_step(WHERE, query, key, and_mask, options)
     # In decoding the mask already says which keys of the cache are filled.
     decodes = query.shape[-3] == 1 < key.shape[-3] and mask is not None
-    causal = layer.causal(options) if is_causal and not decodes else None
+    causal = pairs.causal(options) if is_causal and not decodes else None
     drawn = dropout_rate, dropout_rng, deterministic, broadcast_dropout
     sow = lambda weights: module.sow(nnx.Intermediate, "attention_weights", weights)
     return layer.attend(
@@ -102,7 +102,7 @@ def attention(
         key,
         value,
         bias=bias,
-        mask=layer.both(causal, *(layer.any_mask(WHERE, x) for x in (mask, and_mask))),
+        mask=pairs.joined(WHERE, (causal, mask, and_mask), query, key),
         dropout=layer.dropout(WHERE, *drawn),
         precision=precision,
         sow=None if module is None else sow,
@@ -164,10 +164,14 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             dtype: See `jattn.caches.empty`.
             ragged: Whether each example has a length of its own.
         """
+        if len(input_shape) < 2:
+            raise ValueError(
+                f"{WHERE_LAYER}.init_cache: `input_shape` must be (…, capacity, "
+                f"features), got {tuple(input_shape)}."
+            )
         *batch, capacity, _ = input_shape
-        sizes = self.num_kv_heads, self.head_dim
-        given = {"dtype": dtype, "ragged": ragged}
-        self.kv = nnx.Cache(caches.empty(tuple(batch), capacity, *sizes, **given))
+        sizes = tuple(batch), capacity, self.num_kv_heads, self.head_dim
+        self.kv = nnx.Cache(caches.empty(*sizes, dtype=dtype, ragged=ragged))
 
     def __call__(
         self,
@@ -208,14 +212,18 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         if self.kv is None or others:
             raise ValueError(
                 f"{WHERE_LAYER}: decoding needs a cache, and queries, keys and values of "
-                f"the same tokens, got kv={self.kv} and {len(others)} other inputs; call "
-                f"`init_cache` first, and give `inputs_q` alone."
+                f"the same tokens, got kv={type(self.kv).__name__} and {len(others)} other "
+                f"inputs; call `init_cache` first, and give `inputs_q` alone."
             )
-        self._check(options)
+        self._check(inputs_q, options)
         return self._extend(inputs_q, mask, count, options)
 
-    def _check(self, options) -> None:
+    def _check(self, x, options) -> None:
         """Raises for what decoding cannot do, and as Python does for an unknown name."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{WHERE_LAYER}: `inputs_q` must be …T × {self.in_features}, got {x.shape}."
+            )
         known = inspect.signature(super().__call__).parameters
         if unknown := sorted(set(options) - set(known)):
             raise TypeError(
@@ -234,14 +242,9 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
         mask, added = layer.decoding(WHERE_LAYER, self.attention_fn, attention, mask)
-        given = {
-            "mask": mask,
-            "count": count,
-            "precision": self.precision,
-            "options": added,
-        }
-        output, after = layer.extend(
-            WHERE_LAYER, self.kv.get_value(), query, key, value, **given
-        )
+        given: Any = {"mask": mask, "count": count, "options": added}
+        given["precision"] = self.precision
+        kv = self.kv.get_value()
+        output, after = layer.extend(WHERE_LAYER, kv, query, key, value, **given)
         self.kv.set_value(after)
         return self.out(output, out_sharding=options.get("out_sharding"))
