@@ -8,6 +8,7 @@ Every kind stands for the sequence of tokens that was appended, and attending to
     `write`         rows written into arrays that keep their place
     `products`      the two products of a decoding step with what a store holds
     `store`         where keys and values lie in memory
+    `put`           tokens written into a store
     `asked`         a call to a cache, checked and taken apart
     `examples`      numbers of examples, checked
     `by_kernel`     a few queries by a kernel for TPU

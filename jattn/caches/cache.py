@@ -14,9 +14,9 @@ import numpy as np
 
 from jattn.arrays.checks import check_integers, is_known, saturate
 from jattn.arrays.meshes import methods_across
-from jattn.caches import asked, attend, write
+from jattn.caches import asked, attend, put, write
 from jattn.caches.sizes import batch_axes, check_sizes, check_vectors
-from jattn.caches.store import Store, blank, put_at, put_run, taken
+from jattn.caches.store import Store, blank, taken
 from jattn.pytree import pytree
 from jattn.state import State
 
@@ -94,11 +94,11 @@ class Cache:
         count = asked.check_count(where, count, self.length.shape, T)
         _check_room(where, self.length, count, T, self.capacity)
         if self.length.ndim == 0 and jnp.ndim(count) == 0:
-            store = put_run(self.store, key, value, self.length, count)
+            store = put.put_run(self.store, key, value, self.length, count)
         else:
             start, many = (asked.of_each(x, self.batch) for x in (self.length, count))
             slots = write.run_slots(start, many, T, self.capacity)
-            store = put_at(self.store, key, value, slots)
+            store = put.put_at(self.store, key, value, slots)
         return dataclasses.replace(self, store=store, length=self.length + count)
 
     def attend(self, query, *, count=None, **options) -> jax.Array:
@@ -212,7 +212,7 @@ def empty(
     check_sizes(where, capacity=(capacity, 0))
     vectors = num_kv_heads, head_dim, value_head_dim, dtype
     value_dim, dtype = check_vectors(where, *vectors)
-    store = blank(batch, capacity, num_kv_heads, head_dim, value_dim, dtype)
+    store = blank(batch, capacity, num_kv_heads, head_dim, value_dim, dtype, apart=True)
     return Cache(store, jnp.zeros(batch if ragged else (), jnp.int32))
 
 

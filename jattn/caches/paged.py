@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from jattn.arrays.meshes import methods_across
-from jattn.caches import asked, attend, sharing, tokens
+from jattn.caches import asked, attend, put, sharing, tokens
 from jattn.caches.examples import check_examples, check_pairs, chosen_examples
 from jattn.caches.pages import Pages
 from jattn.caches.pool import Pool, full_pool
 from jattn.caches.sizes import check_sizes, check_vectors
-from jattn.caches.store import Store, blank, put_pairs
+from jattn.caches.store import Store, blank
 from jattn.pytree import pytree
 from jattn.state import State
 
@@ -123,7 +123,7 @@ class PagedCache:
         # What is dropped goes to pages that are not there, each to another.
         beyond = jnp.arange(page.size, dtype=jnp.int32).reshape(page.shape) + self.num_pages
         page = jnp.where((step < count[:, None]) & (page >= 0), page, beyond)
-        store = put_pairs(self.store, key, value, page, position % self.page_size)
+        store = put.put_pairs(self.store, key, value, page, position % self.page_size)
         grown = dataclasses.replace(grown, store=store, length=self.length + count)
         return sharing.checked(where, grown, self.over)
 

@@ -27,7 +27,8 @@ class Products:
         products, first = jnp.zeros((*rows.shape[:3], self.slots), wide), 0
         for keys in self.wide_keys(wide):  # parts of H
             part = rows[..., first : first + keys.shape[2]]
-            products += jnp.einsum("BKRH,BKHS->BKRS", part, keys)
+            found = jnp.einsum("BKRH,BKHS->BKRS", part, keys)
+            products += found[..., : self.slots]  # not the keys: to cut them copies them
             first += keys.shape[2]
         scales = self.scales(wide)
         return products if scales is None else products * scales[0][:, :, None]

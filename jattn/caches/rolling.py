@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from jattn.api.attention import attention_state
 from jattn.arrays.meshes import methods_across
-from jattn.caches import asked, attend
+from jattn.caches import asked, attend, put
 from jattn.caches.asked import of_each
 from jattn.caches.sizes import batch_axes, check_sizes, check_vectors
-from jattn.caches.store import Store, blank, put_at, stored_vectors, taken
+from jattn.caches.store import Store, blank, taken
 from jattn.masks import Mask, Pointwise
 from jattn.pytree import pytree
 from jattn.state import State, merge, with_sink
@@ -149,7 +149,7 @@ class RollingCache:
         # Of tokens that would share a slot, only the last is written.
         kept = (p < end) & ((p < self.sinks) | (p >= end - self.window))
         slot = jnp.where(kept, slot, self.capacity + step)
-        store = put_at(self.store, key, value, slot)
+        store = put.put_at(self.store, key, value, slot)
         return dataclasses.replace(self, store=store, length=self.length + count)
 
     def _seen(self, options) -> Mask:
@@ -197,7 +197,7 @@ class RollingCache:
         options = options | {"query_position": start}
         old = self._held(query, options)
         if self.store.is_rounded:  # all queries see what is stored
-            key, value = stored_vectors(self.store, key, value, query.dtype)
+            key, value = put.stored_vectors(self.store, key, value, query.dtype)
         mask = self._seen(options)
         given = options | {"mask": mask, "key_position": start}
         new = attention_state(query, key, value, **given)
@@ -244,6 +244,7 @@ def rolling(
     check_sizes(where, window=(window, 1), sinks=(sinks, 0))  # 1: the query's own token
     vectors = num_kv_heads, head_dim, value_head_dim, dtype
     value_dim, dtype = check_vectors(where, *vectors)
-    store = blank(batch, window + sinks, num_kv_heads, head_dim, value_dim, dtype)
+    slots = window + sinks
+    store = blank(batch, slots, num_kv_heads, head_dim, value_dim, dtype, apart=True)
     length = jnp.zeros(batch if ragged else (), jnp.int32)
     return RollingCache(store, length, window, sinks)

@@ -8,11 +8,15 @@ of a decoding step are rows by a matrix that lies as it is multiplied:
 
 On CPU that takes half the time of keys that lie as `BSKH`, for XLA would rearrange those
 in each step. `key` and `value` are views in the usual order.
+
+To append writes one number into each row of the keys. So that these do not share a few sets
+of the processor's cache, the rows are an odd number of cache lines apart there, see `_row`:
+they may be longer than the slots.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from jattn.arrays.checks import check_integers, is_known
-from jattn.caches import rounding, write
+from jattn.caches import rounding
 from jattn.caches.products import Products
 from jattn.implementations.tpu.decode.slots import Slots
 from jattn.pytree import pytree
@@ -37,7 +41,8 @@ from jattn.pytree import pytree
 class Store(Products):
     """Keys `…KHS` and values `…KSD` in slots; scales `…KS` where they are rounded.
 
-    Without `values`, the first `value_dim` numbers of each key are its value.
+    Without `values`, the first `value_dim` numbers of each key are its value. What the rows
+    of keys have beyond S is never read.
     """
 
     keys: jax.Array
@@ -61,7 +66,7 @@ class Store(Products):
     @property
     def slots(self) -> int:
         """Gives S."""
-        return self.keys.shape[-1]
+        return self.keys.shape[-1] if self.values is None else self.values.shape[-2]
 
     @property
     def is_rounded(self) -> bool:
@@ -79,7 +84,8 @@ class Store(Products):
 
     def arrays(self) -> Slots:
         """Gives the arrays where they lie, as a kernel reads them."""
-        return Slots(self.keys, self.values, self.key_scales, self.value_scales)
+        keys = self.keys[..., : self.slots]
+        return Slots(keys, self.values, self.key_scales, self.value_scales)
 
     def map(self, function: Callable) -> "Store":
         """Applies a function of an array and its axis of slots to each array."""
@@ -136,7 +142,7 @@ class Store(Products):
     def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
         """Gives the keys `…SKH` and the values `…SKD` in the usual order, scaled."""
         wide = jnp.promote_types(dtype, jnp.float32) if self.is_rounded else dtype
-        keys = jnp.concatenate(self.wide_keys(wide), -2)
+        keys = jnp.concatenate(self.wide_keys(wide), -2)[..., : self.slots]
         values = jnp.concatenate(self.wide_values(wide), -1)[..., : self.value_dim]
         if (scales := self.scales(wide)) is not None:
             keys, values = keys * scales[0][..., None, :], values * scales[1][..., None]
@@ -151,8 +157,14 @@ class Store(Products):
         return Store(jnp.moveaxis(keys, -3, -1), own, None, None, *sizes)
 
 
-def blank(batch, slots, num_heads, head_dim, value_dim, dtype, shared=False) -> Store:
-    """Makes a store of zeros; with `shared`, values are the first numbers of keys."""
+def blank(
+    batch, slots, num_heads, head_dim, value_dim, dtype, shared=False, apart=False
+) -> Store:
+    """Makes a store of zeros.
+
+    With `shared`, values are the first numbers of keys; with `apart`, the rows of keys lie
+    so that one token after the other is written fast.
+    """
     dtype = jnp.dtype(dtype).name
     kind = rounding.stored_type(dtype)
     H, D = (rounding.stored_size(dtype, x) for x in (head_dim, value_dim))
@@ -160,7 +172,7 @@ def blank(batch, slots, num_heads, head_dim, value_dim, dtype, shared=False) -> 
     scales = lambda: jnp.zeros((*shape, slots), jnp.float32)
     is_rounded = rounding.is_rounded(dtype)
     return Store(
-        jnp.zeros((*shape, H, slots), kind),
+        jnp.zeros((*shape, H, _row(slots, kind) if apart else slots), kind),
         None if shared else jnp.zeros((*shape, slots, D), kind),
         scales() if is_rounded else None,
         scales() if is_rounded and not shared else None,
@@ -168,51 +180,17 @@ def blank(batch, slots, num_heads, head_dim, value_dim, dtype, shared=False) -> 
     )
 
 
-@jax.jit  # one program where it is called outside of one
-def put_run(store: Store, key, value, start, count) -> Store:
-    """Writes the first `count` of T tokens from slot `start` on, in all examples."""
-    new = _as_stored(store, key, value)
+def _row(slots: int, kind) -> int:
+    """Says how long a row of keys is: on CPU an odd number of cache lines if it is long.
 
-    def put(array, axis):
-        rows = jnp.moveaxis(next(new), len(store.batch), axis)  # …TKH to …KHT and so on
-        return write.write_run(array, rows, start, count, axis)
-
-    return store.map(put)
-
-
-@jax.jit  # one program where it is called outside of one
-def put_at(store: Store, key, value, slots) -> Store:
-    """Writes each of T tokens of each example into its own slot, BT."""
-    new, batch = _as_stored(store, key, value), store.batch
-    count = math.prod(batch)  # not −1: no size follows from arrays without numbers
-    slots = slots.reshape(count, slots.shape[-1])
-
-    def put(array, axis):
-        rows = next(new)
-        rows = rows.reshape(count, *rows.shape[len(batch) :])
-        flat = array.reshape(count, *array.shape[len(batch) :])
-        flat = write.write_at(flat, rows, slots, flat.ndim + axis)
-        return flat.reshape(array.shape)
-
-    return store.map(put)
-
-
-def stored_vectors(store: Store, key, value, dtype) -> tuple[jax.Array, jax.Array]:
-    """Gives the keys and values of T tokens, rounded as in the store."""
-    T, sizes = key.shape[-3], (store.num_heads, store.head_dim, store.value_dim)
-    slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (*store.batch, T))
-    alone = blank(store.batch, T, *sizes, store.dtype)
-    return put_at(alone, key, value, slots).vectors(dtype)
-
-
-@jax.jit  # one program where it is called outside of one
-def put_pairs(store: Store, key, value, pages, slots) -> Store:
-    """Writes each of T tokens of each example into a slot of a page, BT and BT."""
-    new = _as_stored(store, key, value)
-    put = lambda x, axis: write.write_pairs(
-        x, next(new), (pages, slots), (0, x.ndim + axis)
-    )
-    return store.map(put)
+    The lines of a column then lie in all sets of the cache. With rows of 2ᵏ lines they
+    share a few sets and push each other out: to append took 3 to 12 times as long on Zen 5
+    where rows had 1 kB or more.
+    """
+    size, line = jnp.dtype(kind).itemsize * slots, 64  # bytes of a line of the cache
+    if jax.default_backend() != "cpu" or size < 1024 or size % (2 * line):
+        return slots
+    return slots + line // jnp.dtype(kind).itemsize
 
 
 def taken(where: str, store: Store, indices) -> Store:
@@ -236,12 +214,3 @@ def check_there(where: str, name: str, numbers, B: int, least=-np.inf, or_else="
             f"{where}: `{name}` must be less than B = {B}{or_else}, got {numbers}; there "
             f"are no other examples."
         )
-
-
-def _as_stored(store: Store, key, value) -> Iterator[jax.Array]:
-    """Gives what to write as `Store.map` visits the arrays: `…TK` and an axis."""
-    vectors = [x for x in (key, value) if x is not None]
-    if not store.is_rounded:
-        return iter([x.astype(store.keys.dtype) for x in vectors])
-    numbers, scales = zip(*(rounding.rounded(x, store.dtype) for x in vectors), strict=True)
-    return iter((*numbers, *scales))
