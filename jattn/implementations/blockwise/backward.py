@@ -54,9 +54,10 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
     def one_head(head, carry):
         d_query, *carry = carry
         queries = Rows(*(layout.row_blocks(x, **head.at) for x in (layout.query, *rows)))
-        queries = queries._replace(
-            query=layout.scaled(queries.query), d_output=layout.narrowed(queries.d_output)
-        )
+        d_output = layout.narrowed(queries.d_output)
+        if not layout.narrow:  # here, and not before: so no array of all heads is made
+            d_output = d_output * queries.inverse[..., None]
+        queries = queries._replace(query=layout.scaled(queries.query), d_output=d_output)
         if felt:
             queries = queries._replace(delta=_deltas(layout, head, queries, order))
         # Summed up transposed, blocks × BKHR: see `_add_products`.
@@ -81,16 +82,17 @@ def _rows(layout: Layout, outputs, cotangents) -> tuple[jax.Array, ...]:
 
         d_logsumexp = d_total · total        δ = output · d_output
 
-    Unless products are narrow, everything linear in the cotangents is divided by the total
-    here: once for each row, rather than once for each pair.
+    Unless products are narrow, everything linear in the cotangents is divided by the total:
+    once for each row, rather than once for each pair. `backward` does so with d_output.
     """
     output, top, total = outputs
     d_output, _, d_total = cotangents
     inverse, settled = shared.row_factors(total)
     d_logsumexp = d_total * total
+    divided = d_output
     if not layout.narrow:
-        d_output, d_logsumexp = d_output * inverse[..., None], d_logsumexp * inverse
-    delta = jnp.sum(d_output * output, axis=-1)
+        divided, d_logsumexp = d_output * inverse[..., None], d_logsumexp * inverse
+    delta = jnp.sum(divided * output, axis=-1)
     rows = d_output, top, inverse, settled, delta, d_logsumexp
     return tuple(map(layout.queries, rows))
 
