@@ -13,6 +13,7 @@ import jattn
 from bench import measure, report
 from bench.decode_model import model
 from bench.decode_rows import (
+    BEYOND,
     FULL,
     LONG,
     attending,
@@ -79,7 +80,7 @@ def plain() -> None:
 
 def formats() -> None:
     """Times rounded caches and those of 16 bits beside float32."""
-    for shape in (LONG[0], FULL[5]):
+    for shape in (LONG[0], FULL[5], BEYOND):
         runs = {}
         for dtype in ("float32", "bfloat16", "int8", "float8_e4m3fn", "int4"):
             runs[dtype] = attending(*filled(shape, dtype)).run
