@@ -187,6 +187,8 @@ def _attend(where, problem, operands, sink, context, implementation, whole) -> S
     # so that masks with other numbers share one program.
     if context is not None or "cudnn" not in names:
         problem = dataclasses.replace(problem, named=None)
+    if context is not None:  # a device has some of the rows
+        problem = dataclasses.replace(problem, near=None)
     if context is not None:
         asked = problem, operands, context, jax.default_backend(), implementation
         chosen = settled(where, *asked)

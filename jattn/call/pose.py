@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jattn.call.problem import Operands, Problem, given
 from jattn.call.program import Arrays, trace
 from jattn.dropout import Dropout
 from jattn.masks import Explicit, Mask, as_mask
-from jattn.masks.named import in_words
+from jattn.masks.named import in_words, reach
 from jattn.modifiers import as_modifier
 
 
@@ -102,6 +103,7 @@ def pose_mask(
         0.0,
         blocks,
         given=frozenset({"positions"} if any(are_given) else ()),
+        near=None if any(are_given) else _near(mask, sizes),
     )
     fields: dict[str, Any] = dict.fromkeys(Operands._fields)
     fields |= zip(("query_position", "key_position", "fits"), placed, strict=True)
@@ -111,6 +113,20 @@ def pose_mask(
         "kinds": kinds,
     }
     return problem, Operands(**fields | arrays)
+
+
+def _near(mask, sizes: Sizes) -> tuple[int, int] | None:
+    """Says how many keys before and after its own row a query sees; see `Problem.near`.
+
+    Rounded up to multiples of 64, the least size of a tile that is worth it; so windows of
+    about one size share a program. A window of an eighth of the keys or more is not narrow:
+    there large tiles are as fast.
+    """
+    before, after = reach(mask)
+    if not sizes.are_known or 8 * (before + after) > min(sizes.T, sizes.S):
+        return None
+    before, after = (64 * math.ceil(max(x, 0) / 64) for x in (before, after))
+    return before, after
 
 
 def by_name(problem: Problem, mask) -> Problem:

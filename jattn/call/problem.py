@@ -43,6 +43,9 @@ class Problem:
     # Whether these keys are a part of those that the rows see: then derivatives are given
     # the output, maximum and sum of all keys, and must not compute them from the part.
     part: bool = False
+    # How many keys before and after its own row a query sees at most, rounded up; None if
+    # these are many or not known.
+    near: tuple[int, int] | None = None
 
     @property
     def wide(self) -> jnp.dtype:
@@ -145,7 +148,9 @@ def select_rows(problem: Problem, operands: Operands, rows: jax.Array):
 
     sizes = dataclasses.replace(problem.sizes, T=count)
     # A block table describes blocks of all queries, so it does not fit the chosen ones.
-    return dataclasses.replace(problem, sizes=sizes, blocks=None), operands._replace(
+    # Nor do windows lie where they did.
+    chosen = dataclasses.replace(problem, sizes=sizes, blocks=None, near=None)
+    return chosen, operands._replace(
         kinds=None,
         query=jnp.take(operands.query, rows, axis=1),
         bias=None if operands.bias is None else cut(operands.bias),

@@ -16,7 +16,7 @@ from jattn.arrays.integers import (
     padding_number,
     per_example,
 )
-from jattn.masks.mask import And, ByRow, Mask
+from jattn.masks.mask import And, ByRow, Mask, Or
 from jattn.pytree import pytree
 
 
@@ -207,6 +207,24 @@ class Lengths(ByRow):
         for index, length in elements:
             inside = inside & (index < length)
         return inside
+
+
+def reach(mask) -> tuple[float, float]:
+    """Says how many keys before and after its own position a query sees at most.
+
+    ∞ where nothing limits it, or nothing that is known.
+    """
+    known = lambda x: float(x) if is_number(x) else np.inf
+    if isinstance(mask, And | Or):
+        nearer = min if isinstance(mask, And) else max
+        before, after = zip(reach(mask.left), reach(mask.right), strict=True)
+        return nearer(before), nearer(after)
+    if isinstance(mask, Causal):
+        return np.inf, known(mask.offset)
+    return (known(mask.left), known(mask.right)) if isinstance(mask, Window) else _ANY
+
+
+_ANY = np.inf, np.inf
 
 
 def in_words(mask) -> Mask | None:

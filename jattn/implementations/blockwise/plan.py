@@ -16,6 +16,9 @@ class Plan(NamedTuple):
     folded: bool = False  # whether the forward pass multiplies all heads in one product
     cuts: int = 1  # into how many blocks of queries, and of keys, a partial tile is cut
     flat: bool = False  # whether one loop visits the tiles of all blocks, as on a GPU
+    banded: bool = (
+        False  # whether the tiles of a block follow from how far a window reaches
+    )
 
     @property
     def N(self) -> int:
@@ -48,6 +51,12 @@ MOST = 1024
 # than FEWEST rows or keys. In jax 0.10 and 0.12 XLA:CPU multiplies 256 × 256 by one thread,
 # and a pair costs twice as much there as in 512 × 512.
 CUTS, FEWEST = 2, 384
+
+
+# How long a pair takes in a tile of so many queries and keys, by that in 512 × 512: the
+# mean of forward and gradients, 8 heads of 64 at T = 4096 on Zen 5. Without a gain from
+# small products, 128 and less would not be worth it for a window of 256.
+PAIR = {64: 3.2, 128: 2.2, 256: 1.55, 512: 1.0}
 
 
 # The names of GPUs; "export" is one of NVIDIA, see `Operation.on`.
@@ -89,6 +98,9 @@ def plan(
         return Plan(1, 1, sizes.G, T, S, cuts=CUTS if is_even else 1)
     if not sizes.are_known:  # fixed tiles: nothing can be fitted to a symbolic length
         return Plan(1, 1, sizes.G, 256, 512)
+    side = MOST if problem.near is None or spread else banded_side(*problem.near)
+    if 2 * side < min(sizes.T, sizes.S, MOST):
+        return _banded_plan(problem, side)
     T, cuts = max(MOST // sizes.G, 1), 1
     if problem.mask is not None and not spread:
         rows, columns = sizes.G * min(sizes.T, T), min(sizes.S, MOST)
@@ -109,6 +121,30 @@ def plan(
     K = _divisor(sizes.K, fit)
     B = _divisor(sizes.B, fit // K) if K == sizes.K else 1
     return Plan(B, K, sizes.G, T, S, cuts=cuts)
+
+
+def run_length(length: int, block: int, before: int, after: int) -> int:
+    """Says how many blocks hold all that `length` rows, from a block's first on, reach."""
+    return (length - 1 + after) // block + -(-before // block) + 1
+
+
+def banded_side(before: int, after: int) -> int:
+    """Chooses the size of tiles for a window, by the time that a row takes.
+
+    tiles in its block's run · keys in a tile · time of a pair
+    """
+    time = lambda side: run_length(side, side, before, after) * side * PAIR[side]
+    return min(PAIR, key=time)
+
+
+def _banded_plan(problem: Problem, side: int) -> Plan:
+    """Chooses small tiles for a narrow window: they hold less that it hides."""
+    sizes = problem.sizes
+    T, S = _even(sizes.T, side), _even(sizes.S, side, 64)
+    fit = max(1, 2**19 // (T * S * sizes.G))  # as below
+    K = _divisor(sizes.K, fit)
+    B = _divisor(sizes.B, fit // K) if K == sizes.K else 1
+    return Plan(B, K, sizes.G, T, S, banded=True)
 
 
 def _gpu_plan(problem: Problem, spread: bool, tile, logits: int) -> Plan:

@@ -30,7 +30,9 @@ def prepare(
     if operands.rng is not None:
         words = drawn(problem, operands, index(problem, operands))
         operands = operands._replace(rng=words)
-    return _split(problem, operands, blocks or plan(problem, False, tile).cell)
+    # A band needs no table, but a kernel may run in place of blockwise.
+    usual = plan(dataclasses.replace(problem, near=None), False, tile)
+    return _split(problem, operands, blocks or usual.cell)
 
 
 def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):

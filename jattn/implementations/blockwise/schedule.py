@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jattn.arrays.shapes import is_one
@@ -74,6 +75,9 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     problem, plan, sizes = layout.problem, layout.plan, layout.problem.sizes
     if not (of_call.skips(problem, layout.operands) or layout.is_uneven):
         return None, None
+    places = layout.operands.query_position, layout.operands.key_position
+    if plan.banded and problem.near and places == (None, None):
+        return _bands(layout, *problem.near)
     cells = _kinds(layout)
     xp: Any = module(cells)
     table = cells
@@ -99,6 +103,27 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     chosen = lambda axis: live & (partial | is_one(layout.counts[axis]))
     by_query = by_query._replace(cells=_cells(xp, chosen("S"), 2))
     return by_query, by_key._replace(cells=_cells(xp, chosen("T"), 4))
+
+
+def _bands(layout: Layout, before: int, after: int) -> tuple[Schedule, Schedule]:
+    """Makes the two schedules of a window: the tiles that it reaches, all as partial ones.
+
+    No table is needed. What else the mask hides there is little.
+    """
+    plan, counts = layout.plan, layout.counts
+    by_query = _band(counts["T"], plan.T, counts["S"], plan.S, before, after)
+    return by_query, _band(counts["S"], plan.S, counts["T"], plan.T, after, before)
+
+
+def _band(count: int, size: int, others: int, other: int, before, after) -> Schedule:
+    """Lists for each of `count` blocks the blocks of the other side that it reaches."""
+    start = np.arange(count) * size
+    first = np.clip((start - before) // other, 0, others - 1)
+    last = np.clip((start + size - 1 + after) // other, 0, others - 1)
+    live = last - first + 1
+    order = first[:, None] + np.arange(np.max(live))
+    arrays = order, np.zeros_like(live), live
+    return Schedule(*(jnp.asarray(x[None, None], jnp.int32) for x in arrays), masked=True)
 
 
 def _kinds(layout: Layout):
