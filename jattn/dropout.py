@@ -73,7 +73,9 @@ def words(rng, b, n, position, side: int) -> jax.Array:
     """
     if isinstance(rng, Numbered):
         rng, b, n = rng.rng, b + rng.b, n + rng.n
-    # Two words of the seed, so that queries and keys at one position have other words.
+    # Two words of the seed, so that queries and keys at one position have other words. They
+    # are drawn twice, once for each side, which `jax.debug_key_reuse` should not report.
+    rng = jax.random.clone(rng) if side else rng
     word = jax.random.bits(rng, (2,), jnp.uint32)[side]
     for index in (b, n, position):
         word = _mix(word ^ (index.astype(jnp.uint32) * _GOLDEN + jnp.uint32(1)))

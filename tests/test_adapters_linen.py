@@ -13,6 +13,7 @@ from jattn.masks import Causal, Window
 from jattn.modifiers import ALiBi, SoftCap
 
 nn = pytest.importorskip("flax.linen")
+serialization = pytest.importorskip("flax.serialization")
 adapter = pytest.importorskip("jattn.adapters.linen")
 
 B, T, S, N, H = 2, 4, 6, 2, 3
@@ -146,6 +147,18 @@ def test_sown_weights_have_the_dtype_of_flax(wide):
     assert kinds[0] == kinds[1]
     assert jax.tree.leaves(kinds[0]) == ["float32" if wide else "bfloat16"]
     assert_close(got, want, atol=0.01)  # the logits in flax are in bfloat16
+
+
+def test_a_cache_is_saved_and_read_by_flax():
+    module = adapter.MultiHeadDotProductAttention(N, decode=True)
+    tokens = normal(B, T, FEATURES)
+    made = module.init(jax.random.key(0), tokens)
+    _, filled = module.apply(made, tokens[:, :2], mutable="cache")
+    filled = made | filled
+    read = serialization.from_bytes(made, serialization.to_bytes(filled))
+    assert int(read["cache"]["kv"].length) == 2
+    step = lambda variables: module.apply(variables, tokens[:, 2:], mutable="cache")
+    assert_close(step(read), step(filled), rtol=0, atol=0)
 
 
 # Dropout.

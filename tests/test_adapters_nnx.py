@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jattn
 from jattn import definition
 from jattn.masks import Causal, Window
 from jattn.modifiers import ALiBi, SoftCap
@@ -262,6 +263,14 @@ def test_a_query_that_sees_no_key_gives_zero():
     output, *gradients = values_and_gradients(lambda x: attention(x, x, x, mask=mask), x)
     assert not np.any(output[0])
     assert np.all(np.isfinite(gradients[0]))
+
+
+@pytest.mark.parametrize("kind", [nnx.Variable, nnx.Param])
+def test_a_mask_may_be_a_variable(kind):
+    x, mask = normal(T, N, H), jnp.tri(T, dtype=bool)
+    want = jattn.attention(x, x, x, mask=mask)
+    for attend in (attention, jattn.attention):
+        assert_close(attend(x, x, x, mask=kind(mask)), want)
 
 
 def test_works_under_strict_promotion():

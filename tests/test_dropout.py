@@ -99,6 +99,16 @@ def test_a_traced_rate_is_refused():
         jax.jit(lambda rate: kept(rate=rate))(0.5)
 
 
+def test_a_key_counts_as_used_once():
+    attend = lambda rng, x: jattn.attention(x, x, x, dropout=Dropout(0.5, rng)).sum()
+    x = normal(0, (1, 4, 1, 4))
+    with jax.debug_key_reuse(True):
+        for function in (attend, jax.jit(attend), jax.jit(jax.grad(attend, argnums=1))):
+            function(jax.random.key(0), x)
+        with pytest.raises(jax.errors.KeyReuseError):
+            jax.jit(lambda rng: attend(rng, x) + attend(rng, 2 * x))(jax.random.key(0))
+
+
 def test_dropout_of_rate_zero_changes_nothing():
     got = jattn.attention(QUERY, QUERY, QUERY, dropout=Dropout(0.0, jax.random.key(1)))
     np.testing.assert_array_equal(got, jattn.attention(QUERY, QUERY, QUERY))

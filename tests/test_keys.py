@@ -77,6 +77,26 @@ def test_numbers_that_print_alike_are_two_programs(where):
         assert (got > 0).tolist() == (np.asarray(x) < limit).tolist()
 
 
+@pytest.mark.parametrize("inner", [lambda f: f, lambda f: jax.jit(lambda s: f(s + 0))])
+def test_arrays_of_an_inner_jit_are_operands(inner):
+    def masked(ids):
+        at = jax.jit(inner(jax.jit(lambda s: ids[s])))
+        return lambda b, n, t, s: at(t) == at(s)
+
+    def tilted(slopes):
+        tilt = jax.jit(inner(jax.jit(lambda s: slopes[s])))
+        return lambda logit, b, n, t, s: logit + tilt(s)
+
+    arrays = [jnp.array(x) for x in ([0, 0, 1, 1, 2, 2], [0, 1, 2, 3, 4, 5])]
+    assert len({problem(mask=masked(x)) for x in arrays}) == 1
+    weights = [jattn.attention_weights(QUERY, KEY, mask=masked(x)) for x in arrays]
+    assert [int((x > 0).sum()) for x in weights] == [12, 6]
+    total = lambda slopes: jattn.attention(QUERY, KEY, KEY, modifier=tilted(slopes)).sum()
+    plain = lambda slopes: jattn.attention(QUERY, KEY, KEY, bias=slopes[None]).sum()
+    slopes = jnp.linspace(0.0, 1.0, 6)
+    chex.assert_trees_all_close(jax.grad(total)(slopes), jax.grad(plain)(slopes), atol=1e-5)
+
+
 DIFFERENT = {
     "type": (
         lambda: lambda logit, *_: logit * 2,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import linen
+from flax import linen, serialization
 from flax.linen import dtypes
 
 from jattn import caches
@@ -108,6 +108,24 @@ def attention(
         sown_dtype=wide_dtype(query.dtype) if force_fp32_for_softmax else None,
         options=options,
     )
+
+
+def _arrays_of(kv: caches.Cache) -> dict[str, jax.Array]:
+    """Gives the arrays of a cache by name, for flax's serialization."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(kv)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def _with_arrays(kv: caches.Cache, arrays: dict[str, Any]) -> caches.Cache:
+    """Gives a cache like another one, with the arrays of `_arrays_of`."""
+    return jax.tree.unflatten(
+        jax.tree.structure(kv), [arrays[name] for name in _arrays_of(kv)]
+    )
+
+
+serialization.register_serialization_state(
+    caches.Cache, _arrays_of, _with_arrays, override=True
+)
 
 
 def _refuse_products(*products) -> None:

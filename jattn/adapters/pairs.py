@@ -11,6 +11,7 @@ import numpy as np
 from jattn.arrays.checks import check_array
 from jattn.arrays.shapes import wide_dtype
 from jattn.masks import Causal, Mask, as_mask
+from jattn.masks.mask import is_function
 from jattn.pytree import pytree
 
 
@@ -23,7 +24,7 @@ def any_mask(where: str, mask, query=None, key=None) -> Mask | None:
         ValueError: If it is an array with a negative number, and its numbers are known:
             such an array is made to be added to the logits, where 0 means "may attend".
     """
-    if mask is None or isinstance(mask, Mask) or callable(mask):
+    if mask is None or isinstance(mask, Mask) or is_function(mask):
         return None if mask is None else as_mask(mask, where)
     array = check_array(where, "mask", mask)
     if array.dtype != jnp.bool_ and not isinstance(mask, jax.core.Tracer):

@@ -1,6 +1,7 @@
 """A function of scalars as a jaxpr whose types say nothing of devices."""
 
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -29,11 +30,53 @@ def jaxpr_of(function, *scalars):
         if not _is_of_meshes(error):
             raise
         closed, result = _traced_reading(function, scalars)
+    if _has_inner_arrays(closed.jaxpr):
+        closed = _open(closed, scalars)
     captured = [without_axes(x) for x in closed.consts]
     meshes = [jax.typeof(x).sharding.mesh for x in captured if isinstance(x, jax.Array)]
     if all(mesh.empty for mesh in (*meshes, jax.sharding.get_abstract_mesh())):
         return closed.jaxpr, captured, result
     return _plain(closed.jaxpr), captured, result
+
+
+_JITS = {"jit", "pjit"}
+
+
+def _has_inner_arrays(jaxpr) -> bool:
+    """Says whether a `jit` inside it closes over arrays, which its key would hold."""
+    inner = [e.params["jaxpr"] for e in jaxpr.eqns if e.primitive.name in _JITS]
+    return any(x.consts or _has_inner_arrays(x.jaxpr) for x in inner)
+
+
+def _open(closed, scalars):
+    """Gives the same jaxpr, which captures the arrays of its inner `jit`s itself.
+
+    Then a new array is another operand, and not another program.
+    """
+    opened = functools.partial(_opened, closed.jaxpr, closed.consts)
+    try:
+        return jax.make_jaxpr(lambda *x: opened(*x)[0])(*scalars)
+    except Exception as error:
+        if not _is_of_meshes(error):
+            raise
+        return closed  # arrays that a primitive may not read here stay where they are
+
+
+def _opened(jaxpr, consts, *inputs):
+    """Evaluates a jaxpr, and what its inner `jit`s do, without these."""
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, inputs, strict=True))
+    read = lambda x: x.val if isinstance(x, Literal) else values[x]
+    for equation in jaxpr.eqns:
+        given, primitive = map(read, equation.invars), equation.primitive
+        if primitive.name in _JITS:
+            inner = equation.params["jaxpr"]
+            results = _opened(inner.jaxpr, inner.consts, *given)
+        else:
+            results = primitive.bind(*given, **primitive.get_bind_params(equation.params))
+            results = results if primitive.multiple_results else [results]
+        values.update(zip(equation.outvars, results, strict=True))
+    return [*map(read, jaxpr.outvars)]
 
 
 # Equations that say where an array lies and compute nothing: their output is their input.

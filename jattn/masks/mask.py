@@ -71,10 +71,15 @@ def as_mask(mask, where: str = "masks") -> Mask:
         raise ValueError(
             f"{where}: `mask` must be a mask, got the class {mask.__name__}; call it."
         )
-    if callable(mask):
+    if is_function(mask):
         check_arguments(where, "mask", mask, "b, n, t, s")
         return Pointwise(mask)
     return Explicit(_boolean(where, "mask", mask))
+
+
+def is_function(mask) -> bool:
+    """Says whether it is a function, and no array that can be called, as flax has some."""
+    return callable(mask) and not hasattr(mask, "__jax_array__")
 
 
 @pytree(static=("function",))
