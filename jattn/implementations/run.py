@@ -1,5 +1,8 @@
 """A call of the attention operation, with or without kernels."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +27,12 @@ class Blockwise(Plain):
     def block_sizes(self, problem, operands, platform) -> tuple[int, int]:
         """Gives the number of queries and of keys in a cell, the unit of skipping."""
         del operands
-        return plan(problem, spread=False, flat=flat_logits(platform)).cell
+        options: dict[str, Any] = {"spread": False, "flat": flat_logits(platform)}
+        T, S = plan(problem, **options).cell
+        # A table of all small tiles of a window takes seconds and gigabytes beyond this.
+        if problem.near and problem.sizes.T * problem.sizes.S > 2**24 * T * S:
+            return plan(dataclasses.replace(problem, near=None), **options).cell
+        return T, S
 
     def attention_state(self, problem: Problem, operands: Operands) -> State:
         """Computes the state without any kernel."""

@@ -16,9 +16,7 @@ class Plan(NamedTuple):
     folded: bool = False  # whether the forward pass multiplies all heads in one product
     cuts: int = 1  # into how many blocks of queries, and of keys, a partial tile is cut
     flat: bool = False  # whether one loop visits the tiles of all blocks, as on a GPU
-    banded: bool = (
-        False  # whether the tiles of a block follow from how far a window reaches
-    )
+    banded: bool = False  # whether a window's numbers alone say which tiles are visited
 
     @property
     def N(self) -> int:
@@ -53,9 +51,8 @@ MOST = 1024
 CUTS, FEWEST = 2, 384
 
 
-# How long a pair takes in a tile of so many queries and keys, by that in 512 × 512: the
-# mean of forward and gradients, 8 heads of 64 at T = 4096 on Zen 5. Without a gain from
-# small products, 128 and less would not be worth it for a window of 256.
+# How long a pair takes in a tile of so many queries and keys, by the time in 512 × 512: the
+# mean of forward and gradients, 8 heads of 64 at T = 4096 on Zen 5.
 PAIR = {64: 3.2, 128: 2.2, 256: 1.55, 512: 1.0}
 
 
@@ -129,9 +126,9 @@ def run_length(length: int, block: int, before: int, after: int) -> int:
 
 
 def banded_side(before: int, after: int) -> int:
-    """Chooses the size of tiles for a window, by the time that a row takes.
+    """Chooses the size of tiles for a window: that with the least time for a row.
 
-    tiles in its block's run · keys in a tile · time of a pair
+    time = tiles in its block's run · keys in a tile · time of a pair
     """
     time = lambda side: run_length(side, side, before, after) * side * PAIR[side]
     return min(PAIR, key=time)
