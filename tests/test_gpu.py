@@ -40,12 +40,15 @@ CALLS = (  # jobs that take paths of their own through the kernels
     ("kernels_match", "dropout", "float16"),
     ("matches_definition", "alibi", "bfloat16"),
     ("kernels_match", "causal", "bfloat16", AMPERE),
+    ("kernels_match", "hidden by the lowest number", "bfloat16"),
+    ("kernels_match", "no number at padding", "bfloat16"),
 )
 OTHERS = (  # the same for Ampere, whose masks and modifiers are those of Hopper
     ("kernels_match", "bent", "bfloat16"),
     ("kernels_match", "dropout", "float16"),
     ("kernels_match", "rows that see nothing", "bfloat16"),
     ("kernels_match", "lengths", "float16"),
+    ("kernels_match", "no number at padding", "float16"),
     ("kernels_match", "ample heads", "bfloat16"),
     ("output_matches", "large heads", "bfloat16"),
     ("output_matches", "wide values", "bfloat16"),
@@ -106,6 +109,13 @@ def test_several_blocks_by_kernels_alone(worker, name, dtype):
 
 @mark
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["large logits", "logits in powers of 2"])
+def test_large_logits_are_as_exact(worker, name):
+    worker.run(f"{JOBS}:kernels_match", name, "bfloat16", seconds=SECONDS)
+
+
+@mark
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_equals_definition_in_every_derivative(worker, case):
     if sentence := worker.run(f"{JOBS}:refused", case.name, "bfloat16", seconds=SECONDS):
@@ -115,7 +125,9 @@ def test_every_case_equals_definition_in_every_derivative(worker, case):
 
 @mark
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["hidden_is_ignored", "traced_tables_match"])
+@pytest.mark.parametrize(
+    "job", ["hidden_is_ignored", "traced_tables_match", "small_cotangents_and_large"]
+)
 def test_emulated(worker, job):
     worker.run(f"{JOBS}:{job}", seconds=SECONDS)
 

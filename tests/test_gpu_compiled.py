@@ -25,7 +25,9 @@ pytestmark = [
     pytest.mark.xdist_group("cuda"),
 ]
 SPILLED = 200  # bytes at most in a backward kernel: stored and loaded once a turn
-INSTRUCTIONS = {"causal": 1.1, "softcap and alibi": 2.8}  # times those of JAX's kernel
+# Times those of JAX's kernel, which multiplies a logit before it subtracts the maximum: one
+# instruction less for each pair, but then the difference is not 0 at the maximum itself.
+INSTRUCTIONS = {"causal": 1.25, "softcap and alibi": 2.9}
 
 
 def attend(query, key, value, capability=HOPPER, **options):

@@ -115,8 +115,28 @@ def bent(x):
     return {"modifier": modifier, "mask": Causal(100)}
 
 
+LOWEST = float(jnp.finfo("bfloat16").min)
+
+
+def lowest(x):
+    """Hides pairs as other libraries do it: by the lowest number, of whole rows too."""
+    hide = lambda logit, b, n, t, s: jnp.where(t < 10, LOWEST, logit)
+    return {"bias": x["bias"], "modifier": hide}
+
+
 SEVERAL = {
     "plain": several(),
+    "hidden by the lowest number": several(
+        lowest, {"bias": lambda sizes, _: np.where(np.arange(sizes.S) < 130, LOWEST, 0.5)}
+    ),
+    # Its derivative at 0 is NaN, and padded queries have products of 0.
+    "no number at padding": several(
+        lambda x: {"modifier": lambda logit, b, n, t, s: jnp.sqrt(logit**2)}
+    ),
+    "large logits": several(lambda x: {"scale": x["scale"]}, {"scale": lambda *_: 3e4}),
+    "larger logits": several(
+        lambda x: {"scale": x["scale"]}, {"scale": lambda *_: 2.0**22}
+    ),
     "causal": several(lambda x: {"mask": Causal(40)}),
     "window with empty blocks": several(lambda x: {"mask": Window(20, 0)}, S=150),
     "rows that see nothing": several(lambda x: {"mask": Causal(-40)}),
@@ -171,6 +191,27 @@ def kernels_match(name: str, dtype: str, capability: str = HOPPER):
         exact = "logsumexp" in jax.tree_util.keystr(where)
         eps = 2 * jnp.finfo("float32").eps if exact else 3 * jnp.finfo(dtype).eps
         assert_near(x, y, eps, jax.tree_util.keystr(where))
+
+
+def small_cotangents_and_large():
+    """float16 holds the cotangents of logits, whatever those of the outputs are."""
+    query, key, value = (
+        jnp.asarray(np.random.default_rng(i).standard_normal((1, 9, 1, 8)), "float16")
+        for i in range(3)
+    )
+
+    def total(attend, small, large, query, key, value):
+        output, logsumexp = attend(query, key, value)
+        return small * jnp.sum(output.astype("float32")) + large * jnp.sum(logsumexp)
+
+    for small, large, grown in ((1e-6, 1.0, 1), (0.0, 1e3, 1), (1.0, 0.0, 2e3)):
+        arrays = query, key, value * grown
+        gradient = jax.grad(total, argnums=(3, 4, 5))
+        got = gradient(emulated_gpu.kernels, small, large, *arrays)
+        wide = (x.astype("float32") for x in arrays)
+        want = gradient(definition.attention_state, small, large, *wide)
+        for x, y in zip(got, want, strict=True):
+            assert_near(x, y, 5 * jnp.finfo("float16").eps, (small, large, grown))
 
 
 def hidden_is_ignored():

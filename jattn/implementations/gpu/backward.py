@@ -8,9 +8,9 @@ So the rows of a tile always belong to the sums, which stay in registers, and no
 programs add to the same number. The price is that products and weights are computed in
 each kernel. Where the registers have no room for d_k beside d_v, each has its own kernel.
 
-Three numbers of each query come from `row_numbers`:
+Four numbers of each query come from `row_numbers`:
 
-    weightₛ = 2^(logitₛ · log₂ e − level)
+    weightₛ = 2^((logitₛ − top) · log₂ e − level)
     d_logitₛ = weightₛ (share · vₛ · d_output − rest)
 
 Reference:
@@ -22,7 +22,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jattn.call.problem import Problem
 from jattn.implementations.gpu.call import Arguments, Call
+from jattn.implementations.gpu.forward import product
 from jattn.implementations.gpu.layout import ROWS, form
 from jattn.implementations.gpu.machine import spread, store, vector, zeros
 from jattn.implementations.gpu.pairs import LOG2_E, plain
@@ -32,28 +34,41 @@ from jattn.implementations.joint import Extras
 from jattn.implementations.shared import harmless
 
 
-def row_numbers(outputs, cotangents, rate: float, is_masked: bool):
-    """Computes level, share and rest of each row.
+def row_numbers(problem: Problem, unit, outputs, cotangents):
+    """Computes top, level, share and rest of each row.
 
-        level = log₂ Σₛ exp(logitₛ)          +∞ where a row sees nothing: weights are 0;
+        top   = maxₛ logitₛ                  of what the kernel has for logits
+        level = log₂ Σₛ exp(logitₛ − top)    +∞ where a row sees nothing: weights are 0;
                                              with a mask NaN if d_output is not finite
         share = 1 / (1 − rate)               0 where one key has all the weight
         rest  = δ − d_logsumexp              −d_logsumexp there
 
-    Where one key has all the weight, the softmax is constant, and vₛ · d_output − δ is 0.
-    The two are rounded separately, so they are left out.
+    Top and level stay apart: added up, they would be rounded by as much as top is. Where
+    one key has all the weight, the softmax is constant, and vₛ · d_output − δ is 0. The two
+    are rounded separately, so they are left out.
     """
     output, top, total = outputs
     d_output, _, d_total = cotangents
-    empty, settled = total == 0, total == 1
-    level = top * LOG2_E + jnp.log2(jnp.where(empty, 1, total))
-    delta = jnp.sum(d_output * output, axis=-1)
-    if is_masked:  # the kernels read a d_output that is finite, see `finite`
-        level = jnp.where(jnp.isfinite(delta), level, jnp.nan)
+    top, empty = product(top, unit), total == 0
+    settled = ~empty & (total <= 1 + _slack(top, unit))
+    level = jnp.log2(jnp.where(empty, 1, total))
+    if problem.mask is not None:  # the kernels read a d_output that is finite, see `finite`
+        finite = jnp.all(jnp.isfinite(d_output), axis=-1)
+        level = jnp.where(finite, level, jnp.nan)
     level = jnp.where(empty, jnp.inf, level)
-    share = jnp.where(settled, 0, jnp.full_like(total, 1 / (1 - rate)))
-    delta = jnp.where(settled, 0, delta)
-    return level, share, delta - d_total * total
+    share = jnp.where(settled, 0, jnp.full_like(total, 1 / (1 - problem.rate)))
+    delta = jnp.where(settled, 0, jnp.sum(d_output * output, axis=-1))
+    return top, level, share, delta - d_total * total
+
+
+def _slack(top, unit):
+    """Says by how much the sum of one weight may differ from 1, as `of_logits` gives it.
+
+    Not at all where the scale is a power of 2, and rounds nothing. Otherwise a logit has
+    two roundings, of 2⁻²⁴ each, on the way to a maximum and back.
+    """
+    mantissa, _ = jnp.frexp(unit)
+    return jnp.where(mantissa == 0.5, 0, jnp.abs(top) * unit * LOG2_E * 2**-22)
 
 
 def backward(call: Call, sums: tuple[str, ...], wanted: Extras, arguments: Arguments):
@@ -106,7 +121,8 @@ def _kernel(context: Context, sums, chosen):
         shape, where = products.shape, (context.rows.start, first)
         tile = Tile(call, given.extras, own, context.at, where, shape)
         read = functools.partial(numbers.read, tile)
-        weights, pull = _weights(tile, products, read("level"), (masked, chosen, given))
+        shown = masked, chosen, given
+        weights, pull = _weights(tile, products, read("top"), read("level"), shown)
         outer.wait(slot)
         carry = list(carry)
         if "value" in sums:
@@ -139,15 +155,15 @@ def _add_logits(context: Context, tile: Tile, state, carry: list, at):
 
 
 class Numbers:
-    """Level, share and rest of each query, as tiles.
+    """Top, level, share and rest of each query, as tiles.
 
     They are read once where the rows of tiles are queries. In the kernels for keys they are
-    read for each tile, each when it is needed, because three of them take 48 registers.
+    read for each tile, each when it is needed, because each of them takes 16 registers.
     """
 
     def __init__(self, context: Context):
         b, n = context.at
-        names = ("level", "share", "rest")
+        names = ("top", "level", "share", "rest")
         self.by_query = context.call.by_query
         self.refs = dict(
             zip(names, (x.at[b, n] for x in context.given.vectors), strict=True)
@@ -171,7 +187,7 @@ def _add(context: Context, sums, factors, stream, slot):
     return context.call.machine.add(sums, factors, stream.memory.at[slot])
 
 
-def _weights(tile: Tile, products, level, options):
+def _weights(tile: Tile, products, top, level, options):
     """Computes the weights, and a function from their logits' cotangents to the products'.
 
     The function gives also the cotangents of the chosen arrays.
@@ -186,7 +202,7 @@ def _weights(tile: Tile, products, level, options):
         logits = plain(tile.logits, scaled, tile.active)
         pull = lambda d: _pull(tile, scaled, chosen, allowed, d)
     # The level of a row may be NaN, so that weights are hidden, and not only logits.
-    return hide(jnp.exp2(logits * exponent - level)), pull
+    return hide(jnp.exp2((logits - top) * exponent - level)), pull
 
 
 def _pull(tile: Tile, scaled, chosen, allowed, d_logits):

@@ -22,7 +22,7 @@ class Arguments(NamedTuple):
 
     Attributes:
         steps: The schedule.
-        numbers: The factors of products, of exponents of 2, and of maxima.
+        numbers: The factors of products and of exponents of 2.
         inputs: B × length × heads × size: what the rows of tiles read, then the blocks.
         vectors: B × N × T in float32: numbers of each query, in backward.
         extras: The arrays that masks, modifiers, bias and dropout read.
@@ -47,6 +47,7 @@ class Call:
         by_query: Whether the rows of tiles are queries; if not, they are keys.
         counts_queries: Whether the positions of queries are 0, 1, 2, …
         machine: The device or its emulator.
+        is_backward: Whether it computes cotangents, which padded queries must not reach.
     """
 
     problem: Problem
@@ -56,6 +57,7 @@ class Call:
     by_query: bool
     counts_queries: bool
     machine: Machine
+    is_backward: bool
 
     @property
     def own_form(self) -> str:
@@ -69,9 +71,15 @@ class Call:
         return self.problem.sizes.S % size != 0
 
     @property
+    def hides_queries(self) -> bool:
+        """Says whether padded queries are hidden: a modifier may be NaN or ∞ there."""
+        size = BLOCK if self.by_query else self.plan.inner
+        return self.is_backward and self.problem.sizes.T % size != 0
+
+    @property
     def is_masked(self) -> bool:
         """Says whether some tiles need a mask."""
-        return self.problem.mask is not None or self.has_padding
+        return self.problem.mask is not None or self.has_padding or self.hides_queries
 
     @property
     def has_logits(self) -> bool:

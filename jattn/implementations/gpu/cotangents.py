@@ -33,6 +33,23 @@ def representable(problem: Problem, cotangents: Sums):
     return jnp.exp2(power), Sums(*(x * jnp.exp2(-power) for x in cotangents))
 
 
+def room(problem: Problem, operands: Operands, rows, outputs, cotangents: Sums):
+    """Makes room for cotangents of logits that float16 cannot hold; gives also the factor.
+
+    These are rounded to float16 before they are multiplied by keys and queries. None is
+    larger than |d_logsumexp| and twice |vₛ · d_output|. The factor is again a power of 2.
+    """
+    if problem.dtype != jnp.float16:
+        return jnp.ones((), problem.wide), rows
+    top, level, share, rest = rows
+    largest = lambda x: jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0)
+    value = largest(operands.value).astype(problem.wide)
+    products = value * largest(jnp.sum(jnp.abs(cotangents.output), axis=-1))
+    most = largest(cotangents.total * outputs.total) + 2 * products
+    power = jnp.maximum(jnp.ceil(jnp.log2(jnp.maximum(most, 1))) - 15, 0)  # up to 2¹⁵
+    return jnp.exp2(power), (top, level, *(x * jnp.exp2(-power) for x in (share, rest)))
+
+
 def of_operands(problem: Problem, operands: Operands, results, flags, wanted) -> Operands:
     """Makes the cotangents of the operands from those that the kernels computed.
 
@@ -47,7 +64,7 @@ def of_operands(problem: Problem, operands: Operands, results, flags, wanted) ->
     )
     d_query = d_query[:, : sizes.T, :, : sizes.H]
     finite, _ = isolate(operands.query)
-    _, numbers = layout.numbers(problem, operands)
+    _, numbers, _ = layout.numbers(problem, operands)
     d_modifier, d_bias = _read_cotangents(problem, operands, flags, (d_rows, d_columns))
     nothing = jax.tree.map(lambda _: None, wanted)
     return nothing._replace(
@@ -69,7 +86,7 @@ def _read_cotangents(problem: Problem, operands: Operands, flags, vectors):
         if flag and layout.form(like) == "column":
             found.append(next(d_columns))
         elif flag:
-            cotangent = next(d_rows)  # padding has no weight, and so the cotangent 0
+            cotangent = next(d_rows)  # padding is hidden, and so has the cotangent 0
             number = layout.form(like) == "number"
             found.append(jnp.sum(cotangent, axis=2) if number else cotangent)
     return joint.read_cotangents(problem, operands, flags, found, layout.arrange)

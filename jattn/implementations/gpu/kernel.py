@@ -7,10 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jattn.blocks.kinds import cut_last
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import joint, nvidia
 from jattn.implementations.gpu import finite, layout
-from jattn.implementations.gpu.cotangents import of_operands, representable, share_kernel
+from jattn.implementations.gpu.cotangents import (
+    of_operands,
+    representable,
+    room,
+    share_kernel,
+)
 from jattn.implementations.gpu.refusal import HOPPER, refusal
 from jattn.implementations.kernel import Kernel, Sums
 
@@ -68,14 +74,16 @@ class GPU(Kernel):
 
     def forward(self, problem: Problem, operands: Operands) -> Sums:
         """Computes output, maximum and sum of each row."""
-        from jattn.implementations.gpu.forward import forward
+        from jattn.implementations.gpu.forward import forward, of_logits
 
         sizes = problem.sizes
         plan = layout.forward_plan(sizes.H, sizes.D, self._limits)
         call, arguments = self._call(problem, finite.of_forward(problem, operands), plan)
         output, top, total = forward(call, arguments)
         output = output[:, : sizes.T, :, : sizes.D]
-        return Sums(output, *(layout.unrows(x, sizes.T) for x in (top, total)))
+        _, _, unit = layout.numbers(problem, operands)
+        top, total = (layout.unrows(x, sizes.T) for x in (top, total))
+        return Sums(output, *of_logits(top, total, unit))
 
     def backward(self, problem, operands, outputs, cotangents, wanted) -> Operands | None:
         """Computes the cotangents of the operands; None if a kernel cannot.
@@ -97,11 +105,13 @@ class GPU(Kernel):
         narrow = cotangents.output.astype(problem.dtype)
         d_output = narrow.astype(problem.wide)
         cotangents = cotangents._replace(output=d_output)
-        rows = row_numbers(outputs, cotangents, problem.rate, problem.mask is not None)
+        _, _, unit = layout.numbers(problem, operands)
+        rows = row_numbers(problem, unit, outputs, cotangents)
+        growth, rows = room(problem, operands, rows, outputs, cotangents)
         narrow = finite.cleaned(problem, narrow)
         operands = finite.of_backward(problem, operands)
         # Rows of padding have the level ∞, so that their weights are 0.
-        vectors = tuple(map(layout.rows, rows, (jnp.inf, 0, 0)))
+        vectors = tuple(map(layout.rows, rows, (0, jnp.inf, 0, 0)))
         gradient = functools.partial(
             self._gradient, problem, operands, (narrow, vectors, flags)
         )
@@ -115,8 +125,9 @@ class GPU(Kernel):
         pairs = zip(found, parts, strict=True)
         d_key, d_value = (x for one, sums in pairs for x in one[: len(sums)])
         d_columns = found[0][len(parts[0]) :]
-        results = d_query, d_key, d_value, d_rows, d_columns
-        results = jax.tree.map(lambda x: x * factor, results)
+        of_logits = d_query, d_key, d_rows, d_columns
+        of_logits = jax.tree.map(lambda x: x * (factor * growth), of_logits)
+        results = *of_logits[:2], d_value * factor, *of_logits[2:]
         return of_operands(problem, operands, results, flags, wanted)
 
     def _gradient(self, problem, operands, given, sums):
@@ -126,7 +137,7 @@ class GPU(Kernel):
         narrow, vectors, flags = given
         plan = layout.backward_plan(problem.sizes.H, problem.sizes.D, self._limits)
         by_query = sums == ("query",)
-        call, arguments = self._call(problem, operands, plan, by_query)
+        call, arguments = self._call(problem, operands, plan, by_query, backward=True)
         (query, key, value), narrow = arguments.inputs, layout.padded(narrow)
         inputs = (query, narrow, key, value) if by_query else (key, value, query, narrow)
         if sums == ("value",):
@@ -134,7 +145,7 @@ class GPU(Kernel):
         arguments = arguments._replace(inputs=inputs, vectors=vectors)
         return backward(call, sums, flags, arguments)
 
-    def _call(self, problem: Problem, operands: Operands, plan, by_query: bool = True):
+    def _call(self, problem: Problem, operands, plan, by_query=True, backward=False):
         """Makes the call of a kernel, and its arguments: queries, keys and values."""
         from jattn.implementations.gpu.call import Arguments, Call
         from jattn.implementations.gpu.mma import Mma
@@ -145,12 +156,14 @@ class GPU(Kernel):
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), read)
         counts = operands.query_position is None
         machine = (Wgmma if self._is_hopper else Mma)(self.interpret)
-        call = Call(problem, plan, pairs, shapes, by_query, counts, machine)
+        call = Call(problem, plan, pairs, shapes, by_query, counts, machine, backward)
         blocks = (layout.BLOCK, plan.inner)
         kinds = joint.block_kinds(problem, operands, blocks if by_query else blocks[::-1])
+        if call.hides_queries:
+            kinds = cut_last(kinds.swapaxes(2, 3)).swapaxes(2, 3)
         if not by_query:
             kinds = kinds.swapaxes(2, 3)
-        sign, numbers = layout.numbers(problem, operands)
+        sign, numbers, _ = layout.numbers(problem, operands)
         query = operands.query * sign.astype(problem.dtype)
         inputs = tuple(map(layout.padded, (query, operands.key, operands.value)))
         extras = jax.tree.map(lambda x: layout.arrange(x, by_query), read)

@@ -140,14 +140,15 @@ def _pad(array, axis: int, **how):
 
 
 def numbers(problem: Problem, operands: Operands):
-    """Computes the sign of the scale, and the factors of products, exponents and maxima.
+    """Computes the sign of the scale, the factors of products and exponents, and the unit.
 
     The sign multiplies the queries, so that the largest product is the largest logit. The
     size of the scale multiplies the products, or the exponents of a forward pass without
-    modifier and bias. XLA removes the multiplication by a sign that it knows to be 1.
+    modifier and bias; it is the unit there, and 1 elsewhere. XLA removes the multiplication
+    by a sign that it knows to be 1.
     """
     scale = operands.scale
     sign, size = jnp.sign(scale), jnp.where(scale == 0, 1, jnp.abs(scale))
     plain = problem.modifier is None and operands.bias is None
-    exponent = size if plain else jnp.ones_like(size)
-    return sign, jnp.stack([size, exponent * LOG2_E, exponent])
+    unit = size if plain else jnp.ones_like(size)
+    return sign, jnp.stack([size, unit * LOG2_E]), unit

@@ -4,6 +4,8 @@ The rows of a tile are those that its group of threads computes: queries, or in 
 backward pass of keys and values the keys. Its columns are the other side.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -65,13 +67,16 @@ class Tile:
         return logits if bias is None else logits + bias.astype(logits.dtype)
 
     def allowed(self):
-        """Says which pairs count: the mask allows them, and the key is not padding."""
-        inside = self.key < self.call.problem.sizes.S if self.call.has_padding else None
-        if self.pairs.mask is None:
-            return inside
-        inputs = [*self.index, *self.read.mask]
-        allowed = evaluate(self.pairs.mask.jaxpr, inputs, self.shape)
-        return allowed if inside is None else allowed & inside
+        """Says which pairs count: the mask allows them, and they are not padding."""
+        call, sizes, found = self.call, self.call.problem.sizes, []
+        if call.has_padding:
+            found.append(self.key < sizes.S)
+        if call.hides_queries:
+            found.append(self.query < sizes.T)
+        if self.pairs.mask is not None:
+            inputs = [*self.index, *self.read.mask]
+            found.append(evaluate(self.pairs.mask.jaxpr, inputs, self.shape))
+        return functools.reduce(jnp.logical_and, found) if found else None
 
     def kept(self):
         """Says which weights dropout keeps; None without dropout."""
