@@ -134,8 +134,8 @@ SEVERAL = {
         lambda x: {"modifier": lambda logit, b, n, t, s: jnp.sqrt(logit**2)}
     ),
     "large logits": several(lambda x: {"scale": x["scale"]}, {"scale": lambda *_: 3e4}),
-    "larger logits": several(
-        lambda x: {"scale": x["scale"]}, {"scale": lambda *_: 2.0**22}
+    "logits in powers of 2": several(
+        lambda x: {"scale": x["scale"]}, {"scale": lambda *_: 2.0**12}
     ),
     "causal": several(lambda x: {"mask": Causal(40)}),
     "window with empty blocks": several(lambda x: {"mask": Window(20, 0)}, S=150),
