@@ -34,6 +34,10 @@ FIRST = 128
 # How many slots a chunk has. With 512 a chunk of a cache of 8192 slots is 6 % of it; with
 # 128 what a step of the loop costs shows.
 CHUNK = 256
+# How many slots a chunk has that is widened, in a long cache of few heads in all. With 8
+# heads of 64 these are 2 MB of keys in float32. So int8 of 65536 slots takes 6.0 ms, and
+# 8.2 in chunks of 256; with 64 heads, 16 MB, it would take 20 and 9.4 (Zen 5).
+LONG, WIDE_HEADS = 1024, 8
 # How many logits a chunk may have: 8 MB of float32.
 LOGITS = 2**21
 
@@ -71,8 +75,10 @@ def mended(problem: Problem, operands: Operands, source: Source, end):
 
 def chunk_of(problem: Problem, source: Source) -> int:
     """Gives how many slots a chunk has."""
-    rows = problem.sizes.B * problem.sizes.N * problem.sizes.T
-    return _fit(min(CHUNK, max(LOGITS // rows, 64)), source)
+    B, N, T, _ = problem.sizes.BNTS
+    is_long = source.slots >= 16 * LONG and B * problem.sizes.K <= WIDE_HEADS
+    size = LONG if is_long and not source.lies_ready(problem.wide) else CHUNK
+    return _fit(min(size, max(LOGITS // (B * N * T), 64)), source)
 
 
 def takes_all(source: Source, wide, end):
