@@ -75,6 +75,7 @@ def dot_product_attention(
         ValueError: If an argument does not fit; the message says what to do.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> query, key = jnp.zeros((2, 1, 2)), jnp.zeros((2, 1, 2))
         >>> value = jnp.array([[[0.0, 3.0]], [[1.0, 5.0]]])
         >>> dot_product_attention(query, key, value, is_causal=True)
