@@ -1,8 +1,8 @@
 """What is asked: one call, as data.
 
+`jaxprs`        one list of the calls in jaxprs, and one walk over their equations
 `plain`         a function of scalars as a jaxpr that says nothing of devices
 `keys`          keys of traced functions: two functions with one key compute the same
-`jaxprs`        one list of the calls in jaxprs, and one walk over their equations
 `program`       masks and modifiers made into data that compare by structure
 `options`       the options of a call, by name and type
 `problem`       one call, taken apart: static facts and operands

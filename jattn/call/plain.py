@@ -15,6 +15,7 @@ from jax.extend.core import (
 from jax.sharding import NamedSharding, use_abstract_mesh
 
 from jattn.arrays.meshes import _CALLER, _mesh_of, without_axes
+from jattn.call.jaxprs import CALLS, called, walk
 
 
 def jaxpr_of(function, *scalars):
@@ -39,13 +40,13 @@ def jaxpr_of(function, *scalars):
     return _plain(closed.jaxpr), captured, result
 
 
-_JITS = {"jit", "pjit"}
+_JITS = {name: CALLS[name] for name in ("jit", "pjit")}
 
 
 def _has_inner_arrays(jaxpr) -> bool:
     """Says whether a `jit` inside it closes over arrays, which its key would hold."""
-    inner = [e.params["jaxpr"] for e in jaxpr.eqns if e.primitive.name in _JITS]
-    return any(x.consts or _has_inner_arrays(x.jaxpr) for x in inner)
+    inner = filter(None, (called(equation, _JITS) for equation in jaxpr.eqns))
+    return any(consts or _has_inner_arrays(jaxpr) for jaxpr, consts in inner)
 
 
 def _open(closed, scalars):
@@ -55,28 +56,24 @@ def _open(closed, scalars):
     """
     opened = functools.partial(_opened, closed.jaxpr, closed.consts)
     try:
-        return jax.make_jaxpr(lambda *x: opened(*x)[0])(*scalars)
+        return jax.make_jaxpr(lambda *x: opened(x)[0])(*scalars)
     except Exception as error:
         if not _is_of_meshes(error):
             raise
         return closed  # arrays that a primitive may not read here stay where they are
 
 
-def _opened(jaxpr, consts, *inputs):
+def _opened(jaxpr, consts, inputs):
     """Evaluates a jaxpr, and what its inner `jit`s do, without these."""
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, inputs, strict=True))
-    read = lambda x: x.val if isinstance(x, Literal) else values[x]
-    for equation in jaxpr.eqns:
-        given, primitive = map(read, equation.invars), equation.primitive
-        if primitive.name in _JITS:
-            inner = equation.params["jaxpr"]
-            results = _opened(inner.jaxpr, inner.consts, *given)
-        else:
-            results = primitive.bind(*given, **primitive.get_bind_params(equation.params))
-            results = results if primitive.multiple_results else [results]
-        values.update(zip(equation.outvars, results, strict=True))
-    return [*map(read, jaxpr.outvars)]
+
+    def step(equation, operands):
+        if (inner := called(equation, _JITS)) is not None:
+            return _opened(*inner, operands)
+        primitive = equation.primitive
+        results = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
+        return results if primitive.multiple_results else [results]
+
+    return walk(jaxpr, consts, inputs, step, lambda literal: literal.val)
 
 
 # Equations that say where an array lies and compute nothing: their output is their input.
