@@ -32,9 +32,8 @@ class Dropout:
     """Dropout of weights at `rate`, drawn from the JAX random key `rng`.
 
     The rate is in [0, 1), and a constant of the compiled program: a number or an array of
-    one number, but no traced one.
-    With `shared`, one draw serves all examples and heads: the two positions alone decide
-    which weights drop.
+    one number, but no traced one. With `shared`, one draw serves all examples and heads:
+    the two positions alone decide which weights drop.
     """
 
     rate: float

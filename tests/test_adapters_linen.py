@@ -165,7 +165,7 @@ def test_a_cache_is_saved_and_read_by_flax():
 
 
 def dropped(broadcast, rate=0.5, seed=0):
-    """Which weights a layer's dropout drops, BTNS."""
+    """Says which weights a layer's dropout drops, BTNS."""
     query = key = jnp.zeros((3, 16, 2, 1))
     value = jnp.broadcast_to(jnp.eye(16)[:, None], (3, 16, 2, 16))
     options = {"dropout_rate": rate, "dropout_rng": jax.random.key(seed)}

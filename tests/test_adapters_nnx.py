@@ -160,7 +160,7 @@ def test_weights_are_sown():
 
 
 def dropped(broadcast, rate=0.5, seed=0):
-    """Which weights a layer's dropout drops, BNTS."""
+    """Says which weights a layer's dropout drops, BTNS."""
     query = key = jnp.zeros((3, 16, 2, 1))
     value = jnp.broadcast_to(jnp.eye(16)[:, None], (3, 16, 2, 16))
     options = {"dropout_rate": rate, "dropout_rng": jax.random.key(seed)}

@@ -50,8 +50,8 @@ def attend(problem: Problem, operands: Operands, source: Source, end, order=None
         operands: Its arrays, without keys and values; the words of dropout are drawn.
         source: Where keys and values are.
         end: How many slots count, from the first one on, as an int32.
-        order: Where slots count in another order: the number of each chunk, of which
-            those that have `end` slots come first.
+        order: The numbers of the chunks in the order of their visits, where that is not
+            the order of the slots. Those that count come first, and have `end` slots.
     """
     run = functools.partial(_parts, problem, operands, end=end, order=order)
     sums = run(source, isolating=False)

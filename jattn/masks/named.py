@@ -221,10 +221,9 @@ def reach(mask) -> tuple[float, float]:
         return nearer(before), nearer(after)
     if isinstance(mask, Causal):
         return np.inf, known(mask.offset)
-    return (known(mask.left), known(mask.right)) if isinstance(mask, Window) else _ANY
-
-
-_ANY = np.inf, np.inf
+    if isinstance(mask, Window):
+        return known(mask.left), known(mask.right)
+    return np.inf, np.inf
 
 
 def in_words(mask) -> Mask | None:

@@ -125,9 +125,8 @@ class GPU(Kernel):
         pairs = zip(found, parts, strict=True)
         d_key, d_value = (x for one, sums in pairs for x in one[: len(sums)])
         d_columns = found[0][len(parts[0]) :]
-        of_logits = d_query, d_key, d_rows, d_columns
-        of_logits = jax.tree.map(lambda x: x * (factor * growth), of_logits)
-        results = *of_logits[:2], d_value * factor, *of_logits[2:]
+        grown = lambda tree: jax.tree.map(lambda x: x * (factor * growth), tree)
+        results = *grown((d_query, d_key)), d_value * factor, *grown((d_rows, d_columns))
         return of_operands(problem, operands, results, flags, wanted)
 
     def _gradient(self, problem, operands, given, sums):
