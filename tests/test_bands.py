@@ -10,8 +10,11 @@ import pytest
 import jattn
 from jattn import definition
 from jattn.api.attention import _state
+from jattn.blocks.kinds import PARTIAL
+from jattn.call.pose import pose
 from jattn.implementations.blockwise import plan as plans
-from jattn.implementations.blockwise.schedule import _band
+from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.schedule import Side, _band, schedules
 from jattn.masks import Causal, Lengths, Segments, Window
 from jattn.modifiers import ALiBi, SoftCap
 from tests.helpers.draws import normal
@@ -114,14 +117,16 @@ def test_other_derivatives_are_those_of_whole_rows(order):
         np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5)
 
 
-def test_views_look_at_the_tiles_of_the_window():
-    query, key, _ = inputs()
-    mask = Window(20, 5)
+# More queries than keys and the reverse: at the ends, blocks reach fewer tiles than most.
+@pytest.mark.parametrize("lengths", [(T, S), (1100, 1100), (1100, 600), (600, 1100)])
+@pytest.mark.parametrize("mask", [Window(20, 5), Window(0, 70), Causal() & Window(10, 3)])
+def test_views_look_at_the_tiles_of_the_window(mask, lengths):
+    query, key, _ = inputs(*lengths)
     weights = jattn.attention_weights(query, key, mask=mask)
     found = jattn.strongest_keys(query, key, 3, mask=mask)
     want, keys = jax.lax.top_k(jnp.moveaxis(weights, 1, 2), 3)
     np.testing.assert_allclose(found.weights, want, atol=1e-6)
-    np.testing.assert_array_equal(found.indices, keys)
+    np.testing.assert_array_equal(found.indices, jnp.where(want > 0, keys, -1))
     received = jattn.attention_received(query, key, mask=mask)
     np.testing.assert_allclose(received, jnp.moveaxis(weights.sum(2), 1, 2), atol=1e-5)
 
@@ -156,9 +161,36 @@ def test_a_tile_is_as_small_as_the_window_and_no_smaller():
 @pytest.mark.parametrize("rows", [64, 96])
 def test_the_run_of_a_block_is_all_that_it_reaches(rows):
     before, after, count, others, other = 70, 20, 7, 9, 64
-    order, _, live = _band(count, rows, others, other, before, after)[:3]
+    kinds = np.full((1, 1, 1, 1), PARTIAL)
+    sides = Side(count * rows, rows, 1024), Side(others * other, other, 1024)
+    order, _, live = _band(kinds, *sides, before, after)[:3]
     for i in range(count):
         reached = range(max(0, rows * i - before), min(rows * i + rows + after, 9 * other))
         want = sorted({s // other for s in reached})
         assert order[0, 0, i, : live[0, 0, i]].tolist() == want
         assert len(want) <= plans.run_length(rows, other, before, after)
+
+
+@pytest.mark.parametrize("rows", [8, 16, 100, 200])  # in a cell, and more than cells have
+def test_a_run_leaves_out_what_the_table_says_is_empty(rows):
+    cell, rng = 16, np.random.default_rng(rows)
+    kinds = rng.integers(0, 2, (2, 3, -(-200 // cell), -(-300 // cell)))
+    sides = Side(200, rows, cell), Side(300, 24, cell)
+    order, _, live = _band(jnp.asarray(kinds), *sides, 40, 10)[:3]
+    pairs = np.repeat(np.repeat(kinds, cell, 2), cell, 3)[:, :, :200, :300]
+    for b, n, i in np.ndindex(2, 3, -(-200 // rows)):
+        first, last = rows * i, min(rows * (i + 1), 200) - 1
+        keys = range(max(0, first - 40), min(first + rows + 9, 299) + 1)
+        reached = {s // 24 for s in keys}  # tiles, and those of them with a pair
+        seen = pairs[b, n, first : last + 1].any(0)
+        want = [j for j in sorted(reached) if seen[24 * j : 24 * j + 24].any()]
+        assert set(want) <= set(order[b, n, i, : live[b, n, i]].tolist()) <= reached
+
+
+def test_what_else_hides_whole_blocks_is_skipped():
+    query, key, value = (normal(seed, (1, 2048, 1, 8)) for seed in range(3))
+    mask = Window(20, 0) & Lengths(jnp.array([600]))
+    problem, operands = pose("bands", query, key, value, mask=mask)
+    by_query, by_key = schedules(Layout(problem, operands, plans.plan(problem, False)))
+    for schedule in (by_query, by_key):  # the cells of 512 beyond 600 are empty
+        assert np.sum(np.asarray(schedule.live)) <= 2 * 1024 // 64  # two tiles for each row

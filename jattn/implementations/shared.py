@@ -167,8 +167,15 @@ def row_numbers(outputs, cotangents):
     output, top, total = outputs
     d_output, _, d_total = cotangents
     inverse, settled = row_factors(total)
-    delta = jnp.sum(d_output * output, axis=-1)
+    delta = inner(d_output, output)
     return top, inverse, settled, delta, delta - d_total * total
+
+
+def inner(x, y):
+    """Computes the inner products along the last axis, in full precision."""
+    # As jnp.sum(x * y, axis=-1) it takes a hundred times as long in jax 0.10 on CPUs where
+    # B = 1: 19 ms rather than 0.2 for T = 4096 with 4 heads of 128 (Zen 5).
+    return jnp.einsum("...d,...d->...", x, y, precision="highest")
 
 
 def sum_all(array):

@@ -8,7 +8,7 @@ are computed without the mask.
 `plan`          how much a tile holds
 `slices`        arrays cut, written over and padded
 `layout`        a call, laid out so that blocks can be cut from it
-`cells`         a cell of a partial tile, where a mask cuts it
+`strips`        a strip of a partial tile, where a mask cuts it
 `schedule`      which tiles are visited, and in which order
 `prepare`       a call as the operation takes it: one-sided work done once
 `join`          an axis of `vmap` as part of the batch

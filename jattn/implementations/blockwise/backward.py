@@ -92,7 +92,7 @@ def _rows(layout: Layout, outputs, cotangents) -> tuple[jax.Array, ...]:
     divided = d_output
     if not layout.narrow:
         divided, d_logsumexp = d_output * inverse[..., None], d_logsumexp * inverse
-    delta = jnp.sum(divided * output, axis=-1)
+    delta = shared.inner(divided, output)
     rows = d_output, top, inverse, settled, delta, d_logsumexp
     return tuple(map(layout.queries, rows))
 
@@ -117,10 +117,9 @@ def _deltas(layout: Layout, head, queries: Rows, order):
     tile = functools.partial(add_deltas, head, queries)
 
     def one_block(j, deltas):
-        keys, cells = keys_of(layout, head, j), layout.in_cells()
+        keys, strip = keys_of(layout, head, j), _strip(layout, head, tile)
         whole = lambda masked: lambda i, carry: tile(layout, masked, keys, (i, j), carry)
-        cell = lambda i, s, carry: tile(cells, True, keys_of(cells, head, s), (i, s), carry)
-        return over_tiles(order, head, j, layout.counts["T"], whole, deltas, cell)
+        return over_tiles(order, head, j, layout.counts["T"], whole, deltas, strip)
 
     deltas = jnp.zeros_like(queries.delta)
     if layout.plan.flat:
@@ -128,6 +127,17 @@ def _deltas(layout: Layout, head, queries: Rows, order):
         whole = lambda masked: lambda i, j, x: tile(layout, masked, keys(j), (i, j), x)
         return over_all_tiles(layout, order, head, whole, deltas)
     return loop(layout.counts["S"], one_block, deltas)
+
+
+def _strip(layout: Layout, head, tile):
+    """Makes the body of the loop over strips from that of tiles."""
+
+    def of_width(width):
+        strips = layout.in_strips(width)
+        keys = functools.partial(keys_of, strips, head)
+        return lambda i, j, carry: tile(strips, True, keys(j), (i, j), carry)
+
+    return of_width
 
 
 def _actives(layout: Layout) -> Active:
@@ -158,13 +168,13 @@ def _over_blocks(layout, head, queries: Rows, by_key, carry):
 def _backward_block(layout, head, queries: Rows, by_key, j, carry):
     """Adds everything that one block of keys contributes: loops over rows that see it."""
     d_rows, d_key, d_value, *others = carry
-    keys, cells = keys_of(layout, head, j), layout.in_cells()
+    keys = keys_of(layout, head, j)
     zeros = [jnp.zeros(x.shape, layout.problem.wide) for x in keys]
     tile = functools.partial(add_tile, head, queries, layout.first_key(j))
     whole = lambda masked: lambda i, carry: tile(layout, masked, keys, (i, j), carry)
-    cell = lambda i, s, carry: tile(cells, True, keys_of(cells, head, s), (i, s), carry)
+    strip = _strip(layout, head, tile)
     start = (d_rows, *zeros, *others)
-    carry = over_tiles(by_key, head, j, layout.counts["T"], whole, start, cell)
+    carry = over_tiles(by_key, head, j, layout.counts["T"], whole, start, strip)
     d_rows, key_part, value_part, *others = carry
     # If uneven, the last block shares columns with another one, so it must not overwrite.
     write = layout.add if layout.is_uneven else layout.put

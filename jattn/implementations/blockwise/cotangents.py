@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.implementations import shared
-from jattn.implementations.blockwise.cells import block_of, part_of, put_part
 from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.strips import block_of, part_of, put_part
 from jattn.implementations.blockwise.tiles import (
     Active,
     Tile,
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     d_logsumexp: jax.Array
 
     def at(self, layout: Layout, place) -> "Rows":
-        """Gives the rows of one tile: those of a whole block, or of a cell."""
+        """Gives the rows of one tile: those of a whole block, or of a strip."""
         block, place = block_of(layout, place)
         return Rows(*(part_of(layout, block_at(x, block), place) for x in self))
 
@@ -86,7 +86,7 @@ def add_deltas(head, queries: Rows, layout, masked, keys, at, deltas):
 
 
 def add_tile(head, queries: Rows, first, layout, masked, keys, at, carry):
-    """Adds the contribution of one tile: of a whole one, or of a cell.
+    """Adds the contribution of one tile: of a whole one, or of a strip.
 
     It computes, with δ and d_logsumexp of the row,
 

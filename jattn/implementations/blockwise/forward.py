@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.arrays.shapes import wide_dtype
-from jattn.implementations.blockwise.cells import in_cell
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.rows import row_sums
+from jattn.implementations.blockwise.strips import in_strip
 from jattn.implementations.blockwise.tiles import Tile, dot, products_of, sums_of
 from jattn.operations.mapped import cond_any
 
@@ -44,7 +44,7 @@ def _forward(layout: Layout):
         def block(i):
             query = layout.scaled(layout.rows(layout.query, T=i, **head.at))
             tile = functools.partial(_forward_tile, layout, head, query, i)
-            return tile, functools.partial(_forward_cell, layout, head, query)
+            return tile, functools.partial(_forward_strip, layout, head, query)
 
         return block
 
@@ -105,13 +105,17 @@ def _forward_tile(layout, head, query, i, masked):
     return body
 
 
-def _forward_cell(layout, head, query, row, column, carry):
-    """Adds one cell of a partial tile to the sums of its query block."""
+def _forward_strip(layout, head, query, width):
+    """Makes the body of the loop over the strips of a query block, `width` cells wide."""
+    strips = layout.in_strips(width)
 
-    def tile(cells, query, sums):
-        return _forward_tile(cells, head, query, row, masked=True)(column, sums)
+    def body(row, column, carry):
+        def tile(query, sums):
+            return _forward_tile(strips, head, query, row, masked=True)(column, sums)
 
-    return in_cell(layout, row, query, carry, tile)
+        return in_strip(strips, row, query, carry, tile)
+
+    return body
 
 
 def _folded_products(layout, query, key):

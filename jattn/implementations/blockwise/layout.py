@@ -77,13 +77,13 @@ class Layout:
         last.extent, last.is_uneven = self.extent | {"S": left}, False
         return last
 
-    def in_cells(self) -> "Layout":
-        """Gives a layout whose tiles are the cells of the tiles of this one."""
-        cells = copy.copy(self)
-        cells.plan, cells.per_block = self.plan.in_cells(), self.plan.cuts
-        cells.extent = self.extent | {"T": cells.plan.T, "S": cells.plan.S}
-        cells.is_uneven = self.is_uneven or self.plan.S % cells.plan.S != 0
-        return cells
+    def in_strips(self, width: int) -> "Layout":
+        """Gives a layout whose tiles are strips of the tiles of this one, `width` cells."""
+        strips, (T, S) = copy.copy(self), self.plan.cell
+        strips.plan, strips.per_block = self.plan._replace(T=T, S=S, cuts=1), self.plan.cuts
+        strips.extent = self.extent | {"T": T, "S": min(width * S, self.plan.S)}
+        strips.is_uneven = self.is_uneven or self.plan.S % S != 0
+        return strips
 
     def first_key(self, j):
         """Gives the column at which block `j` of the keys starts."""

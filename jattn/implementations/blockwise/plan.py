@@ -14,7 +14,7 @@ class Plan(NamedTuple):
     T: int  # queries
     S: int  # keys
     folded: bool = False  # whether the forward pass multiplies all heads in one product
-    cuts: int = 1  # into how many blocks of queries, and of keys, a partial tile is cut
+    cuts: int = 1  # how many cells a partial tile has along each side; a row is a strip
     flat: bool = False  # whether one loop visits the tiles of all blocks, as on a GPU
     banded: bool = False  # whether a window's numbers alone say which tiles are visited
 
@@ -25,17 +25,18 @@ class Plan(NamedTuple):
 
     @property
     def cell(self) -> tuple[Any, Any]:
-        """Gives the number of queries and of keys in a cell, the unit of skipping."""
+        """Gives the number of queries and of keys in a cell, the unit of the table."""
         if self.cuts == 1:
             return self.T, self.S
         # Where there are several blocks of keys, they can be cut evenly. The last cell of a
         # single one may be smaller.
         return self.T // self.cuts, -(-self.S // self.cuts)
 
-    def in_cells(self) -> "Plan":
-        """Gives the plan whose tiles are the cells of this one."""
-        T, S = self.cell
-        return self._replace(T=T, S=S, cuts=1)
+    def halved(self) -> "Plan":
+        """Gives the plan for what computes partial tiles whole: its tiles are smaller."""
+        if self.cuts == 1:
+            return self
+        return self._replace(T=self.T // 2, S=-(-self.S // 2), cuts=1)
 
 
 # With at most so many rows for each key/value head, most time goes into reading the keys.
@@ -45,9 +46,9 @@ FEW_ROWS = 8
 # The most queries and keys in a tile, measured on XLA:CPU: large products run near the peak
 # of a processor, and the logits of a tile, 4 MB in float32, stay in a shared cache.
 MOST = 1024
-# Into how many blocks of queries, and of keys, a partial tile is cut; but no cell has fewer
-# than FEWEST rows or keys. In jax 0.10 and 0.12 XLA:CPU multiplies 256 × 256 by one thread,
-# and a pair costs twice as much there as in 512 × 512.
+# How many strips of queries a partial tile is cut into, and into how many cells each strip;
+# but no cell has fewer than FEWEST rows or keys. Four strips compute less in vain, but took
+# as long as two (causal, T from 1024 to 4096, Zen 5), and longer to compile.
 CUTS, FEWEST = 2, 384
 
 
@@ -94,7 +95,8 @@ def plan(
         is_even = problem.mask is not None and T % CUTS == S % CUTS == 0
         return Plan(1, 1, sizes.G, T, S, cuts=CUTS if is_even else 1)
     if not sizes.are_known:  # fixed tiles: nothing can be fitted to a symbolic length
-        return Plan(1, 1, sizes.G, 256, 512)
+        fit = lambda length, most: min(length, most) if isinstance(length, int) else most
+        return Plan(1, 1, sizes.G, fit(sizes.T, 256), fit(sizes.S, 512))
     side = MOST if problem.near is None or spread else banded_side(*problem.near)
     if 2 * side < min(sizes.T, sizes.S, MOST):
         return _banded_plan(problem, side)
@@ -103,7 +105,7 @@ def plan(
         rows, columns = sizes.G * min(sizes.T, T), min(sizes.S, MOST)
         cuts = CUTS if min(rows, columns) >= CUTS * FEWEST and T >= CUTS else 1
     T = -(-_even(sizes.T, T, 16 * cuts) // cuts) * cuts
-    S = _even(sizes.S, MOST, 64)
+    S = _even(sizes.S, MOST, 64 * cuts)
     if spread:  # all examples and heads: a loop would cut axes that devices divide
         return Plan(sizes.B, sizes.K, sizes.G, T, S)
     if sizes.G * sizes.T <= FEW_ROWS and sizes.K > 1:

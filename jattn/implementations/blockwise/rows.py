@@ -22,8 +22,8 @@ def row_sums(layout: Layout, of_head, zeros, finish, *, bare=False, folded=False
     Args:
         layout: The call.
         of_head: `of_head(head)` gives `block(i)`, which gives two functions for a block of
-            queries: `tile(masked)(j, sums)` and `cell(row, column, sums)` give the sums
-            with those of a tile, or of a cell.
+            queries: `tile(masked)(j, sums)` and `strip(width)(row, column, sums)` give the
+            sums with those of a tile, or of a strip.
         zeros: The sums of the rows of a block before its first tile.
         finish: Turns sums into results.
         bare: Whether `tile` takes None for the sums before the first tile.
@@ -48,9 +48,9 @@ def _over_blocks(layout: Layout, of_head, zeros, finish, bare):
         block = of_head(head)
 
         def one_block(i, carry):
-            tile, cell = block(i)
+            tile, strip = block(i)
             count = layout.counts["S"]
-            parts = finish(over_tiles(by_query, head, i, count, tile, start, cell))
+            parts = finish(over_tiles(by_query, head, i, count, tile, start, strip))
             put = lambda whole, part: layout.put_rows(whole, part, T=i, **head.at)
             return jax.tree.map(put, carry, parts)
 

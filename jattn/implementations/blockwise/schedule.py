@@ -1,10 +1,14 @@
 """Which tiles are visited, and in which order.
 
-A full tile is computed whole, and without the mask. A partial tile is cut into cells, and
-the cells that the mask leaves empty are skipped. So large products serve where the mask
-allows everything, and less is computed in vain along its edges.
+A full tile is computed whole, and without the mask. A partial tile is cut into strips of
+queries. A strip is computed with its span of keys: from the first to the last cell that
+the mask does not leave empty. So large products serve where the mask allows everything,
+and less is computed in vain along its edges.
 """
 
+import dataclasses
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,22 +20,32 @@ from jattn.arrays.shapes import is_one
 from jattn.blocks import of_call
 from jattn.blocks.kinds import cut_last, module, resize, spread, visits
 from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.plan import plan as whole_plan
 
 
-class Cells(NamedTuple):
-    """Cells to visit, for each step in B and K and each block of one side.
+class Strips(NamedTuple):
+    """Strips to visit, for each step in B and K and each block of one side.
 
-    Cell (`row`, `column`) is counted from the first query and the first key of the call.
-    The first `live` cells count, and the others are empty, or are in full tiles.
+    They are in the order of their width in cells, and the first ones have the width 1.
     """
 
-    row: jax.Array
-    column: jax.Array
-    live: jax.Array
+    row: jax.Array  # which strip, counted from the first query of the call
+    column: jax.Array  # the first cell of its span, counted from the first key
+    ends: jax.Array  # how many strips have at most 0, 1, 2, … cells
 
-    def at(self, b, k, i):
-        """Gives the cells of one block, and how many of them count."""
-        return tuple(_pick(x, b, k, i) for x in self)
+    def visit(self, where, strip, carry):
+        """Runs `strip(width)(row, column, carry)` over the strips of one block."""
+        row, column, ends = (_pick(x, *where) for x in self)
+
+        def of_width(width):
+            body = strip(width)
+            return lambda turn, carry: body(row[turn], column[turn], carry)
+
+        # A loop for each width: a branch in one loop would copy what the loop carries.
+        for width in range(1, ends.shape[0]):
+            ends_here = ends[width - 1], ends[width]
+            carry = lax.fori_loop(*ends_here, of_width(width), carry)
+        return carry
 
 
 class Schedule(NamedTuple):
@@ -45,7 +59,7 @@ class Schedule(NamedTuple):
     full: jax.Array
     live: jax.Array
     masked: bool  # whether a partial tile has a mask to apply; else a modifier hides it
-    cells: Cells | None = None  # of the partial tiles, where these are cut
+    strips: Strips | None = None  # of the partial tiles, where these are cut
 
     def at(self, b, k, i):
         """Gives the order of one block, and where its full and its partial tiles end."""
@@ -54,7 +68,7 @@ class Schedule(NamedTuple):
     def in_order(self) -> "Schedule":
         """Sorts the tiles by their place, and treats each of them as partial."""
         places = lax.broadcasted_iota(jnp.int32, self.order.shape, self.order.ndim - 1)
-        last = self.order.shape[-1]
+        last = jnp.iinfo(jnp.int32).max  # after every block: a band lists few of many
         order = jnp.sort(jnp.where(places < self.live[..., None], self.order, last))
         return self._replace(order=order, full=jnp.zeros_like(self.full))
 
@@ -78,7 +92,7 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     places = layout.operands.query_position, layout.operands.key_position
     if plan.banded and problem.near and places == (None, None):
         return _bands(layout, *problem.near)
-    cells = _kinds(layout)
+    cells = _kinds(layout, plan.cell)
     xp: Any = module(cells)
     table = cells
     if sizes.are_known:
@@ -101,35 +115,64 @@ def schedules(layout: Layout) -> tuple[Schedule | None, Schedule | None]:
     # Where a block has one tile, XLA would compute its products before the loop over full
     # tiles, since they are the same in each turn. So this tile is always cut.
     chosen = lambda axis: live & (partial | is_one(layout.counts[axis]))
-    by_query = by_query._replace(cells=_cells(xp, chosen("S"), 2))
-    return by_query, by_key._replace(cells=_cells(xp, chosen("T"), 4))
+    by_query = by_query._replace(strips=_strips(xp, chosen("S"), 2))
+    return by_query, by_key._replace(strips=_strips(xp, chosen("T"), 4))
 
 
 def _bands(layout: Layout, before: int, after: int) -> tuple[Schedule, Schedule]:
     """Makes the two schedules of a window: the tiles that it reaches, all as partial ones.
 
-    No table is needed. What else the mask hides there is little.
+    A table of so many small tiles would take long. What else the mask hides, a table of
+    larger cells tells.
     """
-    plan, counts = layout.plan, layout.counts
-    by_query = _band(counts["T"], plan.T, counts["S"], plan.S, before, after)
-    return by_query, _band(counts["S"], plan.S, counts["T"], plan.T, after, before)
+    plan, sizes = layout.plan, layout.problem.sizes
+    cell = whole_plan(dataclasses.replace(layout.problem, near=None), False).cell
+    kinds = spread(_kinds(layout, cell), (sizes.T, sizes.S), cell)
+    rows, columns = Side(sizes.T, plan.T, cell[0]), Side(sizes.S, plan.S, cell[1])
+    by_query = _band(kinds, rows, columns, before, after)
+    kinds = module(kinds).swapaxes(kinds, 2, 3)
+    return by_query, _band(kinds, columns, rows, after, before)
 
 
-def _band(count: int, size: int, others: int, other: int, before, after) -> Schedule:
-    """Lists for each of `count` blocks the blocks of the other side that it reaches."""
-    start = np.arange(count) * size
-    first = np.clip((start - before) // other, 0, others - 1)
-    last = np.clip((start + size - 1 + after) // other, 0, others - 1)
-    live = last - first + 1
-    order = first[:, None] + np.arange(np.max(live))
-    arrays = order, np.zeros_like(live), live
-    return Schedule(*(jnp.asarray(x[None, None], jnp.int32) for x in arrays), masked=True)
+class Side(NamedTuple):
+    """Queries or keys: how many there are, in a tile, and in a cell of the table."""
+
+    length: int
+    tile: int
+    cell: int
+
+    def cells(self, tile):
+        """Lists the cells that a tile overlaps, the last one again where they are fewer."""
+        last = (np.minimum((tile + 1) * self.tile, self.length) - 1) // self.cell
+        first = tile * self.tile // self.cell
+        return [np.minimum(first + k, last) for k in range(np.max(last - first) + 1)]
 
 
-def _kinds(layout: Layout):
+def _band(kinds, side: Side, other: Side, before: int, after: int) -> Schedule:
+    """Lists for each block of a side the blocks of the other side that it reaches."""
+    xp: Any = module(kinds)
+    block = np.arange(-(-side.length // side.tile))[:, None]
+    most = -(-other.length // other.tile) - 1
+    start = block * side.tile
+    first = np.clip((start - before) // other.tile, 0, most)
+    last = np.clip((start + side.tile - 1 + after) // other.tile, 0, most)
+    order = first + np.arange(np.max(last - first) + 1)
+    inside = np.minimum(order, last)  # whose cells exist
+    # A tile is empty if all the cells are that it overlaps.
+    places = itertools.product(side.cells(block), other.cells(inside))
+    is_empty = [kinds[:, :, x, y] == of_call.EMPTY for x, y in places]
+    live = ~functools.reduce(xp.logical_and, is_empty) & (order <= last)[None, None]
+    turns = xp.argsort(~live, axis=-1, stable=True)
+    order = xp.take_along_axis(xp.broadcast_to(order, live.shape), turns, axis=-1)
+    count = xp.sum(live, axis=-1)
+    arrays = order, xp.zeros_like(count), count
+    return Schedule(*(jnp.asarray(x.astype(np.int32)) for x in arrays), masked=True)
+
+
+def _kinds(layout: Layout, cell):
     """Finds the kinds of cells, for each step in B and K."""
     problem, plan = layout.problem, layout.plan
-    cells = of_call.block_table(problem, layout.operands, *plan.cell)
+    cells = of_call.block_table(problem, layout.operands, *cell)
     xp: Any = module(cells)
     cells = _common(xp, _common(xp, cells, 0, plan.B), 1, plan.K * plan.G)
     if problem.mask is None:  # a modifier hides pairs by −∞ logits, so no mask is applied
@@ -157,16 +200,18 @@ def _live(xp, cells, table, cuts: int):
     return (cells != of_call.EMPTY).reshape(*cells.shape[:2], rows, cuts, columns, cuts)
 
 
-def _cells(xp, live, axis: int) -> Cells:
-    """Lists the live cells for each block of the axis: 2 of queries, 4 of keys."""
+def _strips(xp, live, axis: int) -> Strips:
+    """Lists the strips that are not empty for each block of the axis: 2 queries, 4 keys."""
     _, _, rows, cuts, columns, _ = live.shape
-    row = xp.arange(rows * cuts).reshape(rows, cuts, 1, 1)
-    column = xp.arange(columns * cuts).reshape(1, 1, columns, cuts)
-    by_block = lambda x: xp.moveaxis(xp.broadcast_to(x, live.shape), axis, 2).reshape(
-        *live.shape[:2], live.shape[axis], -1
+    first, last = xp.argmax(live, -1), cuts - 1 - xp.argmax(live[..., ::-1], -1)
+    width = xp.where(xp.any(live, -1), last - first + 1, cuts + 1)
+    row = xp.arange(rows * cuts).reshape(rows, cuts, 1)
+    column = xp.arange(columns) * cuts + first
+    by_block = lambda x: xp.moveaxis(xp.broadcast_to(x, width.shape), axis, 2).reshape(
+        *width.shape[:2], width.shape[axis], -1
     )
-    row, column, live = map(by_block, (row, column, live))
-    order = xp.argsort(~live, axis=-1, stable=True)  # live ones first
+    row, column, width = map(by_block, (row, column, width))
+    order = xp.argsort(width, axis=-1, stable=True)
     row, column = (xp.take_along_axis(x, order, axis=-1) for x in (row, column))
-    count = xp.sum(live, axis=-1)
-    return Cells(*(jnp.asarray(x.astype(xp.int32)) for x in (row, column, count)))
+    ends = xp.sum(width[..., None, :] <= xp.arange(cuts + 1)[:, None], -1)
+    return Strips(*(jnp.asarray(x.astype(xp.int32)) for x in (row, column, ends)))

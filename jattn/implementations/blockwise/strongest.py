@@ -29,7 +29,7 @@ def strongest(
     if k == 0 or problem.sizes.are_nothing:
         shape = (B, T, k) if average else (B, T, N, k)
         return jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, problem.wide)
-    usual = plan(problem, False, tile).in_cells()
+    usual = plan(problem, False, tile).halved()
     usual = usual._replace(folded=False)  # `sweep` does not fold heads
     layout = Layout(problem, operands, _plan(problem, average, usual, tile))
     B, K, G, T, *_ = layout.plan

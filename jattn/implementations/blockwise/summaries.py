@@ -129,8 +129,8 @@ class _View(Operation):
         return 2 * B * K * G * T * S
 
     def plan(self, spread: bool) -> Plan:
-        """Chooses the sizes of tiles; a sweep visits whole tiles, so these are cells."""
-        return plan(self.problem, spread, self.tile).in_cells()
+        """Chooses the sizes of tiles; a sweep computes partial ones whole."""
+        return plan(self.problem, spread, self.tile).halved()
 
     def joined(self, size, mapped, apart):
         """Joins the slices into a call with more examples; None if they share keys."""

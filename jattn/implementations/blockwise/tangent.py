@@ -21,9 +21,9 @@ import jax.numpy as jnp
 
 from jattn.call.problem import Operands
 from jattn.implementations import shared
-from jattn.implementations.blockwise.cells import in_cell
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.rows import row_sums
+from jattn.implementations.blockwise.strips import in_strip
 from jattn.implementations.blockwise.tiles import (
     Active,
     Tile,
@@ -55,7 +55,7 @@ def tangent(layout: Layout, outputs, tangents: Operands):
             d_rows = None if d_query is None else rows(d_query)
             given = (layout.scaled(rows(layout.query)), rows(top), d_rows)
             tile = functools.partial(_tangent_tile, layout, head, d_head, given, i)
-            return tile, functools.partial(_tangent_cell, layout, head, d_head, given)
+            return tile, functools.partial(_tangent_strip, layout, head, d_head, given)
 
         return block
 
@@ -175,13 +175,18 @@ def _add(view: Tile, old: Sums, weights, d_logits, values, allowed) -> Sums:
     return Sums(total, old.mean + step, by_logits, by_values, output)
 
 
-def _tangent_cell(layout, head, d_head, given, row, column, carry):
-    """Adds one cell of a partial tile to the sums of its query block."""
+def _tangent_strip(layout, head, d_head, given, width):
+    """Makes the body of the loop over the strips of a query block, `width` cells wide."""
+    strips = layout.in_strips(width)
 
-    def tile(cells, given, sums):
-        return _tangent_tile(cells, head, d_head, given, row, masked=True)(column, sums)
+    def body(row, column, carry):
+        def tile(given, sums):
+            tile = _tangent_tile(strips, head, d_head, given, row, masked=True)
+            return tile(column, sums)
 
-    return in_cell(layout, row, given, carry, tile)
+        return in_strip(strips, row, given, carry, tile)
+
+    return body
 
 
 def _cut_active(layout: Layout, active: Active, **at) -> Active:

@@ -113,15 +113,15 @@ def loop(count, body, carry):
     return lax.fori_loop(0, count, body, carry)
 
 
-def over_tiles(schedule, head: Head, i, count, body, carry, cell=None):
+def over_tiles(schedule, head: Head, i, count, body, carry, strip=None):
     """Runs `body(masked)(j, carry)` over the tiles of block `i` that are not empty.
 
-    Where `cell` is given and partial tiles are cut, `cell(row, column, carry)` runs over
-    their cells.
+    Where `strip` is given and partial tiles are cut, `strip(width)(row, column, carry)`
+    runs over their strips of so many cells.
     """
     if schedule is None:
         return loop(count, body(False), carry)
-    is_cut = cell is not None and schedule.cells is not None
+    is_cut = strip is not None and schedule.strips is not None
     if is_one(count) and not is_cut:  # apply the mask without asking whether it is needed
         return body(schedule.masked)(0, carry)
     where = head.at["B"], head.at["K"], i
@@ -130,9 +130,7 @@ def over_tiles(schedule, head: Head, i, count, body, carry, cell=None):
     if is_cut:
         if not is_one(count):  # a single tile is always cut, see `schedules`
             carry = lax.fori_loop(0, full, at(False), carry)
-        row, column, live = schedule.cells.at(*where)
-        step = lambda turn, carry: cell(row[turn], column[turn], carry)
-        return lax.fori_loop(0, live, step, carry)
+        return schedule.strips.visit(where, strip, carry)
     if not schedule.masked:
         return lax.fori_loop(0, live, at(False), carry)
     carry = lax.fori_loop(0, full, at(False), carry)

@@ -1,4 +1,4 @@
-"""A cell of a partial tile: its rows, cut from those of its block of queries."""
+"""A strip of a partial tile: its rows, cut from those of its block of queries."""
 
 import jax
 from jax import lax
@@ -6,16 +6,15 @@ from jax import lax
 from jattn.implementations.blockwise.layout import Layout
 
 
-def in_cell(layout: Layout, row, given, sums, tile):
-    """Adds one cell of a partial tile to the sums of its query block.
+def in_strip(strips: Layout, row, given, sums, tile):
+    """Adds one strip of a partial tile to the sums of its query block.
 
-    `tile(cells, given, sums)` does it for the rows of the cell, whose layout is `cells`.
+    `tile(given, sums)` does it for the rows of the strip, whose layout is `strips`.
     """
-    cells = layout.in_cells()
-    _, place = block_of(cells, row)
-    cut = lambda x: part_of(cells, x, place)
-    parts = tile(cells, *jax.tree.map(cut, (given, sums)))
-    return jax.tree.map(lambda x, y: put_part(cells, x, y, place), sums, parts)
+    _, place = block_of(strips, row)
+    cut = lambda x: part_of(strips, x, place)
+    parts = tile(*jax.tree.map(cut, (given, sums)))
+    return jax.tree.map(lambda x, y: put_part(strips, x, y, place), sums, parts)
 
 
 def block_of(layout: Layout, place):
