@@ -351,3 +351,18 @@ def test_logits_of_both_passes_are_equal_in_every_bit(R, S, dtype):
     np.testing.assert_array_equal(
         forward(query, key), jnp.swapaxes(backward(query, key), 2, 3)
     )
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize("mask", [None, masks.Causal(700)])
+def test_weights_of_heads_of_one_number_add_up_to_one(mask, size):
+    query, key = (normal(i, (1, n, h, 1)) for i, (n, h) in enumerate([(40, 2), (700, 1)]))
+    query = size * query
+    attend = lambda value: jattn.attention(query, key, value, mask=mask)
+    output, pull = jax.vjp(attend, jnp.ones((1, 700, 1, 3), "float32"))
+    np.testing.assert_allclose(output, 1, rtol=2e-6)
+    np.testing.assert_allclose(jnp.sum(pull(jnp.ones_like(output))[0]), 240, rtol=2e-6)
+    entropy = jattn.attention_entropy(query, key, mask=mask)
+    weights = jattn.attention_weights(query, key, mask=mask)
+    want = jnp.moveaxis(jnp.sum(jax.scipy.special.entr(weights), axis=-1), 1, 2)
+    np.testing.assert_allclose(entropy, want, atol=1e-4)

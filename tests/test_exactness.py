@@ -40,8 +40,9 @@ class Call:
     S: int
     options: str
     tile: tuple[int, int] | str
+    H: int = 16
 
-    N, K, H, D = 4, 2, 16, 8
+    N, K, D = 4, 2, 8
 
     def inputs(self, seed, size, dtype):
         """Inputs whose logits are about `size`."""
@@ -196,6 +197,15 @@ PROGRAMS = [
 def test_blockwise_is_as_exact_as_dense(shape, options, dtype, size):
     T, S, tile = SHAPES[shape]
     assert_as_exact_as_dense(Call(T, S, options, tile), "blockwise", size, dtype)
+
+
+@pytest.mark.parametrize("size", LOGITS)
+@pytest.mark.parametrize("options", ["plain", "causal", "everything"])
+@pytest.mark.parametrize("shape", ["few on many", "tiny tiles"])
+def test_heads_of_one_number_are_as_exact_as_dense(shape, options, size):
+    T, S, tile = SHAPES[shape]
+    call = Call(T, S, options, tile, H=1)
+    assert_as_exact_as_dense(call, "blockwise", size, "float32")
 
 
 # In bfloat16 weights are rounded to it, for the matrix unit: gradients that are not, of a

@@ -193,8 +193,15 @@ def _rows_of(query, key, wide):
     count = key.shape[2]
     if not _are_few(query):  # padding would copy all keys for the sake of a few queries
         key = _whole_lanes(key)
-    products = dot("BKRH,BKSH->BKRS", query, key, wide)
+    products = _each("BKRH,BKSH->BKRS", query, key, wide)
     return lax.slice_in_dim(products, 0, count, axis=3)
+
+
+def _each(spec: str, x, y, wide):
+    """Multiplies each query by each key, over the axis H of both."""
+    products = dot(spec, x, y, wide)
+    # For H = 1 this is a multiplication, and XLA fuses it with what comes after it.
+    return shared.rounded(products) if is_one(x.shape[3]) else products
 
 
 def columns_of(query, key, wide):
@@ -208,7 +215,7 @@ def columns_of(query, key, wide):
         # which sums in another order.
         rows = lax.optimization_barrier(_rows_of(query, key, wide))
         return jnp.swapaxes(rows, 2, 3)
-    products = dot("BKSH,BKRH->BKSR", key, _whole_lanes(query), wide)
+    products = _each("BKSH,BKRH->BKSR", key, _whole_lanes(query), wide)
     return lax.slice_in_dim(products, 0, query.shape[2], axis=3)
 
 
