@@ -1,5 +1,6 @@
 """Modifiers: their formulas, their order, and what they read."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from jattn.modifiers import (
     distance,
     log_bucket,
 )
+from tests.helpers.draws import normal
 
 T, S, N = 3, 4, 2
 rng = np.random.default_rng(0)
@@ -132,3 +134,45 @@ def test_a_modifier_prints_as_one_writes_it():
     nested = ALiBi() >> (SoftCap(1.0) >> RelativeBias(jnp.zeros((3, 101)), distance(50)))
     written = "ALiBi() >> (SoftCap(1.0) >> RelativeBias(float32[3, 101], distance(50)))"
     assert repr(nested) == written
+
+
+HALVES = {
+    "soft cap": (SoftCap, np.array(50.0)),
+    "relative bias": (lambda x: RelativeBias(x, distance(4)), np.zeros((2, 9))),
+    "a table, widened": (
+        lambda x: lambda l, b, n, t, s: l + x.astype(l.dtype)[n, (t + s) % 9],
+        np.zeros((2, 9)),
+    ),
+    "a table, computed": (
+        lambda x: lambda l, b, n, t, s: l * jnp.exp(x.astype(l.dtype))[n, t % 9],
+        np.zeros((2, 9)),
+    ),
+}
+
+
+# The gradient of such an array is a sum over the tiles, each of which would round its part.
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", HALVES)
+def test_arrays_of_half_precision_have_the_gradient_of_dense(name, dtype):
+    make, array = HALVES[name]
+    T, S = (20, 2050) if array.ndim == 0 else (700, 40)
+    query, key, value = (
+        10 * normal(i, (1, n, h, 8)).astype(dtype)
+        for i, (n, h) in enumerate([(T, 2), (S, 1), (S, 1)])
+    )
+    weight = normal(3, (1, T, 2, 8))
+
+    def gradient(function, array, *arrays, **options):
+        output = lambda x: function(*arrays, modifier=make(x), **options)
+        total = lambda x: jnp.sum(output(x) * weight.astype(arrays[0].dtype))
+        return np.asarray(jax.grad(total)(array)).astype(np.float64)
+
+    given = jnp.asarray(array, dtype), query, key, value
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x).astype(np.float64)) for x in given]
+        want = gradient(jattn.definition.attention, *wide)
+    error = lambda name: np.max(
+        np.abs(gradient(jattn.attention, *given, implementation=name) - want)
+    )
+    unit = float(jnp.finfo(dtype).eps) * np.max(np.abs(want))
+    assert error("blockwise") <= 1.5 * error("dense") + unit / 2

@@ -11,6 +11,9 @@ of the equations that join the two sides or read the logit:
 JAX computes the new arrays from the captured ones, so gradients flow through them. Cheap
 values stay in the program: bare positions, and their sums and comparisons. A sum of two
 values that read different axes stays too, because its array would be longer than both.
+
+What follows from captured arrays alone, `jnp.exp(table)` or `table.astype("float32")`, is
+computed once too. So the tiles add up the gradient of a table in float16 in float32.
 """
 
 import dataclasses
@@ -37,6 +40,7 @@ class _Value:
     reads: frozenset[str]
     is_costly: bool = False
     is_input: bool = False  # an index, the logit, or an element of an aligned array
+    is_fixed: bool = False  # a captured array, or what follows from such arrays alone
 
     @property
     def is_joint(self) -> bool:
@@ -103,6 +107,9 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
     whole = dict(zip(inputs[4:], arrays.aligned, strict=True))
     whole = {value: array for value, array in whole.items() if value in needed}
     leading = dict(zip(inputs, indexed, strict=True))
+    for step in steps:
+        if all(value.is_fixed for value in step.results):
+            step.run(given)
     for value in (*captured, *(x for step in steps for x in step.results)):
         if value in needed and value.is_hoisted:
             whole[value] = _outside(value, steps, given, leading)
@@ -134,7 +141,10 @@ def joint_equations(program: Program, logit: bool) -> list:
 
 def _graph(jaxpr, reads):
     """Gives captured values, inputs that read these axes, the result and all steps."""
-    captured = [_Value(x.aval, frozenset(), bool(x.aval.shape)) for x in jaxpr.constvars]
+    captured = [
+        _Value(var.aval, frozenset(), bool(var.aval.shape), is_fixed=True)
+        for var in jaxpr.constvars
+    ]
     inputs = [
         _Value(var.aval, frozenset(letters), is_input=True)
         for var, letters in zip(jaxpr.invars, reads, strict=True)
@@ -174,7 +184,10 @@ def _results(equation, operands: list[_Value]) -> tuple[_Value, ...]:
         is_costly = any(x.reads == reads for x in costly)
     else:
         is_costly = True
-    return tuple(_Value(var.aval, reads, is_costly) for var in equation.outvars)
+    is_fixed = bool(operands) and all(x.is_fixed for x in operands)
+    return tuple(
+        _Value(var.aval, reads, is_costly, is_fixed=is_fixed) for var in equation.outvars
+    )
 
 
 def _needed(steps: list[_Step], result) -> tuple[list[_Step], set]:
@@ -182,7 +195,7 @@ def _needed(steps: list[_Step], result) -> tuple[list[_Step], set]:
     inside, needed = [], {result} if isinstance(result, _Value) else set()
     for step in reversed(steps):
         wanted = [x for x in step.results if x in needed]
-        if wanted and not all(x.is_hoisted for x in wanted):
+        if wanted and not all(x.is_hoisted or x.is_fixed for x in wanted):
             inside.append(step)
             needed.update(x for x in step.operands if isinstance(x, _Value))
     return inside[::-1], needed

@@ -156,6 +156,6 @@ class RelativeBias(Modifier):
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
         """Computes the logit plus the table's entry."""
-        table = jnp.asarray(self.table)
+        table = jnp.asarray(self.table).astype(logit.dtype)
         bucket = self.bucket or distance((table.shape[1] - 1) // 2)
-        return logit + table[n, bucket(s - t)].astype(logit.dtype)
+        return logit + table[n, bucket(s - t)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from jattn.blocks import of_call
@@ -46,7 +47,7 @@ def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
         program, arrays = getattr(problem, name), getattr(operands, name)
         if program is not None:
             found = hoisted(program, arrays, at)
-            if len(found.arrays.aligned) > len(arrays.aligned):
+            if _types(found.arrays) != _types(arrays):
                 parts[name] = found
     if not parts or not problem.sizes.are_known:
         return problem, operands
@@ -55,6 +56,10 @@ def _split(problem: Problem, operands: Operands, blocks: tuple[int, int]):
     arrays = {name: found.arrays for name, found in parts.items()}
     problem = dataclasses.replace(problem, blocks=blocks, settled=True, **programs)
     return problem, operands._replace(kinds=jnp.asarray(kinds), **arrays)
+
+
+def _types(arrays: Arrays):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), (arrays.captured, arrays.aligned))
 
 
 def hoisted(program: Program, arrays: Arrays, at: Index) -> "_Joint":
