@@ -1,15 +1,19 @@
 """Caches at their edges: sizes that meet, or are 0, or no sizes; explicit axes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jattn
 from jattn import caches
 from jattn.masks import Causal
+from tests.helpers.draws import normal
 
 B, T, N, K, H = 4, 3, 4, 2, 4
 SLOW = pytest.mark.slow
@@ -165,3 +169,46 @@ def test_explicit_axes_change_no_number_and_stay(kind):
             forked = kv.release([1]).fork(0, 1).truncate(2)
             assert forked.length.tolist() == [2] * B
             assert lies(forked) == lies(first)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("capacity", [250, 256, 1024])
+@pytest.mark.parametrize("make", [caches.empty, caches.rolling])
+def test_what_is_not_rounded_has_the_shapes_of_a_new_cache(make, capacity, dtype):
+    kv, plain = make(2, capacity, 1, 8, dtype=dtype), make(2, capacity, 1, 8)
+    shapes = lambda kv: jax.tree.map(lambda x: (x.shape, x.dtype), kv)
+    assert shapes(kv.dequantize()) == shapes(plain)
+
+
+MAKE = {
+    "empty": lambda: caches.empty(2, 8, 2, 0, 3),
+    "rolling": lambda: caches.rolling(2, 8, 2, 0, 3),
+    "paged": lambda: caches.paged(4, 8, 2, 0, 3, batch_size=2, max_pages=2),
+}
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("name", MAKE)
+def test_keys_without_numbers_are_all_alike(name, T):
+    query, key = jnp.ones((2, T, 4, 0)), jnp.ones((2, T, 2, 0))
+    value = jnp.arange(2.0 * T * 2 * 3).reshape(2, T, 2, 3)
+    output, _ = MAKE[name]().extend(query, key, value)
+    mean = jnp.repeat(jnp.mean(value, 1, keepdims=True), 2, axis=2)
+    np.testing.assert_allclose(output[:, -1:], mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("symbol", ["batch", "tokens"])
+def test_caches_export_with_symbolic_sizes(symbol, dtype, ragged):
+    (size,) = export.symbolic_shape("x", constraints=["x <= 40", "x >= 1"])
+    B, T = (size, 5) if symbol == "batch" else (3, size)
+    kv = caches.empty(3, 40, 2, 8, dtype=dtype, ragged=ragged)
+    batch = lambda x: (B, *x.shape[1:]) if x.ndim else ()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(batch(x), x.dtype), kv)
+    struct = lambda heads: jax.ShapeDtypeStruct((B, T, heads, 8), jnp.float32)
+    extend = jax.jit(lambda kv, *x: kv.extend(*x, mask=Causal()))
+    exported = export.export(extend)(shapes, struct(4), struct(2), struct(2))
+    arrays = normal(0, (3, 5, 4, 8)), normal(1, (3, 5, 2, 8)), normal(2, (3, 5, 2, 8))
+    close = functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-5)
+    jax.tree.map(close, exported.call(kv, *arrays), extend(kv, *arrays))

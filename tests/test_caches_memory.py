@@ -68,6 +68,7 @@ def test_what_rows_of_keys_have_beyond_the_slots_is_never_read(dtype):
         lambda kv: kv.truncate(200).attend(query, mask=Causal()),
         lambda kv: kv.take([0, 0]).truncate(9).key,
         lambda kv: kv.dequantize("float32").key,
+        lambda kv: kv.dequantize("float32").truncate(9).append(key[:, :5], key[:, :5]).key,
         lambda kv: jax.grad(lambda q: kv.attend(q).sum())(query),
     ):
         np.testing.assert_array_equal(read(other), read(kv))

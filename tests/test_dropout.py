@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import Dropout
+from jattn import Dropout, caches
 from jattn.counted import counted_from
 from jattn.implementations import dispatch
 from tests.helpers.draws import normal
@@ -107,6 +107,14 @@ def test_a_key_counts_as_used_once():
             function(jax.random.key(0), x)
         with pytest.raises(jax.errors.KeyReuseError):
             jax.jit(lambda rng: attend(rng, x) + attend(rng, 2 * x))(jax.random.key(0))
+
+
+def test_a_key_counts_as_used_once_by_a_cache():
+    query, token = normal(0, (2, 5, 4, 8)), normal(1, (2, 5, 2, 8))
+    empty = caches.empty(2, 8, 2, 8), caches.rolling(2, 3, 2, 8, sinks=1)
+    with jax.debug_key_reuse(True):
+        for kv in empty:
+            kv.extend(query, token, token, dropout=Dropout(0.3, jax.random.key(0)))
 
 
 def test_dropout_of_rate_zero_changes_nothing():

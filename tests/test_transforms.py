@@ -199,6 +199,29 @@ def test_export_with_symbolic_sizes(attend):
         close(loaded.call(QUERY, KEY, VALUE), function(QUERY, KEY, VALUE))
 
 
+@pytest.mark.parametrize("lengths", [(30, 30), (30, "s"), ("t", 30), (1, 600)])
+def test_export_with_a_symbolic_batch_and_known_lengths(implementation, lengths):
+    names = dict(zip("bts", export.symbolic_shape("b, t, s"), strict=True))
+    struct = lambda *shape: jax.ShapeDtypeStruct(
+        tuple(names.get(x, x) for x in shape), jnp.float32
+    )
+    t, s = lengths
+    shapes = struct("b", t, 4, 8), struct("b", s, 2, 8), struct("b", s, 2, 8)
+    T, S = (x if isinstance(x, int) else 17 for x in lengths)
+    arrays = normal(0, (3, T, 4, 8)), normal(1, (3, S, 2, 8)), normal(2, (3, S, 2, 8))
+
+    def call(query, key, value):
+        mask = Causal(S - T) & jattn.masks.Window(9, 0)
+        received = jattn.attention_received(query, key, mask=mask)
+        options = {"mask": mask, "implementation": implementation}
+        return jattn.attention(query, key, value, **options), received
+
+    gradient = jax.grad(lambda *x: jnp.sum(call(*x)[0] ** 2))
+    for function in (call, gradient):
+        exported = export.export(jax.jit(function))(*shapes)
+        jax.tree.map(close, exported.call(*arrays), function(*arrays))
+
+
 def test_export_for_all_platforms_in_one_artifact(attend):
     platforms = ("cpu", "cuda", "tpu")
     exported = export.export(jax.jit(attend), platforms=platforms)(QUERY, KEY, VALUE)

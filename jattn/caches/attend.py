@@ -56,7 +56,7 @@ def _attended(query, where: str, source, end, options, whole: bool) -> State:
     plain = hasattr(source, "values") and not source.is_rounded
     if 0 in sizes.BNTS:
         state = _nothing(query, sizes)
-    elif options.get("implementation") or (plain and sizes.T > FEW):
+    elif options.get("implementation") or (plain and not are_few(sizes.T)):
         state = attention_state(query, *source.vectors(query.dtype), **options)
     else:
         sink = check_sink(where, options.get("sink"), sizes)
@@ -64,6 +64,11 @@ def _attended(query, where: str, source, end, options, whole: bool) -> State:
         return _decoded(problem, operands, source.flat(), end, sink, whole)
     nothing: Any = None
     return state if whole else state._replace(logsumexp=nothing)
+
+
+def are_few(T) -> bool:
+    """Says whether so many queries go the way of decoding; a symbolic number does not."""
+    return isinstance(T, int) and T <= FEW
 
 
 def from_last(where: str, source, length, query, count, options, whole: bool) -> State:

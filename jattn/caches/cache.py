@@ -169,7 +169,7 @@ class Cache:
 
     def dequantize(self, dtype="float32") -> "Cache":
         """Gives the same tokens without rounding: what a rounded cache means."""
-        return dataclasses.replace(self, store=self.store.exact(dtype))
+        return dataclasses.replace(self, store=self.store.exact(dtype, apart=True))
 
     def _state(self, where, query, count, options, whole: bool) -> State:
         query = asked.check_query(where, query, self.batch, self.store)

@@ -127,7 +127,7 @@ class RollingCache:
 
     def dequantize(self, dtype="float32") -> "RollingCache":
         """Gives the same tokens without rounding."""
-        return dataclasses.replace(self, store=self.store.exact(dtype))
+        return dataclasses.replace(self, store=self.store.exact(dtype, apart=True))
 
     def _checked(self, name, key, value, count):
         where, store = f"caches.{name}", self.store
@@ -199,7 +199,9 @@ class RollingCache:
         if self.store.is_rounded:  # all queries see what is stored
             key, value = put.stored_vectors(self.store, key, value, query.dtype)
         mask = self._seen(options)
-        given = options | {"mask": mask, "key_position": start}
+        # Both calls draw from one key: `jax.debug_key_reuse` should not report it.
+        dropout = jax.tree.map(jax.random.clone, options.get("dropout"))
+        given = options | {"mask": mask, "key_position": start, "dropout": dropout}
         new = attention_state(query, key, value, **given)
         output = with_sink(merge(old, new), sink).astype(query.dtype)
         row = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * len(self.batch), T, 1, 1)

@@ -149,12 +149,15 @@ class Store(Products):
         keys, values = jnp.moveaxis(keys, -1, -3), jnp.moveaxis(values, -2, -3)
         return keys.astype(dtype), values.astype(dtype)
 
-    def exact(self, dtype) -> "Store":
-        """Gives a store of the same vectors without scales."""
+    def exact(self, dtype, apart: bool = False) -> "Store":
+        """Gives a store of the same vectors without scales; for `apart` see `blank`."""
         keys, values = self.vectors(dtype)
+        keys = jnp.moveaxis(keys, -3, -1)
+        more = _row(self.slots, dtype) - self.slots if apart else 0
+        keys = jnp.pad(keys, [(0, 0)] * (keys.ndim - 1) + [(0, more)])
         own = None if self.values is None else jnp.moveaxis(values, -3, -2)
         sizes = jnp.dtype(dtype).name, self.head_dim, self.value_dim
-        return Store(jnp.moveaxis(keys, -3, -1), own, None, None, *sizes)
+        return Store(keys, own, None, None, *sizes)
 
 
 def blank(

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jattn.arrays.shapes import is_one
+
 
 def write_run(array: jax.Array, rows: jax.Array, start, count, axis: int) -> jax.Array:
     """Writes the first `count` of the rows from `start` on, two integers.
@@ -28,7 +30,7 @@ def write_run(array: jax.Array, rows: jax.Array, start, count, axis: int) -> jax
     late = start - at
     shape = [length if i == axis % array.ndim else 1 for i in range(array.ndim)]
     slot = lax.broadcasted_iota(jnp.int32, shape, axis % array.ndim)
-    if length > 1:
+    if not is_one(length):
         rows = jnp.roll(rows, jnp.clip(late, 0, length), axis)
     old = lax.dynamic_slice_in_dim(array, at, length, axis)
     rows = jnp.where((slot >= late) & (slot - late < count), rows, old)

@@ -76,6 +76,8 @@ def mended(problem: Problem, operands: Operands, source: Source, end):
 def chunk_of(problem: Problem, source: Source) -> int:
     """Gives how many slots a chunk has."""
     B, N, T, _ = problem.sizes.BNTS
+    if not isinstance(B * T, int):  # symbolic, in an export
+        return _fit(CHUNK, source)
     is_long = source.slots >= 16 * LONG and B * problem.sizes.K <= WIDE_HEADS
     size = LONG if is_long and not source.lies_ready(problem.wide) else CHUNK
     return _fit(min(size, max(LOGITS // (B * N * T), 64)), source)
@@ -193,7 +195,8 @@ def _logits(problem: Problem, operands: Operands, part):
     at = index(problem, operands)
     query = operands.query.astype(problem.wide)
     K, H = part.num_heads, query.shape[-1]
-    rows = jnp.moveaxis(query.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)
+    rows = jnp.moveaxis(query.reshape(B, T, K, N // K, H), 1, 3)
+    rows = rows.reshape(B, K, N // K * T, H)  # H may be 0, so nothing is left to guess
     products = part.products(rows, problem.wide)
     products = operands.scale * products.reshape(B, N, T, S)
     allowed = shared.allowed(problem, operands, at)
