@@ -20,7 +20,7 @@ from jattn.implementations import run as operation
 from jattn.implementations.blockwise import forward
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.plan import plan
-from jattn.implementations.blockwise.tiles import columns_of, products_of
+from jattn.implementations.blockwise.products import columns_of, products_of
 from tests.helpers import small_tiles
 from tests.helpers.draws import normal
 from tests.helpers.params import quick_and_slow

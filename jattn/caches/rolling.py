@@ -198,15 +198,13 @@ class RollingCache:
         old = self._held(query, options)
         if self.store.is_rounded:  # all queries see what is stored
             key, value = put.stored_vectors(self.store, key, value, query.dtype)
-        mask = self._seen(options)
-        # Both calls draw from one key: `jax.debug_key_reuse` should not report it.
-        dropout = jax.tree.map(jax.random.clone, options.get("dropout"))
-        given = options | {"mask": mask, "key_position": start, "dropout": dropout}
+        # Both calls draw from one key, which `jax.debug_key_reuse` should not report.
+        again = {"dropout": jax.tree.map(jax.random.clone, options.get("dropout"))}
+        given = options | again | {"mask": self._seen(options), "key_position": start}
         new = attention_state(query, key, value, **given)
         output = with_sink(merge(old, new), sink).astype(query.dtype)
         row = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * len(self.batch), T, 1, 1)
-        counted = row < of_each(count, self.batch)[..., None, None, None]
-        return jnp.where(counted, output, 0)
+        return jnp.where(row < of_each(count, self.batch)[..., None, None, None], output, 0)
 
 
 def rolling(

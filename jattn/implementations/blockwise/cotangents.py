@@ -8,15 +8,9 @@ from jax import lax
 
 from jattn.implementations import shared
 from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.products import columns_of, dot
 from jattn.implementations.blockwise.strips import block_of, part_of, put_part
-from jattn.implementations.blockwise.tiles import (
-    Active,
-    Tile,
-    block_at,
-    columns_of,
-    dot,
-    exponentials,
-)
+from jattn.implementations.blockwise.tiles import Active, Tile, block_at, exponentials
 
 
 class Rows(NamedTuple):

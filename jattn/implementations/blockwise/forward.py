@@ -20,9 +20,10 @@ from jax import lax
 
 from jattn.arrays.shapes import wide_dtype
 from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.products import dot, products_of, sums_of
 from jattn.implementations.blockwise.rows import row_sums
 from jattn.implementations.blockwise.strips import in_strip
-from jattn.implementations.blockwise.tiles import Tile, dot, products_of, sums_of
+from jattn.implementations.blockwise.tiles import Tile
 from jattn.operations.mapped import cond_any
 
 

@@ -18,14 +18,9 @@ from jattn.call.problem import Operands, Problem
 from jattn.implementations.blockwise.join import join
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.plan import Plan, plan, rows_plan
+from jattn.implementations.blockwise.products import products_of
 from jattn.implementations.blockwise.schedule import schedules
-from jattn.implementations.blockwise.tiles import (
-    Tile,
-    loop,
-    over_heads,
-    over_tiles,
-    products_of,
-)
+from jattn.implementations.blockwise.tiles import Tile, loop, over_heads, over_tiles
 from jattn.implementations.blockwise.whole_rows import row_logits
 from jattn.operations.join import Joined, Leading
 from jattn.operations.operation import Operation, retype

@@ -22,16 +22,10 @@ import jax.numpy as jnp
 from jattn.call.problem import Operands
 from jattn.implementations import shared
 from jattn.implementations.blockwise.layout import Layout
+from jattn.implementations.blockwise.products import dot, products_of, sums_of
 from jattn.implementations.blockwise.rows import row_sums
 from jattn.implementations.blockwise.strips import in_strip
-from jattn.implementations.blockwise.tiles import (
-    Active,
-    Tile,
-    dot,
-    exponentials,
-    products_of,
-    sums_of,
-)
+from jattn.implementations.blockwise.tiles import Active, Tile, exponentials
 
 
 def tangent(layout: Layout, outputs, tangents: Operands):

@@ -10,7 +10,8 @@ from jattn.call.problem import Operands, Problem
 from jattn.implementations import shared
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.plan import rows_plan
-from jattn.implementations.blockwise.tiles import Tile, products_of, sums_of
+from jattn.implementations.blockwise.products import products_of, sums_of
+from jattn.implementations.blockwise.tiles import Tile
 
 
 def by_rows(problem: Problem, operands: Operands):
