@@ -1,5 +1,7 @@
 """Every message: where, what must hold, what was got, what to do."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +101,7 @@ MESSAGES = {
     ),
     "mask_function_indexes_numpy": (
         lambda: attend(mask=lambda b, n, t, s: np.zeros(6)[t] == 0),
-        "attention: `mask`: a function of positions must index JAX arrays, got a NumPy ",
+        "`jnp.asarray(table)[t]` for `table[t]`",
     ),
     "bias_does_not_broadcast": (
         lambda: attend(bias=jnp.zeros((5, 5))),
@@ -339,6 +341,46 @@ def test_message(name):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
         call()
     assert expected in str(caught.value)
+
+
+TABLE = [True, False, True, True, False, True]
+ASKING = {
+    "and": {"mask": lambda b, n, t, s: t >= s and s > 1},
+    "or": {"mask": Causal() & (lambda b, n, t, s: t >= s or s > 1)},
+    "not": {"mask": lambda b, n, t, s: not t >= s},
+    "chain": {"mask": lambda b, n, t, s: 0 <= t - s < 3},
+    "range": {"mask": lambda b, n, t, s: s in range(3)},
+    "set": {"mask": lambda b, n, t, s: s in {0, 3}},
+    "dict": {"mask": lambda b, n, t, s: dict(enumerate(TABLE))[t]},
+    "int": {"mask": lambda b, n, t, s: int(t) > 2},
+    "max": {"mask": lambda b, n, t, s: max(t, s) > 2},
+    "list": {"mask": lambda b, n, t, s: TABLE[t]},
+    "numpy": {"mask": lambda b, n, t, s: np.sin(t) > 0},
+    "Boolean index": {"mask": lambda b, n, t, s: jnp.arange(6)[t > 2].sum() > 0},
+    "if": {"modifier": lambda logit, b, n, t, s: logit if t > s else -logit},
+    "math": {"modifier": lambda logit, b, n, t, s: logit * math.cos(t)},
+    "bucket": {
+        "modifier": modifiers.RelativeBias(jnp.ones((4, 5)), lambda d: 1 if d > 0 else 0)
+    },
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_rule_that_asks_for_a_number(name):
+    (argument,) = ASKING[name]
+    with pytest.raises(ValueError, match="asks for a number; write `&`") as caught:
+        attend(**ASKING[name])
+    assert str(caught.value).startswith(f"attention: `{argument}`: a function of positions")
+    assert "`<lambda>` in line" in str(caught.value)
+    assert "of test_errors.py" in str(caught.value)
+    assert isinstance(caught.value.__cause__, TypeError | IndexError)
+
+
+def test_other_errors_of_a_rule_stay_as_they_are():
+    with pytest.raises(TypeError, match="not supported between"):
+        attend(mask=lambda b, n, t, s: t >= "s")
+    with pytest.raises(IndexError, match="list index"):
+        attend(mask=lambda b, n, t, s: TABLE[9])
 
 
 def test_unknown_option_is_not_dropped():

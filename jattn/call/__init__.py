@@ -2,6 +2,7 @@
 
 `jaxprs`        one list of the calls in jaxprs, and one walk over their equations
 `plain`         a function of scalars as a jaxpr that says nothing of devices
+`concrete`      the error of a rule that asks for a number while it is traced
 `keys`          keys of traced functions: two functions with one key compute the same
 `program`       masks and modifiers made into data that compare by structure
 `options`       the options of a call, by name and type

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 
+from jattn.call.concrete import asks_for_a_number, number_refused
 from jattn.call.keys import structure
 from jattn.call.plain import jaxpr_of
 
@@ -75,11 +76,10 @@ def trace(where: str, function: Callable, aligned, logit=None):
         scalars = [jax.ShapeDtypeStruct((), logit), *scalars]
     try:
         jaxpr, captured, result = jaxpr_of(function, *scalars)
-    except jax.errors.TracerArrayConversionError:
-        raise ValueError(
-            f"{where}: a function of positions must index JAX arrays, got a NumPy array "
-            f"indexed by a traced position; wrap the array in `jnp.asarray`."
-        ) from None
+    except (TypeError, IndexError) as error:
+        if not asks_for_a_number(error):
+            raise
+        raise ValueError(f"{where}: {number_refused(error)}") from error
     # `checkify` turns its checks into results, so fewer effects are left if there are any.
     effects = jaxpr.effects
     if effects and len(_without_checks(function, scalars).effects) < len(effects):
