@@ -182,6 +182,25 @@ def test_lengths_of_caches_do_not_wrap(name):
         assert (append(kv, TOKENS[:, :1], jnp.int64(2**32)) == 4).all()
 
 
+@pytest.mark.parametrize("name", [*CACHES, "latent"])
+def test_known_lengths_below_zero_are_refused(name):
+    kv = {**CACHES, "latent": _latent}[name]()
+    below = [-1, np.int64(-1), np.array(-1), jnp.int32(-1)]
+    below += [jnp.array([2, -1]), [2, -1]] if kv.length.ndim else []
+    for length in below:
+        with pytest.raises(ValueError, match=r"`length` must be at least 0, got .*-1"):
+            kv.truncate(length)
+        assert (jax.jit(_truncated)(kv, jnp.asarray(length)) <= 2).all()
+    # As of a list, the first tokens of fewer are all of them.
+    assert (kv.truncate(7).length == 3).all()
+    assert (kv.truncate(0).length == 0).all()
+
+
+def _latent():
+    latent = jattn.caches.latent(2, 4, 4, 1)
+    return latent.append(TOKENS[:, :, 0], TOKENS[:, :, 0, :1])
+
+
 def test_examples_and_heads_are_counted_from_whole_numbers():
     for number in (1.0, "1", np.float32(2)):
         with pytest.raises(ValueError, match="counted_from: `b` must be a whole number"):

@@ -167,9 +167,21 @@ def check_count(where: str, count, shape: tuple[int, ...], T: int):
     return jnp.clip(saturate(jnp.asarray(count)), 0, T)
 
 
-def check_whole(where: str, name: str, value, shape: tuple[int, ...] | None) -> jax.Array:
-    """Checks whole numbers: int32, one of each of `shape`; of any shape for None."""
-    value = saturate(jnp.asarray(check_integers(where, name, value)))
+def check_whole(
+    where: str, name: str, value, shape: tuple[int, ...] | None, least: int | None = None
+) -> jax.Array:
+    """Checks whole numbers: int32, one of each of `shape`; of any shape for None.
+
+    A known number below `least` is refused.
+    """
+    value = check_integers(where, name, value)
+    # Asked of NumPy, as in `check_count`.
+    if least is not None and is_known(value) and np.any(np.asarray(value) < least):
+        raise ValueError(
+            f"{where}: `{name}` must be at least {least}, got {value}; count the tokens "
+            f"from the first one."
+        )
+    value = saturate(jnp.asarray(value))
     if shape is None:
         return value
     if value.shape not in ((), shape):

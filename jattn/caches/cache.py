@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays.checks import check_integers, is_known, saturate
+from jattn.arrays.checks import is_known
 from jattn.arrays.meshes import methods_across
 from jattn.caches import asked, attend, put, write
 from jattn.caches.sizes import batch_axes, check_sizes, check_vectors
@@ -148,14 +148,13 @@ class Cache:
         return cache.attend(query, count=count, **options), cache
 
     def truncate(self, length) -> "Cache":
-        """Forgets all tokens after the first `length`, one number or one of each."""
-        where = "caches.truncate"
-        length = saturate(jnp.asarray(check_integers(where, "length", length)))
-        if length.shape not in ((), self.length.shape):
-            raise ValueError(
-                f"{where}: `length` must have shape () or {self.length.shape}, that of the "
-                f"cache's, got {length.shape}."
-            )
+        """Forgets all tokens after the first `length`, one number or one of each.
+
+        Where there are fewer tokens, all of them stay. A length below 0 is a ValueError
+        where it is known, and else 0.
+        """
+        asking = "caches.truncate", "length", length, self.length.shape
+        length = asked.check_whole(*asking, least=0)
         return dataclasses.replace(self, length=jnp.clip(length, 0, self.length))
 
     def take(self, indices) -> "Cache":

@@ -125,7 +125,7 @@ class LatentCache:
         return after.attend(query, count=count, scale=scale, **options), after
 
     def truncate(self, length) -> "LatentCache":
-        """Forgets all tokens after the first `length`."""
+        """Forgets all tokens after the first `length`; see `Cache.truncate`."""
         return LatentCache(self.cache.truncate(length))
 
     def take(self, indices) -> "LatentCache":

@@ -187,8 +187,8 @@ class PagedCache:
         return sharing.copied(self, whose, again)
 
     def truncate(self, length) -> "PagedCache":
-        """Forgets all tokens after the first `length`, and frees pages beyond them."""
-        length = asked.check_whole("caches.truncate", "length", length, self.batch)
+        """Forgets tokens as `Cache.truncate` does, and frees the pages beyond them."""
+        length = asked.check_whole("caches.truncate", "length", length, self.batch, 0)
         length = jnp.clip(length, 0, self.length)
         beyond = sharing.unused(self, length)
         pool = self.pool.released(jnp.where(beyond, self.table, -1))
