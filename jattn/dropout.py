@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays.checks import is_known
+from jattn.arrays.checks import known_number
 from jattn.pytree import pytree
 
 __all__ = ["Dropout", "Numbered", "keep", "words"]
@@ -41,20 +41,12 @@ class Dropout:
     shared: bool = False
 
     def __post_init__(self):
-        rate = known_rate(self.rate)
+        rate = known_number(self.rate)
         if rate is None or not 0 <= rate < 1:
             raise ValueError(
                 f"Dropout: `rate` must be a Python number in [0, 1), got {self.rate!r}."
             )
-        object.__setattr__(self, "rate", rate)
-
-
-def known_rate(rate) -> float | None:
-    """Gives a rate as a Python number; None where it is no number, or a traced one."""
-    is_array = isinstance(rate, np.ndarray | jax.Array) and rate.ndim == 0
-    if isinstance(rate, int | float | np.number) or (is_array and is_known(rate)):
-        return float(rate)
-    return None
+        object.__setattr__(self, "rate", float(rate))
 
 
 class Numbered(NamedTuple):

@@ -21,6 +21,10 @@ def attend(query=QUERY, key=KEY, value=None, **options):
     return jattn.attention(query, key, key if value is None else value, **options)
 
 
+def relative(bucket=None, table=None):
+    return modifiers.RelativeBias(jnp.ones((4, 5)) if table is None else table, bucket)
+
+
 MESSAGES = {
     "rank_too_low": (
         lambda: attend(jnp.zeros((5, 8))),
@@ -88,7 +92,46 @@ MESSAGES = {
     ),
     "mask_is_no_mask": (
         lambda: attend(mask="causal"),
-        "attention: `mask` must be an array, got str",
+        "attention: `mask` must be a mask, a Boolean array or a function, got 'causal'; "
+        "masks with names are in jattn.masks, such as `masks.Causal()`.",
+    ),
+    "modifier_as_mask": (
+        lambda: attend(mask=modifiers.SoftCap(3.0)),
+        "attention: `mask` must say which pairs count, got the modifier SoftCap(3.0); give "
+        "it as `modifier`.",
+    ),
+    "modifier_in_a_mask": (
+        lambda: Causal() | modifiers.ALiBi(),
+        "masks: `mask` must say which pairs count, got the modifier ALiBi()",
+    ),
+    "masks_in_a_tuple": (
+        lambda: attend(mask=(Causal(), Window(1, 1))),
+        "attention: `mask` must be one mask, got a tuple of them; combine masks by `&`.",
+    ),
+    "functions_in_a_list": (
+        lambda: attend(mask=[lambda b, n, t, s: t >= s]),
+        "attention: `mask` must be one mask, got a list of them; combine masks by `&`.",
+    ),
+    "modifiers_in_a_tuple": (
+        lambda: attend(modifier=(modifiers.SoftCap(3.0), modifiers.ALiBi())),
+        "attention: `modifier` must be one modifier, got a tuple; compose modifiers by",
+    ),
+    "ids_of_objects": (
+        lambda: attend(mask=Segments(np.array([1, 2, None, 4, 5]))),
+        "masks.Segments: `query_ids` must be an array, got one of the dtype object; "
+        "convert it with `.astype`.",
+    ),
+    "ids_of_text": (
+        lambda: attend(mask=Segments(np.array(["a"] * 5))),
+        "masks.Segments: `query_ids` must be an array, got one of the dtype <U1; convert",
+    ),
+    "bias_of_dates": (
+        lambda: attend(bias=np.zeros(6, "datetime64[D]")),
+        "attention: `bias` must be an array, got one of the dtype datetime64[D]; convert",
+    ),
+    "two_ids_of_padding": (
+        lambda: attend(QUERY, QUERY, mask=Segments(IDS, padding_id=np.arange(2))),
+        "masks.Segments: `padding_id` must be one whole number, got shape (2,)",
     ),
     "mask_function_returns_a_float": (
         lambda: attend(mask=lambda b, n, t, s: t.astype(float)),
@@ -257,6 +300,77 @@ MESSAGES = {
         lambda: attend(modifier=modifiers.Bias(jnp.ones((5, 6), bool))),
         "modifiers.Bias: `array` must be floating, got bool; a Boolean array belongs in",
     ),
+    "Boolean_table": (
+        lambda: attend(modifier=relative(table=jnp.ones((4, 5), bool))),
+        "modifiers.RelativeBias: `table` must be floating, got bool; convert it with",
+    ),
+    "integer_table": (
+        lambda: attend(modifier=relative(table=[[1] * 5] * 4)),
+        "modifiers.RelativeBias: `table` must be floating, got int32; convert it with",
+    ),
+    "list_without_a_middle": (
+        lambda: attend(modifier=relative(table=[[1.0] * 4] * 4)),
+        "modifiers.RelativeBias: `table` must have an odd number of columns",
+    ),
+    "bucket_of_a_float": (
+        lambda: attend(modifier=relative(lambda d: d / 2)),
+        "modifiers.RelativeBias: `bucket` must give one column for each s − t, an integer "
+        "scalar, got float32[]; convert a number with `.astype(int)`.",
+    ),
+    "bucket_of_a_Boolean": (
+        lambda: attend(modifier=relative(lambda d: d > 0)),
+        "an integer scalar, got bool[]; convert a number",
+    ),
+    "bucket_of_an_array": (
+        lambda: attend(modifier=relative(lambda d: jnp.arange(2))),
+        "an integer scalar, got int32[2]; convert a number",
+    ),
+    "bucket_of_nothing": (
+        lambda: attend(modifier=relative(lambda d: None)),
+        "an integer scalar, got NoneType; convert a number",
+    ),
+    "bucket_of_two_arguments": (
+        lambda: relative(lambda t, s: s - t),
+        "modifiers.RelativeBias: `bucket` must be a function of (offset), got one of "
+        "(t, s); missing a required argument: 's'.",
+    ),
+    "bucket_is_a_number": (
+        lambda: relative(3),
+        "modifiers.RelativeBias: `bucket` must be a function of s − t, got 3; give "
+        "`distance(radius)`",
+    ),
+    "fractional_radius": (
+        lambda: modifiers.distance(2.5),
+        "modifiers.distance: `radius` must be a whole number, at least 0, got 2.5; give an",
+    ),
+    "negative_radius": (
+        lambda: modifiers.distance(-2),
+        "modifiers.distance: `radius` must be a whole number, at least 0, got -2; give an",
+    ),
+    "fractional_buckets": (
+        lambda: modifiers.log_bucket(8.0),
+        "modifiers.log_bucket: `num_buckets` must be a whole number, at least 1, got 8.0",
+    ),
+    "endless_distance": (
+        lambda: modifiers.log_bucket(8, float("nan")),
+        "modifiers.log_bucket: `max_distance` must be a whole number, at least 1, got nan",
+    ),
+    "negative_heads": (
+        lambda: modifiers.alibi_slopes(-1),
+        "modifiers.alibi_slopes: `num_heads` must be a whole number, at least 0, got -1",
+    ),
+    "Boolean_slopes": (
+        lambda: attend(modifier=modifiers.ALiBi(jnp.ones(4, bool))),
+        "modifiers.ALiBi: `slopes` must hold real numbers, got bool; convert it with",
+    ),
+    "complex_cap": (
+        lambda: attend(modifier=modifiers.SoftCap(jnp.array(1j))),
+        "modifiers.SoftCap: `cap` must hold real numbers, got complex64; convert it with",
+    ),
+    "Boolean_cap": (
+        lambda: attend(modifier=modifiers.SoftCap(True)),
+        "modifiers.SoftCap: `cap` must hold real numbers, got bool; convert it with",
+    ),
     "too_few_buckets": (
         lambda: modifiers.log_bucket(2),
         "modifiers.log_bucket: needs num_buckets ≥ 4",
@@ -341,6 +455,48 @@ def test_message(name):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
         call()
     assert expected in str(caught.value)
+
+
+CHECKED = {
+    "cap of zero": (modifiers.SoftCap, 0, "`cap` must be > 0"),
+    "negative cap": (modifiers.SoftCap, -2.0, "`cap` must be > 0"),
+    "no cap": (modifiers.SoftCap, math.nan, "`cap` must be > 0"),
+    "endless cap": (modifiers.SoftCap, math.inf, "`cap` must be between"),
+    "tiny cap": (modifiers.SoftCap, 1e-40, "`cap` must be between"),
+    "left": (lambda x: Window(x, 0), -1, "`left` must be ≥ 0"),
+    "right": (lambda x: Window(None, x), -1, "`right` must be ≥ 0"),
+    "rate": (lambda x: Dropout(x, None), 1.0, "`rate` must be a Python number in"),
+    "radius": (modifiers.distance, -2, "`radius` must be a whole number, at least 0"),
+    "buckets": (modifiers.log_bucket, 8.0, "`num_buckets` must be a whole number"),
+    "heads": (modifiers.alibi_slopes, -1, "`num_heads` must be a whole number"),
+    "length": (jattn.caches.empty(1, 2, 1, 4).truncate, -1, "`length` must be at least 0"),
+}
+NUMBERS = {
+    "python": lambda x: x,
+    "numpy scalar": lambda x: np.asarray(x)[()],
+    "numpy": np.asarray,
+    "jax": jnp.asarray,
+    "jax of one": lambda x: jnp.asarray([x]),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+@pytest.mark.parametrize("name", CHECKED)
+def test_known_arrays_are_checked_as_numbers_of_python_are(name, kind):
+    call, number, message = CHECKED[name]
+    with pytest.raises(ValueError, match=message):
+        call(NUMBERS[kind](number))
+
+
+def test_known_arrays_are_checked_inside_jit_and_traced_ones_are_taken():
+    cap, left = jnp.float32(-2), jnp.int32(-1)
+    with pytest.raises(ValueError, match="`cap` must be > 0"):
+        jax.jit(lambda x: attend(x, modifier=modifiers.SoftCap(cap)))(QUERY)
+    with pytest.raises(ValueError, match="`left` must be ≥ 0"):
+        jax.jit(lambda x: attend(x, mask=Window(left, 0)))(QUERY)
+    assert jax.jit(lambda x: attend(modifier=modifiers.SoftCap(x)))(cap).shape
+    ones = jnp.ones(KEY.shape)
+    assert not jax.jit(lambda x: attend(value=ones, mask=Window(x, 0)))(left).any()
 
 
 TABLE = [True, False, True, True, False, True]

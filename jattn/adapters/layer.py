@@ -12,7 +12,8 @@ from jax import lax
 from jattn.adapters import pairs
 from jattn.api.attention import attention
 from jattn.api.weights import attention_weights
-from jattn.dropout import Dropout, known_rate
+from jattn.arrays.checks import known_number
+from jattn.dropout import Dropout
 from jattn.masks import Causal
 
 
@@ -105,7 +106,7 @@ def one_batch(*heads: jax.Array) -> list[jax.Array]:
 
 def dropout(where: str, rate, rng, deterministic, shared=False) -> Dropout | None:
     """Makes the dropout of a layer; None if it is off."""
-    if deterministic or known_rate(rate) == 0:
+    if deterministic or known_number(rate) == 0:
         return None
     if rng is None:
         raise ValueError(

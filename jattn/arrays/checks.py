@@ -23,9 +23,10 @@ def check_array(where: str, name: str, array) -> jax.Array:
     try:
         whole = jnp.asarray(array)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where}: `{name}` must be an array, got {type(array).__name__}; {error}"
-        ) from None
+        got = f"{type(array).__name__}; {error}"
+        if isinstance(array, np.ndarray):  # of a dtype that JAX has not, as objects
+            got = f"one of the dtype {array.dtype}; convert it with `.astype`."
+        raise ValueError(f"{where}: `{name}` must be an array, got {got}") from None
     except OverflowError:
         raise ValueError(_too_wide(where, name, array)) from None
     given = getattr(array, "dtype", whole.dtype)
@@ -48,6 +49,26 @@ def _too_wide(where: str, name: str, array) -> str:
         f"{where}: `{name}` must hold integers of 32 bits while JAX's `jax_enable_x64` is "
         f"off, got {got}; number them anew from 0, or switch it on."
     )
+
+
+def check_real(where: str, name: str, array) -> jax.Array:
+    """Gives an argument of real numbers, whole or floating, as `check_array` does."""
+    array = check_array(where, name, array)
+    if any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        return array
+    raise ValueError(
+        f"{where}: `{name}` must hold real numbers, got {array.dtype}; convert it with "
+        f"`.astype(float)`."
+    )
+
+
+def known_number(value) -> int | float | None:
+    """Gives a real number that can be read now, also of an array; None for all others."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        kinds = jnp.integer, jnp.floating
+        is_real = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        return value.item() if is_real and value.size == 1 and is_known(value) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def check_arguments(where: str, name: str, function, arguments: str) -> None:

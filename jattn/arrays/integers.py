@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays.checks import align, check_array, check_integers, is_known, saturate
+from jattn.arrays.checks import (
+    align,
+    check_array,
+    check_integers,
+    is_known,
+    known_number,
+    saturate,
+)
 from jattn.arrays.shapes import Sizes
 
 
@@ -56,15 +63,26 @@ def padding_number(where: str, value, dtype):
     """Gives the id of padding with shape 1111, in the type of the ids."""
     number = check_array(where, "padding_id", value) if hasattr(value, "dtype") else value
     ends = jnp.iinfo(dtype)
-    known = is_known(number)
-    if known and not ends.min <= int(number) <= ends.max:
+    known = is_known(number) and np.size(number) == 1
+    if known and not ends.min <= np.asarray(number).item() <= ends.max:
         raise ValueError(
             f"{where}: `padding_id` must be one of the numbers that ids of {dtype} can "
             f"have, got {number}."
         )
     if known:
-        return np.full((1, 1, 1, 1), int(number), dtype)
+        return np.full((1, 1, 1, 1), np.asarray(number).item(), dtype)
     return one_number(where, "padding_id", number).astype(dtype)
+
+
+def known_whole(where: str, name: str, value, least: int) -> int:
+    """Gives a whole number that a program is made with, known and at least `least`."""
+    number = known_number(value)
+    if not isinstance(number, int) or number < least:
+        raise ValueError(
+            f"{where}: `{name}` must be a whole number, at least {least}, got {value!r}; "
+            f"give an `int`."
+        )
+    return number
 
 
 def check_whole(where: str, name: str, value, signed: bool = True) -> None:

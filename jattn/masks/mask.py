@@ -71,10 +71,31 @@ def as_mask(mask, where: str = "masks") -> Mask:
         raise ValueError(
             f"{where}: `mask` must be a mask, got the class {mask.__name__}; call it."
         )
+    _refuse_others(where, mask)
     if is_function(mask):
         check_arguments(where, "mask", mask, "b, n, t, s")
         return Pointwise(mask)
     return Explicit(_boolean(where, "mask", mask))
+
+
+def _refuse_others(where: str, mask) -> None:
+    """Raises for what is no mask, but says what was meant."""
+    if hasattr(mask, "modify"):
+        raise ValueError(
+            f"{where}: `mask` must say which pairs count, got the modifier {mask!r}; give "
+            f"it as `modifier`."
+        )
+    if isinstance(mask, str):
+        raise ValueError(
+            f"{where}: `mask` must be a mask, a Boolean array or a function, got {mask!r}; "
+            f"masks with names are in jattn.masks, such as `masks.Causal()`."
+        )
+    several = mask if isinstance(mask, tuple | list) else ()
+    if any(isinstance(x, Mask) or is_function(x) for x in several):
+        raise ValueError(
+            f"{where}: `mask` must be one mask, got a {type(mask).__name__} of them; "
+            f"combine masks by `&`."
+        )
 
 
 def is_function(mask) -> bool:

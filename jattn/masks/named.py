@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays.checks import align, check_integers
+from jattn.arrays.checks import align, check_integers, known_number
 from jattn.arrays.integers import (
     as_int32,
     check_whole,
@@ -55,7 +55,8 @@ class Causal(Mask):
 class Window(Mask):
     """A mask that shows each query the keys around it: t − left ≤ s ≤ t + right.
 
-    `None` on a side sets no limit there.
+    `None` on a side sets no limit there. A traced number is not checked: below 0, the
+    window lacks the query's own position.
 
         Window(1, 0)   1 0 0 0      Window(1, 1)   1 1 0 0
                        1 1 0 0                     1 1 1 0
@@ -71,7 +72,8 @@ class Window(Mask):
             side = getattr(self, name)
             if side is not None:
                 check_whole("masks.Window", name, side)
-            if isinstance(side, int | np.integer) and side < 0:
+            number = known_number(side)
+            if number is not None and number < 0:
                 raise ValueError(
                     f"masks.Window: `{name}` must be ≥ 0, or None for no limit, got "
                     f"{side}; a window always holds the query's own position."

@@ -4,6 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from jattn.arrays.integers import known_whole
+
 
 @dataclasses.dataclass(frozen=True)
 class LogBucket:
@@ -56,7 +58,10 @@ def log_bucket(num_buckets: int = 32, max_distance: int = 128, bidirectional: bo
     Reference:
         Raffel et al., 2020, arXiv:1910.10683, section 2.1.
     """
-    return LogBucket(num_buckets, max_distance, bidirectional)
+    where, numbers = "modifiers.log_bucket", []
+    for name, value in (("num_buckets", num_buckets), ("max_distance", max_distance)):
+        numbers.append(known_whole(where, name, value, 1))
+    return LogBucket(*numbers, bidirectional)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,4 +80,4 @@ class ClippedBucket:
 
 def distance(radius: int):
     """Makes a bucket for each s − t up to ±radius; farther pairs join the last bucket."""
-    return ClippedBucket(radius)
+    return ClippedBucket(known_whole("modifiers.distance", "radius", radius, 0))

@@ -53,6 +53,11 @@ def as_modifier(modifier, where: str = "modifiers") -> Modifier:
     if callable(modifier):
         check_arguments(where, "modifier", modifier, "logit, b, n, t, s")
         return Pointwise(modifier)
+    if isinstance(modifier, tuple | list):
+        raise ValueError(
+            f"{where}: `modifier` must be one modifier, got a {type(modifier).__name__}; "
+            f"compose modifiers by `>>`."
+        )
     raise ValueError(
         f"{where}: `modifier` must be a function (logit, b, n, t, s) → logit or one of "
         f"jattn.modifiers, got {type(modifier).__name__}; an array belongs in `bias`."

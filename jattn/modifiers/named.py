@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays.checks import align, check_array
+from jattn.arrays.checks import (
+    align,
+    check_arguments,
+    check_array,
+    check_real,
+    known_number,
+)
+from jattn.arrays.integers import is_number, known_whole
 from jattn.modifiers.buckets import distance
 from jattn.modifiers.modifier import Modifier
 from jattn.pytree import pytree
@@ -43,6 +50,8 @@ class Bias(Modifier):
 class SoftCap(Modifier):
     """A modifier that keeps logits within ±cap, smoothly: cap · tanh(logit / cap).
 
+    The cap is above 0, which is checked unless it is traced.
+
     Reference:
         Gemma Team, 2024, arXiv:2408.00118, section 2.
     """
@@ -50,12 +59,13 @@ class SoftCap(Modifier):
     cap: float | jax.Array
 
     def __post_init__(self):
-        if not isinstance(self.cap, int | float | np.number):
+        cap = known_number(self.cap)
+        if cap is None:
             return
-        if not self.cap > 0:
+        if not cap > 0:
             raise ValueError(f"modifiers.SoftCap: `cap` must be > 0, got {self.cap}.")
         ends = np.finfo(np.float32)  # beyond these, cap · tanh(logit / cap) is 0 · ∞
-        if not ends.tiny <= self.cap <= ends.max:
+        if not ends.tiny <= cap <= ends.max:
             raise ValueError(
                 f"modifiers.SoftCap: `cap` must be between {ends.tiny:.2g} and "
                 f"{ends.max:.2g}, got {self.cap}; where nothing is to be capped, leave the "
@@ -64,9 +74,10 @@ class SoftCap(Modifier):
 
     def aligned(self, sizes) -> Any:
         """Gives the cap as an operand, so that all caps share one program."""
-        known = isinstance(self.cap, int | float | np.number)
-        cap = np.asarray(self.cap, float) if known else self.cap
-        cap = check_array("modifiers.SoftCap", "cap", cap)
+        is_python = isinstance(self.cap, int | float | np.number)
+        known = known_number(self.cap) if is_python else None
+        cap = self.cap if known is None else np.asarray(known, float)
+        cap = check_real("modifiers.SoftCap", "cap", cap)
         if cap.shape:
             raise ValueError(
                 f"modifiers.SoftCap: `cap` must be one number, got shape {cap.shape}; a "
@@ -97,7 +108,7 @@ class ALiBi(Modifier):
     def aligned(self, sizes) -> Any:
         """Gives the slope of each head."""
         slopes = alibi_slopes(sizes.N) if self.slopes is None else self.slopes
-        slopes = check_array("modifiers.ALiBi", "slopes", slopes)
+        slopes = check_real("modifiers.ALiBi", "slopes", slopes)
         if slopes.shape not in ((), (sizes.N,)):
             raise ValueError(
                 f"modifiers.ALiBi: `slopes` must have shape N = ({sizes.N},), one per "
@@ -112,6 +123,7 @@ class ALiBi(Modifier):
 
 def alibi_slopes(num_heads: int) -> jax.Array:
     """Computes the slopes of the ALiBi paper, a geometric sequence: one per head."""
+    num_heads = known_whole("modifiers.alibi_slopes", "num_heads", num_heads, 0)
     # The largest power of two that is at most N.
     below = 2 ** (num_heads.bit_length() - 1) if num_heads else 1
 
@@ -137,25 +149,56 @@ class RelativeBias(Modifier):
     bucket: Callable | None = None
 
     def __post_init__(self):
-        width = self.table.shape[-1] if hasattr(self.table, "shape") else 1
-        if self.bucket is None and width % 2 == 0:
+        if hasattr(self.table, "shape"):
+            self._check_width(self.table.shape)
+        if callable(self.bucket):
+            check_arguments("modifiers.RelativeBias", "bucket", self.bucket, "offset")
+        elif self.bucket is not None:
             raise ValueError(
-                f"modifiers.RelativeBias: `table` must have an odd number of columns, one "
-                f"for each s − t from −radius to radius, got {width}; or give `bucket`."
+                f"modifiers.RelativeBias: `bucket` must be a function of s − t, got "
+                f"{self.bucket!r}; give `distance(radius)`, for example."
             )
 
     def aligned(self, sizes) -> Any:
-        """Gives no arrays; only checks that the table has a row for each head."""
-        shape = jnp.shape(self.table)
-        if len(shape) != 2 or shape[0] != sizes.N:
+        """Gives no arrays; only checks the table, and that it has a row for each head."""
+        where = "modifiers.RelativeBias"
+        table = check_array(where, "table", self.table)
+        if not jnp.issubdtype(table.dtype, jnp.floating):
             raise ValueError(
-                f"modifiers.RelativeBias: `table` must be N × buckets with N={sizes.N} "
-                f"query heads, got shape {shape}."
+                f"{where}: `table` must be floating, got {table.dtype}; convert it with "
+                f"`.astype(float)`."
             )
+        if table.ndim != 2 or table.shape[0] != sizes.N:
+            raise ValueError(
+                f"{where}: `table` must be N × buckets with N={sizes.N} query heads, got "
+                f"shape {table.shape}."
+            )
+        self._check_width(table.shape)
         return ()
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
         """Computes the logit plus the table's entry."""
         table = jnp.asarray(self.table).astype(logit.dtype)
         bucket = self.bucket or distance((table.shape[1] - 1) // 2)
-        return logit + table[n, bucket(s - t)]
+        return logit + table[n, _column(bucket(s - t))]
+
+    def _check_width(self, shape) -> None:
+        if self.bucket is None and shape and shape[-1] % 2 == 0:
+            raise ValueError(
+                f"modifiers.RelativeBias: `table` must have an odd number of columns, one "
+                f"for each s − t from −radius to radius, got {shape[-1]}; or give `bucket`."
+            )
+
+
+def _column(index):
+    """Checks that what a bucket function gave is one integer."""
+    dtype = getattr(index, "dtype", None)
+    if is_number(index) or (
+        dtype is not None and jnp.issubdtype(dtype, jnp.integer) and index.shape == ()
+    ):
+        return index
+    got = type(index).__name__ if dtype is None else f"{dtype}{list(index.shape)}"
+    raise ValueError(
+        f"modifiers.RelativeBias: `bucket` must give one column for each s − t, an integer "
+        f"scalar, got {got}; convert a number with `.astype(int)`."
+    )
