@@ -1,6 +1,7 @@
 """Frozen dataclasses that JAX sees as trees of arrays, and that compare by value."""
 
 import dataclasses
+import functools
 from collections.abc import Hashable
 from typing import dataclass_transform
 
@@ -17,15 +18,15 @@ def pytree(*leaves: str, static: tuple[str, ...] = ()):
 
     Instances are values. Two instances of one class are equal, and have one hash, if all
     their fields are equal. Arrays are compared by shape, dtype and content, whether JAX's
-    or NumPy's; traced arrays and functions by identity; all other fields by `==`. So
-    instances can be static arguments of `jit` and keys of a dict. Hashing an instance
-    reads all its arrays.
+    or NumPy's; traced arrays and functions by identity; a `functools.partial` by its
+    function and all that it holds; all other fields by `==`. So instances can be static
+    arguments of `jit` and keys of a dict. Hashing an instance reads all its arrays.
     """
     names = [jax.tree_util.GetAttrKey(name) for name in leaves]
 
     def flatten(instance):
         children = tuple(getattr(instance, name) for name in leaves)
-        return children, tuple(getattr(instance, name) for name in static)
+        return children, _Static(tuple(getattr(instance, name) for name in static))
 
     def flatten_with_keys(instance):
         children, rest = flatten(instance)
@@ -39,7 +40,9 @@ def pytree(*leaves: str, static: tuple[str, ...] = ()):
         def unflatten(rest, children):
             # Without `__init__`, whose checks would refuse None, axes and shardings.
             instance = object.__new__(cls)
-            for name, value in zip((*leaves, *static), (*children, *rest), strict=True):
+            for name, value in zip(
+                (*leaves, *static), (*children, *rest.values), strict=True
+            ):
                 object.__setattr__(instance, name, value)
             return instance
 
@@ -78,7 +81,49 @@ def _field(value) -> Hashable:
     if isinstance(value, list | tuple | dict):
         leaves, tree = jax.tree.flatten(value)
         return tree, tuple(map(_field, leaves))
-    return value
+    return by_parts(value, _held) if isinstance(value, functools.partial) else value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Static:
+    """The static fields in a tree's structure, compared as those of instances are."""
+
+    values: tuple
+
+    def __eq__(self, other):
+        return isinstance(other, _Static) and self._keys() == other._keys()
+
+    def __hash__(self):
+        return hash(self._keys())
+
+    def _keys(self) -> Hashable:
+        return tuple(map(_field, self.values))
+
+
+def by_parts(value, key) -> Hashable:
+    """Makes a key of a value that a function holds; `key` makes the keys of its parts.
+
+    Values with one key compute the same. So types count: 1, 1.0 and True are three.
+    """
+    if type(value) is functools.partial:  # a subclass may do something else
+        return type(value), *map(key, (value.func, value.args, value.keywords))
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(key, value))
+    if isinstance(value, dict):
+        return type(value), tuple((key(name), key(x)) for name, x in value.items())
+    if isinstance(value, float | complex | np.ndarray | np.generic | jax.Array):
+        return type(value), getattr(value, "weak_type", False), by_content(value)
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(map(key, value))
+    try:
+        hash(value)
+    except TypeError:
+        return Same(value)
+    return type(value), value
+
+
+def _held(value) -> Hashable:
+    return by_parts(value, _held)
 
 
 def by_content(array) -> Hashable:

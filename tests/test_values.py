@@ -1,6 +1,7 @@
 """Masks and modifiers are values: compared, hashed, pickled, copied, mapped."""
 
 import copy
+import functools
 import pickle
 
 import jax
@@ -20,6 +21,18 @@ def rule(b, n, t, s):
     return t >= s
 
 
+def shifted(b, n, t, s, *, by=0):
+    return t + by >= s
+
+
+def clipped(offset, low=0, high=4):
+    return jnp.clip(offset, low, high)
+
+
+def relative(*args, **options):
+    return RelativeBias(jnp.ones((2, 5)), functools.partial(*args, **options))
+
+
 VALUES = {
     "causal": lambda: Causal(3),
     "window": lambda: Window(2, None),
@@ -29,6 +42,10 @@ VALUES = {
     "explicit": lambda: Explicit(np.ones((2, 2), bool)),
     "algebra": lambda: Causal() & Window(1, 0) | ~Prefix(2),
     "function": lambda: as_mask(rule),
+    "partial": lambda: Causal() & functools.partial(shifted, by=jnp.array([1])[0]),
+    "partial_of_one": lambda: as_mask(functools.partial(shifted, by=1)),
+    "partial_of_a_partial": lambda: relative(functools.partial(clipped, low=1), high=3),
+    "partial_of_arrays": lambda: relative(clipped, low=np.arange(3), high=jnp.ones(2)),
     "table": lambda: jattn.block_table(Causal(), KEY, KEY),
     "traced_table": lambda: jattn.block_table(Segments(jnp.arange(4)), KEY, KEY, block=2),
     "cap": lambda: SoftCap(2.0),
@@ -82,6 +99,27 @@ def test_content_and_kind_tell_values_apart():
     assert Segments(jnp.array([1, 2])) != Segments(jnp.array([[1, 2]]))
     assert as_mask(rule) != as_mask(lambda b, n, t, s: t >= s)
     assert log_bucket(8, 16) != log_bucket(8, 17)
+
+
+NUMBERS = [1, 1.0, True, -0.0, 0.0, np.int8(1), jnp.asarray(1), jnp.int32(1), (1,), [1]]
+
+
+def test_partials_that_hold_other_numbers_are_other_values():
+    # Functions compute other results from 1 and 1.0, which are equal in Python.
+    made = [relative(clipped, low=x) for x in NUMBERS]
+    made += [relative(clipped, 0, 1), relative(clipped, high=0), relative(shifted, low=1)]
+    for i, first in enumerate(made):
+        assert [i] == [j for j, second in enumerate(made) if first == second]
+    trees = set(map(jax.tree.structure, made))
+    assert len(trees) == len(made)
+
+
+def test_partials_of_unhashable_objects_are_values():
+    log = type("Log", (), {"__eq__": lambda self, other: True})()
+    first, second = (relative(clipped, low=x) for x in (log, log))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != relative(clipped, low=type(log)())
 
 
 def test_traced_arrays_equal_themselves_alone():

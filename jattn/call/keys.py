@@ -1,17 +1,15 @@
 """Keys of traced functions: two functions with one key compute the same."""
 
 import dataclasses
-import functools
 import types
 from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Literal
 
-from jattn.pytree import Same, bits, by_content
+from jattn.pytree import Same, bits, by_content, by_parts
 
 # The number of derivatives, of a function with its own rules, that a key distinguishes.
 # Some rules call their own function again, as a rule of `exp` does, so there is no last
@@ -76,23 +74,9 @@ def _parameter(value, orders: int) -> Hashable:
         return structure(value.jaxpr, orders), tuple(map(by_content, value.consts))
     if hasattr(value, "eqns"):
         return structure(value, orders)
-    if isinstance(value, tuple | list):
-        return type(value), tuple(_parameter(x, orders) for x in value)
-    if isinstance(value, dict):
-        items = tuple((key, _parameter(x, orders)) for key, x in value.items())
-        return type(value), items
-    if isinstance(value, float | complex | np.ndarray | np.generic | jax.Array):
-        return type(value), by_content(value)
-    if isinstance(value, set | frozenset):
-        return type(value), frozenset(_parameter(x, orders) for x in value)
-    if isinstance(value, functools.partial | types.FunctionType):
+    if isinstance(value, types.FunctionType):
         return _function(value, orders - 1) if orders else Same(value)
-    # The type is part of the key, since 1 and True are equal.
-    try:
-        hash(value)
-    except TypeError:
-        return Same(value)
-    return type(value), value
+    return by_parts(value, lambda x: _parameter(x, orders))
 
 
 def _function(value, orders: int) -> Hashable:
@@ -101,9 +85,6 @@ def _function(value, orders: int) -> Hashable:
     A function inside another one is a new object in each call, but of the same code. Two
     functions of the same code compute the same if they hold the same.
     """
-    if isinstance(value, functools.partial):
-        held = value.func, value.args, value.keywords
-        return functools.partial, _parameter(held, orders)
     held = value.__defaults__, value.__kwdefaults__, *map(_content, value.__closure__ or ())
     # Code and global variables by identity: equal codes may be of different modules.
     known = Same(value.__code__), Same(value.__globals__)
