@@ -278,3 +278,122 @@ def test_functions_that_hold_other_numbers_are_two_programs():
     rules = [_mapped(2.0), _mapped(3.0)]
     one, two = (lambda b, n, t, s, f=f: f(KEY[0, s, 0, 0]) > 0 for f in rules)
     assert _traced_anew(one) != _traced_anew(two)
+
+
+def test_functions_that_hold_other_functions_with_other_attributes_are_two_programs():
+    def summed(factor):
+        def held():
+            return None
+
+        held.factor = factor
+        add = lambda x, y: x + held.factor * y
+        return lambda b, n, t, s: jax.lax.reduce(KEY[0, :, 0], 0.0, add, (0, 1)) > 0.5
+
+    assert _traced_anew(summed(2.0)) != _traced_anew(summed(3.0))
+
+
+def _host(function):
+    out = jax.ShapeDtypeStruct((), jnp.float32)
+    call = functools.partial(jax.pure_callback, vmap_method="sequential")
+    return lambda logit, *_: call(function, out, logit)
+
+
+def _double(x, factor):
+    return np.asarray(x) * factor
+
+
+def _in_sequence(factor):
+    @jax.custom_batching.sequential_vmap
+    def scale(x):
+        return x * factor
+
+    return lambda logit, *_: scale(logit)
+
+
+def _watched(function):
+    return lambda logit, *_: (jax.debug.callback(function, logit), logit)[1]
+
+
+def _of_default(factor):
+    return _host(lambda x, factor=factor: np.asarray(x) * np.float32(factor))
+
+
+def _of_partial(factor):
+    return _host(functools.partial(_double, factor=np.float32(factor)))
+
+
+HOST = {
+    "callback": (lambda: _host(lambda x: x * 2), lambda: _host(lambda x: x * 3)),
+    "default": (lambda: _of_default(2.0), lambda: _of_default(3.0)),
+    "partial": (lambda: _of_partial(2.0), lambda: _of_partial(3.0)),
+    "method": (lambda: _host(np.float32(2).__mul__), lambda: _host(np.float32(3).__mul__)),
+    "sequential": (lambda: _in_sequence(2.0), lambda: _in_sequence(3.0)),
+    "debug": (lambda: _watched(lambda x: None), lambda: _watched(lambda x: x)),
+}
+
+
+@pytest.mark.parametrize("name", HOST)
+def test_callbacks_made_anew_are_one_program_if_nothing_else_can_run(name):
+    first, second = HOST[name]
+    if name != "method":  # which compares its object by identity
+        assert problem(modifier=first()) == problem(modifier=first())
+        assert hash(problem(modifier=first())) == hash(problem(modifier=first()))
+    assert problem(modifier=first()) != problem(modifier=second())
+
+
+def test_callbacks_that_share_no_variable_are_two_programs():
+    def counting():
+        seen = []
+        return _watched(lambda x: seen.append(x)), seen
+
+    (first, seen), (second, others) = counting(), counting()
+    for modifier in (first, second, second):
+        jattn.attention(QUERY, KEY, KEY, modifier=modifier).block_until_ready()
+        jax.effects_barrier()
+    assert len(others) == 2 * len(seen) > 0
+
+
+def _rules(i):
+    """Gives functions whose rules read a variable that the caller changes afterwards."""
+
+    @jax.custom_vjp
+    def pulled(x):
+        return jnp.sin(x)
+
+    pulled.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (i() * jnp.cos(x) * g,))
+
+    @jax.custom_jvp
+    def pushed(x):
+        return jnp.sin(x)
+
+    pushed.defjvp(lambda x, t: (jnp.sin(*x), i() * jnp.cos(*x) * t[0]))
+
+    @jax.custom_batching.custom_vmap
+    def mapped(x):
+        return 7 * x
+
+    mapped.def_vmap(lambda size, batched, x: (i() * x, batched[0]))
+    return {"vjp": pulled, "jvp": pushed, "vmap": mapped}
+
+
+@pytest.mark.parametrize("name", ["vjp", "jvp", "vmap"])
+def test_rules_that_read_the_variable_of_a_loop(name):
+    weights = jnp.array([0.5, 1.0])
+
+    def by(attention, bend, w):
+        tilt = lambda logit, b, n, t, s: logit + s.astype(jnp.float32) * bend(w)
+        return jnp.square(attention(QUERY, KEY, KEY, modifier=tilt)).sum()
+
+    def loop(transform, attention):
+        results = []
+        for i in (1.0, 2.0, 3.0):
+            bend = _rules(lambda: i)[name]  # noqa: B023  the variable is what is tested
+            results.append(transform(functools.partial(by, attention, bend)))
+        return results
+
+    plain = lambda f: f(weights[0])
+    derived = lambda f: jax.vmap(f)(weights) if name == "vmap" else jax.grad(f)(weights[0])
+    loop(plain, jattn.attention)  # whose programs the second loop must not take
+    got = loop(derived, jattn.attention)
+    want = loop(derived, jattn.definition.attention)
+    np.testing.assert_allclose(got, want, rtol=1e-5)

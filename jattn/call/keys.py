@@ -1,12 +1,14 @@
 """Keys of traced functions: two functions with one key compute the same."""
 
 import dataclasses
+import functools
 import types
 from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 from jattn.pytree import Same, bits, by_content, by_parts
@@ -32,8 +34,9 @@ def structure(jaxpr, orders: int = _ORDERS) -> Hashable:
         parameter           number: type and bits; container: its items; else by `==`
         function with its   the keys of its jaxpr and of the jaxpr of its derivative, and
           own derivative    so on for `orders` derivatives
-        function without    its code, its defaults, and what it closes over
-          a jaxpr
+        function without    its code, its defaults, and what it closes over; if it is
+          a jaxpr             traced later, as long as it holds the same
+        callback            the same, but variables and objects count by identity
 
     What is left, such as an object with a method, is compared by its own `==`, which is
     identity for most objects.
@@ -51,10 +54,19 @@ def structure(jaxpr, orders: int = _ORDERS) -> Hashable:
         # The rules in the parameters are functions, made anew in each trace; so the key
         # has the jaxprs that they trace to.
         if eqn.primitive.name in _RULES:
-            params = {"call": eqn.params["call_jaxpr"], "rule": _Rule(eqn)}
+            # JAX traces `bwd` again for each derivative, and all other rules once.
+            late = getattr(params.get("bwd"), "f", None)
+            late = None if late is None else _Late(late, orders, compares=False)
+            rule = _Rule(eqn)
+            params = {"call": eqn.params["call_jaxpr"], "rule": rule, "late": late}
         elif eqn.primitive.name == "custom_vmap_call":
             # JAX wraps the rule in a new object in each trace.
-            params = params | {"rule": getattr(params["rule"], "rule", params["rule"])}
+            rule = getattr(params["rule"], "rule", params["rule"])
+            params = params | {"rule": _Late(rule, orders)}
+        elif "callback" in params:
+            given = params["callback"]
+            called = _run_later(getattr(given, "callback_func", given))
+            params = params | {"callback": (called, getattr(given, "in_tree", None))}
         return (
             eqn.primitive,
             tuple(map(atom, eqn.invars)),
@@ -85,10 +97,68 @@ def _function(value, orders: int) -> Hashable:
     A function inside another one is a new object in each call, but of the same code. Two
     functions of the same code compute the same if they hold the same.
     """
-    held = value.__defaults__, value.__kwdefaults__, *map(_content, value.__closure__ or ())
+    held = [_content(cell) for cell in value.__closure__ or ()]
+    # A function with this rule, which may call it, is that rule and another function.
+    held = [x.fun if getattr(x, "vmap_rule", None) is value else x for x in held]
+    held = (value.__defaults__, value.__kwdefaults__, value.__dict__, *held)
     # Code and global variables by identity: equal codes may be of different modules.
     known = Same(value.__code__), Same(value.__globals__)
     return known, _parameter(held, orders)
+
+
+class _Late:
+    """A function that JAX traces again after its key was made.
+
+    Until then, the variables that it closes over may have got other values, as that of a
+    loop has. From then on it equals no other, since the program that has it does not do
+    what its key says.
+    """
+
+    def __init__(self, function, orders: int, compares: bool = True):
+        self.function, self.orders = function, orders
+        self.held = self._holds()
+        self.key = self.held if compares else None
+
+    def __eq__(self, other):
+        same = isinstance(other, _Late) and self.key == other.key
+        return same and all(x.held == x._holds() for x in (self, other))
+
+    def __hash__(self):
+        return hash(self.key)
+
+    def _holds(self) -> Hashable:
+        return _parameter(self.function, self.orders)
+
+
+# What cannot change while a program waits to run; methods compare their object by identity.
+_FIXED = int, float, complex, str, bytes, type(None), np.generic, jax.tree_util.PyTreeDef
+_FIXED += types.MethodType, types.BuiltinFunctionType
+
+
+def _run_later(value) -> Hashable:
+    """Makes a key of a callback, a function that Python runs while the program runs.
+
+    It may read a variable that changes, or write one.
+    """
+    if type(value) is functools.partial:
+        parts = value.func, *value.args, *value.keywords.items()
+    elif isinstance(value, types.FunctionType):
+        cells = value.__closure__ or ()
+        if (value.__module__ or "").startswith("jax."):  # these wrap, and change nothing
+            held = [_content(cell) for cell in cells]
+            held = [tuple(x.items()) if isinstance(x, dict) else x for x in held]
+        else:
+            held = [Same(cell) for cell in cells]
+        code = Same(value.__code__), Same(value.__globals__)
+        more = value.__kwdefaults__ or {}
+        parts = *code, value.__defaults__, *more.items(), *held
+    elif isinstance(value, tuple):
+        parts = value
+    elif isinstance(value, (*_FIXED, Same)):
+        return value if isinstance(value, Same) else by_parts(value, Same)
+    else:
+        return Same(value)
+    return type(value), tuple(map(_run_later, parts))
 
 
 def _content(cell):
