@@ -281,15 +281,17 @@ def test_functions_that_hold_other_numbers_are_two_programs():
 
 
 def test_functions_that_hold_other_functions_with_other_attributes_are_two_programs():
-    def summed(factor):
+    def scaled(factor):
         def held():
             return None
 
         held.factor = factor
-        add = lambda x, y: x + held.factor * y
-        return lambda b, n, t, s: jax.lax.reduce(KEY[0, :, 0], 0.0, add, (0, 1)) > 0.5
+        scale = jax.custom_batching.custom_vmap(lambda x: x)
+        scale.def_vmap(lambda size, mapped, x: (x * held.factor, mapped[0]))
+        return lambda b, n, t, s: scale(KEY[0, s, 0, 0]) > 0.5
 
-    assert _traced_anew(summed(2.0)) != _traced_anew(summed(3.0))
+    assert _traced_anew(scaled(2.0)) == _traced_anew(scaled(2.0))
+    assert _traced_anew(scaled(2.0)) != _traced_anew(scaled(3.0))
 
 
 def _host(function):

@@ -58,10 +58,10 @@ def log_bucket(num_buckets: int = 32, max_distance: int = 128, bidirectional: bo
     Reference:
         Raffel et al., 2020, arXiv:1910.10683, section 2.1.
     """
-    where, numbers = "modifiers.log_bucket", []
-    for name, value in (("num_buckets", num_buckets), ("max_distance", max_distance)):
-        numbers.append(known_whole(where, name, value, 1))
-    return LogBucket(*numbers, bidirectional)
+    where = "modifiers.log_bucket"
+    num_buckets = known_whole(where, "num_buckets", num_buckets, 1)
+    max_distance = known_whole(where, "max_distance", max_distance, 1)
+    return LogBucket(num_buckets, max_distance, bidirectional)
 
 
 @dataclasses.dataclass(frozen=True)
