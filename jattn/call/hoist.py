@@ -108,7 +108,7 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
     whole = {value: array for value, array in whole.items() if value in needed}
     leading = dict(zip(inputs, indexed, strict=True))
     for step in steps:
-        if all(value.is_fixed for value in step.results):
+        if step.results and all(value.is_fixed for value in step.results):
             step.run(given)
     for value in (*captured, *(x for step in steps for x in step.results)):
         if value in needed and value.is_hoisted:

@@ -205,13 +205,14 @@ def _strips(xp, live, axis: int) -> Strips:
     _, _, rows, cuts, columns, _ = live.shape
     first, last = xp.argmax(live, -1), cuts - 1 - xp.argmax(live[..., ::-1], -1)
     width = xp.where(xp.any(live, -1), last - first + 1, cuts + 1)
-    row = xp.arange(rows * cuts).reshape(rows, cuts, 1)
-    column = xp.arange(columns) * cuts + first
+    row = xp.arange(rows * cuts).reshape(1, 1, rows, cuts, 1)
+    column = (xp.arange(columns) * cuts).reshape(1, 1, 1, 1, columns) + first
     by_block = lambda x: xp.moveaxis(xp.broadcast_to(x, width.shape), axis, 2).reshape(
         *width.shape[:2], width.shape[axis], -1
     )
     row, column, width = map(by_block, (row, column, width))
     order = xp.argsort(width, axis=-1, stable=True)
     row, column = (xp.take_along_axis(x, order, axis=-1) for x in (row, column))
-    ends = xp.sum(width[..., None, :] <= xp.arange(cuts + 1)[:, None], -1)
+    limit = xp.arange(cuts + 1).reshape(1, 1, 1, cuts + 1, 1)
+    ends = xp.sum(width[..., None, :] <= limit, -1)
     return Strips(*(jnp.asarray(x.astype(xp.int32)) for x in (row, column, ends)))
