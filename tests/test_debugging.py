@@ -280,3 +280,26 @@ def test_merge_takes_the_state_of_a_sink():
             np.testing.assert_allclose(merged.output, want, atol=1e-6)
     with pytest.raises(ValueError, match="merge: states must have outputs"):
         jattn.merge(state, jattn.State(0, jnp.zeros(3)))
+
+
+PRINTED = {
+    "plain": lambda x, b, n, t, s: x,
+    "an array by query": lambda x, b, n, t, s: x * jnp.cos(IDS[t]),
+    "an array by key": lambda x, b, n, t, s: x + jnp.exp(IDS[s]),
+    "a number of half precision": lambda x, b, n, t, s: x * HALF.astype(x.dtype),
+}
+IDS, HALF = jnp.arange(4, dtype="float32"), jnp.asarray(0.5, "float16")
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_what_a_modifier_prints_is_printed_for_each_pair(name):
+    seen = []
+
+    def modifier(x, b, n, t, s):
+        jax.debug.callback(lambda *place: seen.append(tuple(map(int, place))), t, s)
+        return PRINTED[name](x, b, n, t, s)
+
+    query = jnp.ones((1, 4, 1, 4), "float32")
+    jattn.attention(query, query, query, modifier=modifier).block_until_ready()
+    jax.effects_barrier()
+    assert sorted(seen) == [(t, s) for t in range(4) for s in range(4)]

@@ -195,7 +195,8 @@ def _needed(steps: list[_Step], result) -> tuple[list[_Step], set]:
     inside, needed = [], {result} if isinstance(result, _Value) else set()
     for step in reversed(steps):
         wanted = [x for x in step.results if x in needed]
-        if wanted and not all(x.is_hoisted or x.is_fixed for x in wanted):
+        stays = not all(x.is_hoisted or x.is_fixed for x in wanted)
+        if stays or step.equation.effects:  # `jax.debug.print` has no result
             inside.append(step)
             needed.update(x for x in step.operands if isinstance(x, _Value))
     return inside[::-1], needed

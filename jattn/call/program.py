@@ -142,10 +142,10 @@ def _over_axes(function, inputs):
 
 
 def _used(jaxpr) -> tuple[bool, ...]:
-    """Says for each input whether the result depends on it."""
+    """Says for each input whether the result, or an effect, depends on it."""
     # Backward from the outputs; by identity, for literals may not be hashable.
     live = set(map(id, jaxpr.outvars))
     for equation in reversed(jaxpr.eqns):
-        if any(id(var) in live for var in equation.outvars):
+        if equation.effects or any(id(var) in live for var in equation.outvars):
             live.update(map(id, equation.invars))
     return tuple(id(var) in live for var in jaxpr.invars)
