@@ -24,10 +24,10 @@ import jax.numpy as jnp
 
 from jattn.call.problem import Problem
 from jattn.implementations.gpu.call import Arguments, Call
-from jattn.implementations.gpu.forward import product
+from jattn.implementations.gpu.forward import base_of
 from jattn.implementations.gpu.layout import ROWS, form
 from jattn.implementations.gpu.machine import spread, store, vector, zeros
-from jattn.implementations.gpu.pairs import LOG2_E, plain
+from jattn.implementations.gpu.pairs import plain
 from jattn.implementations.gpu.program import Context
 from jattn.implementations.gpu.tiles import Tile, own_vectors
 from jattn.implementations.joint import Extras
@@ -49,9 +49,9 @@ def row_numbers(problem: Problem, unit, outputs, cotangents):
     """
     output, top, total = outputs
     d_output, _, d_total = cotangents
-    top, empty = product(top, unit), total == 0
-    settled = ~empty & (total <= 1 + _slack(top, unit))
-    level = jnp.log2(jnp.where(empty, 1, total))
+    empty = total == 0
+    settled = ~empty & (total <= 1)  # see `of_logits`
+    top, level = base_of(top, jnp.where(empty, 1, total), unit)
     if problem.mask is not None:  # the kernels read a d_output that is finite, see `finite`
         finite = jnp.all(jnp.isfinite(d_output), axis=-1)
         level = jnp.where(finite, level, jnp.nan)
@@ -59,16 +59,6 @@ def row_numbers(problem: Problem, unit, outputs, cotangents):
     share = jnp.where(settled, 0, jnp.full_like(total, 1 / (1 - problem.rate)))
     delta = jnp.where(settled, 0, jnp.sum(d_output * output, axis=-1))
     return top, level, share, delta - d_total * total
-
-
-def _slack(top, unit):
-    """Says by how much the sum of one weight may differ from 1, as `of_logits` gives it.
-
-    Not at all where the scale is a power of 2, and rounds nothing. Otherwise a logit has
-    two roundings, of 2⁻²⁴ each, on the way to a maximum and back.
-    """
-    mantissa, _ = jnp.frexp(unit)
-    return jnp.where(mantissa == 0.5, 0, jnp.abs(top) * unit * LOG2_E * 2**-22)
 
 
 def backward(call: Call, sums: tuple[str, ...], wanted: Extras, arguments: Arguments):

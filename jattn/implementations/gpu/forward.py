@@ -26,6 +26,9 @@ from jattn.implementations.gpu.pairs import LOG2_E, plain
 from jattn.implementations.gpu.program import Context
 from jattn.implementations.gpu.tiles import Tile, own_vectors
 
+_COUNT = 32  # log₂ of more keys than a call can have
+_NEAR = 3  # places by which a division may be wrong: 2 on a GPU, and 1 by an inverse
+
 
 def forward(call: Call, arguments: Arguments):
     """Computes output B × T × N × D, maximum and sum B × N × T, in float32.
@@ -43,17 +46,54 @@ def of_logits(top, total, unit):
     """Gives the maximum of the logits, and the sum that belongs to it.
 
     What the kernel has for logits are products where nothing but the scale is between the
-    two; `unit` is the size of the scale there, else 1. The maximum is rounded by the scale.
-    So the sum is made that of the product which backward gets back from it, see `product`.
+    two; `unit` is the size of the scale there, else 1. The scale rounds the maximum. So
+    the sum is made that of another product, `base`, which backward computes from the
+    maximum:
+        total′ = total · exp((top − base) · unit)
+
+    Two products at most have the same maximum, because a multiplication at most halves
+    the relative distance of neighbours. Where total > 1, base is the smaller one, so that
+    total′ > 1. Where total = 1, it is the larger one, so that total′ ≤ 1. So backward
+    knows where one key has all the weight.
     """
-    scaled = top * unit
-    change = jnp.where(jnp.isfinite(top), top - product(scaled, unit), 0)
-    return scaled, total * jnp.exp2(change * unit * LOG2_E)
+    scaled, settled = top * unit, total == 1
+    beside = jnp.nextafter(top, jnp.where(settled, jnp.inf, -jnp.inf).astype(top.dtype))
+    base = jnp.where(beside * unit == scaled, beside, top)
+    changed = total * jnp.exp2(_exponent(top, base, unit))
+    # Neither side of 1 may be left because exp2 rounds.
+    low, high = jnp.minimum(changed, 1), jnp.maximum(changed, total)
+    return scaled, jnp.where(settled, low, high)
 
 
-def product(top, unit):
-    """Gives what the kernel has for a logit: the inverse of the scale, but for rounding."""
-    return top / unit
+def base_of(top, total, unit):
+    """Computes from what `of_logits` gives the product and log₂ of the sum that fits it.
+
+    It is right however the compiler rounds a division: it tries products until one has
+    the maximum.
+    """
+    direction = jnp.where(total <= 1, -1, 1).astype(top.dtype)
+    wanted, base = direction * top, direction * (top / unit)
+    up, down = (jnp.full_like(top, x) for x in (jnp.inf, -jnp.inf))
+    for _ in range(_NEAR):
+        base = jnp.nextafter(base, down)
+    for _ in range(2 * _NEAR):
+        base = jnp.where(base * unit < wanted, jnp.nextafter(base, up), base)
+    level = jnp.log2(total)
+    # No sum of weights is so large or so small. So the kernel's maximum is the neighbour.
+    moved, beside = jnp.abs(level) > _COUNT, jnp.nextafter(base, up)
+    base, beside = direction * base, direction * beside
+    exponent = _exponent(beside, base, unit)
+    return jnp.where(moved, beside, base), jnp.where(moved, level - exponent, level)
+
+
+def _exponent(top, base, unit):
+    """Computes the logarithm of a change of the sum; at 1e9 it could leave float32.
+
+    It is then bounded, to more than any sum of weights can be. What is left out is less
+    than the last place of the maximum.
+    """
+    change = jnp.where(jnp.isfinite(top), top - base, 0)
+    return jnp.clip(change * unit * LOG2_E, -_COUNT - 8, _COUNT + 8)
 
 
 def _kernel(context: Context):
