@@ -9,6 +9,8 @@ from jattn.implementations.gpu import layout
 from jattn.implementations.kernel import Sums
 from jattn.implementations.shared import isolate, sum_all
 
+_POWER = 126  # 2 to it and its inverse are normal float32; a GPU takes other ones for 0
+
 
 def share_kernel(problem: Problem, operands: Operands) -> bool:
     """Says whether the registers of one kernel hold both d_key and d_value.
@@ -21,33 +23,52 @@ def share_kernel(problem: Problem, operands: Operands) -> bool:
 
 
 def representable(problem: Problem, cotangents: Sums):
-    """Scales cotangents that float16 would round to 0; gives also the inverse factor.
+    """Scales cotangents that float16 would round to 0 or ∞; gives also the inverse factor.
 
-    The factor is a power of 2, so nothing else changes: backward is linear.
+    The factor is a power of 2, so nothing else changes: backward is linear. It makes the
+    largest d_output about 1, but lets no d_total grow to more than 2³², so that no
+    product with it leaves float32.
     """
     if problem.dtype != jnp.float16:
         return jnp.ones((), problem.wide), cotangents
-    largest = jnp.max(jnp.abs(cotangents.output))
-    known = (largest > 0) & jnp.isfinite(largest)
-    power = jnp.ceil(jnp.log2(jnp.where(known, largest, 1)))
-    return jnp.exp2(power), Sums(*(x * jnp.exp2(-power) for x in cotangents))
+    total = _magnitude(_largest(cotangents.total), 0)
+    power = _magnitude(_largest(cotangents.output), 0)
+    factor, inverse = _factors(jnp.maximum(power, total - 32))
+    return factor, Sums(*(x * inverse for x in cotangents))
 
 
 def room(problem: Problem, operands: Operands, rows, outputs, cotangents: Sums):
-    """Makes room for cotangents of logits that float16 cannot hold; gives also the factor.
+    """Scales cotangents of logits to numbers that float16 holds; gives also the factor.
 
     These are rounded to float16 before they are multiplied by keys and queries. None is
-    larger than |d_logsumexp| and twice |vₛ · d_output|. The factor is again a power of 2.
+    larger than |d_logsumexp| and twice |vₛ · d_output|; this becomes 2¹⁵, as much as
+    float16 has room for, so that few are rounded to 0. The factor is again a power of 2.
     """
     if problem.dtype != jnp.float16:
         return jnp.ones((), problem.wide), rows
     top, level, share, rest = rows
-    largest = lambda x: jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0)
-    value = largest(operands.value).astype(problem.wide)
-    products = value * largest(jnp.sum(jnp.abs(cotangents.output), axis=-1))
-    most = largest(cotangents.total * outputs.total) + 2 * products
-    power = jnp.maximum(jnp.ceil(jnp.log2(jnp.maximum(most, 1))) - 15, 0)  # up to 2¹⁵
-    return jnp.exp2(power), (top, level, *(x * jnp.exp2(-power) for x in (share, rest)))
+    value = _largest(operands.value).astype(problem.wide)
+    products = value * _largest(jnp.sum(jnp.abs(cotangents.output), axis=-1))
+    most = _largest(cotangents.total * outputs.total) + 2 * products / (1 - problem.rate)
+    factor, inverse = _factors(_magnitude(most, 15) - 15)
+    return factor, (top, level, share * inverse, rest * inverse)
+
+
+def _largest(array):
+    """Gives the largest size of the numbers that are finite."""
+    return jnp.max(jnp.where(jnp.isfinite(array), jnp.abs(array), 0), initial=0)
+
+
+def _magnitude(number, otherwise):
+    """Computes log₂ of a number, rounded up; `otherwise` for 0."""
+    return jnp.where(number > 0, jnp.ceil(jnp.log2(number)), otherwise)
+
+
+def _factors(power):
+    """Gives a power of 2 and its inverse, made of bits: exp2 rounds on a CPU."""
+    power = jnp.clip(power, -_POWER, _POWER).astype(jnp.int32)
+    bits = lambda x: jax.lax.bitcast_convert_type((x + 127) << 23, jnp.float32)
+    return bits(power), bits(-power)
 
 
 def of_operands(problem: Problem, operands: Operands, results, flags, wanted) -> Operands:

@@ -125,7 +125,8 @@ class GPU(Kernel):
         pairs = zip(found, parts, strict=True)
         d_key, d_value = (x for one, sums in pairs for x in one[: len(sums)])
         d_columns = found[0][len(parts[0]) :]
-        grown = lambda tree: jax.tree.map(lambda x: x * (factor * growth), tree)
+        # One after the other: their product may be ∞ or 0 where no result is.
+        grown = lambda tree: jax.tree.map(lambda x: x * growth * factor, tree)
         results = *grown((d_query, d_key)), d_value * factor, *grown((d_rows, d_columns))
         return of_operands(problem, operands, results, flags, wanted)
 
