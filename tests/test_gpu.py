@@ -23,6 +23,8 @@ from tests.helpers.limited import Worker
 
 AMPERE = "8.0"
 
+ONE = jnp.eye(4)
+TABLE = ONE > 0
 SECONDS = 400  # a call takes 3 to 20 of them, and the machine may be busy
 JOBS = "tests.helpers.gpu_jobs"
 emulated = [
@@ -133,6 +135,46 @@ def test_emulated(worker, job):
 
 
 @mark
+@pytest.mark.parametrize(
+    "job",
+    [
+        "small_cotangents_of_logits",
+        "weights_near_one",
+        "huge_logits",
+        "soft_caps_of_all_sizes",
+    ],
+)
+def test_numbers_far_from_one_are_as_exact(worker, job):
+    worker.run(f"{JOBS}:{job}", seconds=SECONDS)
+
+
+@mark
+@pytest.mark.parametrize("unit", [0.3, 2**-0.5, 88**-0.5, 1.0001, 1.9999, 0.25, 7.3])
+def test_backward_finds_the_product_that_forward_had(unit):
+    from jattn.implementations.gpu.forward import base_of, of_logits
+
+    rng = np.random.default_rng(0)
+    size = 10.0 ** rng.uniform(-3, 12, 20000) * rng.choice([-1, 1], 20000)
+    product = jnp.asarray(size, "float32")
+    least = 1 + jnp.finfo("float32").eps
+    for total in (1.0, least, 1.2, 3.0, 2.0**20):
+        top, kept = of_logits(product, jnp.full_like(product, total), jnp.float32(unit))
+        assert np.all((kept <= 1) == (total == 1))
+        assert np.all(np.isfinite(np.log(kept)))
+        base, level = base_of(top, kept, jnp.float32(unit))
+        wide = lambda x: np.asarray(x, np.float64)
+        # The weight of the largest logit, as backward computes it.
+        exponent = (wide(product) - wide(base)) * wide(jnp.float32(unit)) / np.log(2)
+        weight = np.exp2(exponent - wide(level))
+        np.testing.assert_allclose(weight, 1 / total, rtol=1e-5)
+        # The logsumexp, to the last place of the maximum, and of the sum's logarithm.
+        got = wide(top) + np.log(wide(kept))
+        want = wide(product) * wide(jnp.float32(unit)) + np.log(total)
+        bound = 3e-7 * (np.log(total) + 1) + 1.5 * wide(np.spacing(abs(top)))
+        assert np.all(abs(got - want) <= bound)
+
+
+@mark
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_found(fault):
@@ -155,6 +197,12 @@ def test_named_elsewhere_it_raises_the_reason():
     [
         ("float32", {}, "bfloat16 and float16"),
         ("bfloat16", {"mask": lambda b, n, t, s: jnp.arange(9)[t - s] > 3}, "joins"),
+        ("bfloat16", {"mask": lambda b, n, t, s: TABLE[t, s]}, "as a Boolean mask"),
+        (
+            "bfloat16",
+            {"modifier": lambda x, b, n, t, s: x * ONE[t, s]},
+            "as a `bias`",
+        ),
         ("bfloat16", {"modifier": lambda x, b, n, t, s: jax.lax.erf(x)}, "`erf`"),
         ("bfloat16", {"modifier": lambda x, b, n, t, s: jnp.sin(x)}, "`sin`"),
     ],
@@ -183,6 +231,15 @@ def test_powers_are_those_that_mosaic_has(power):
     equations = jax.make_jaxpr(raised)(x).eqns
     powers = [e.params["y"] for e in equations if e.primitive.name == "integer_pow"]
     assert all(y > 1 for y in powers)
+
+
+def test_tanh_keeps_the_digits_of_small_numbers():
+    x = np.geomspace(1e-30, 20, 20000).astype("float32")
+    x = np.concatenate([x, -x, np.zeros(1, "float32")])
+    got = np.asarray(pairs.plain(jnp.tanh, x), np.float64)
+    want = np.tanh(x.astype(np.float64))
+    np.testing.assert_allclose(got, want, rtol=0, atol=8e-7)
+    np.testing.assert_allclose(got, want, rtol=5e-5)
 
 
 @mark

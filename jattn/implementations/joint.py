@@ -115,13 +115,29 @@ def objection_to_programs(problem: Problem, objection: Callable) -> str | None:
         program = getattr(problem, name)
         if program is None:
             continue
-        found = objection(joint_equations(program, logit=name == "modifier"))
+        equations = joint_equations(program, logit=name == "modifier")
+        if _indexes(equations):
+            where = "a Boolean mask" if name == "mask" else "a `bias`"
+            return (
+                f"the {name} joins queries and keys by an array that both index, which a "
+                f"kernel cannot read; it takes an array of queries × keys as {where}, and "
+                f"arrays that only queries or only keys index."
+            )
+        found = objection(equations)
         if found:
             return (
                 f"the {name} joins queries and keys by {found}, which a kernel cannot "
                 f"evaluate; it can where only queries or only keys are indexed."
             )
     return None
+
+
+def _indexes(equations) -> bool:
+    """Says whether an array is indexed in one of the equations, or in what they call."""
+    inside = (called(equation, CALLS | RULES) for equation in equations)
+    return any(e.primitive.name in ("gather", "dynamic_slice") for e in equations) or any(
+        _indexes(inner[0].eqns) for inner in inside if inner is not None
+    )
 
 
 def block_kinds(problem: Problem, operands: Operands, blocks: tuple[int, int]):

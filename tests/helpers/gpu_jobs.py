@@ -214,6 +214,121 @@ def small_cotangents_and_large():
             assert_near(x, y, 5 * jnp.finfo("float16").eps, (small, large, grown))
 
 
+def _errors(attend, arrays, total, dtype):
+    """Errors of the gradients of `total(state, *arrays)`, of the largest number of each.
+
+    The definition has the same numbers in float64.
+    """
+    of = lambda attend: lambda xs: total(attend(*xs), *xs)
+    got = jax.grad(of(attend))(arrays)
+    with jax.enable_x64(True):
+        want = jax.grad(of(definition.attention_state))(_wide(arrays))
+    got, want = ([np.asarray(x).astype(np.float64) for x in xs] for xs in (got, want))
+    assert all(np.all(np.isfinite(x)) for x in got)
+    pairs = zip(got, want, strict=True)
+    return [np.max(abs(x - y)) / np.max(abs(y)) / jnp.finfo(dtype).eps for x, y in pairs]
+
+
+def small_cotangents_of_logits():
+    """float16 holds the cotangents of logits where the values or the loss are small."""
+    draw = lambda i: np.random.default_rng(i).standard_normal((1, 300, 1, 8))
+    query, key, value = (jnp.asarray(draw(i), "float16") for i in range(3))
+    query, weights = query[:, :9], draw(3)[:, :9]
+    by = emulated_gpu.kernels
+    cases = (  # factors of the output and of the logsumexp in the loss, and of the values
+        (64.0, 0.0, 2.0**-10),
+        (0.0, 1e-5, 1.0),
+        (1e-8, 1e-4, 1e-3),
+        (1e-37, 1.0, 1.0),
+    )
+    for small, large, size in cases:
+
+        def total(state, *xs, small=small, large=large):
+            output = state.output.astype(state.logsumexp.dtype)
+            found = jnp.sum(output * jnp.asarray(weights, output.dtype))
+            return small * found + large * jnp.sum(state.logsumexp)
+
+        # Large keys, and small queries: so gradients of queries are not rounded to 0.
+        arrays = query / 64, key * 64, value * size
+        d_query, *_ = _errors(by, arrays, total, "float16")
+        assert d_query <= 2, (small, large, size, d_query)
+
+    # A sink leaves an output of 1e-38, and the cotangent of the output is as small.
+    total = lambda state, *xs: jnp.sum(state.output.astype("float32"))
+    sunk = functools.partial(by, sink=jnp.full(1, 90.0))
+    both = lambda state, *xs: total(state, *xs) + 1000 * jnp.sum(state.logsumexp)
+    gradients = jax.grad(lambda xs: both(sunk(*xs)))((query, key, value))
+    assert all(np.all(np.isfinite(x)) for x in gradients)
+    assert np.max(abs(gradients[0])) > 1
+
+
+def weights_near_one():
+    """A row whose first key has nearly all the weight keeps the gradients of the other.
+
+    The scale is no power of 2, so the sums are those of other logits than the maximum.
+    """
+    scale, logits, gaps = 0.3, (30, 100, 1e3, 1e4, 1e6), (12, 10.5, 8, 6, 1.5)
+    count = len(logits)
+    query = jnp.ones((count, 1, 1, 2), "bfloat16")
+    key = np.zeros((count, 2, 1, 2))
+    key[:, :, 0, 0] = np.asarray(logits)[:, None] / scale
+    key[:, 1, 0, 1] = -np.asarray(gaps) / scale
+    key = jnp.asarray(key, "bfloat16")
+    value = jnp.broadcast_to(jnp.eye(2, dtype="bfloat16")[:, None], (count, 2, 1, 2))
+
+    def gradient(attend, key, *others):
+        total = lambda key: jnp.sum(
+            attend(others[0], key, others[1], scale=scale).output[..., 1].astype("float32")
+        )
+        return np.asarray(jax.grad(total)(key)).astype(np.float64)
+
+    got = gradient(emulated_gpu.kernels, key, query, value)
+    with jax.enable_x64(True):
+        want = gradient(definition.attention_state, *_wide((key, query, value)))
+    eps = float(jnp.finfo("bfloat16").eps)
+    np.testing.assert_allclose(got[:, 1], want[:, 1], rtol=2 * eps)
+
+
+def huge_logits():
+    """Rows with logits up to 1e12 have their logsumexp, their output and their gradient.
+
+    The first example has one key with all the weight of a row, the second one has two with
+    half of it.
+    """
+    sizes = np.geomspace(1e6, 1e12, 48)
+    query = jnp.broadcast_to(jnp.asarray(sizes, "bfloat16")[:, None, None], (2, 48, 1, 1))
+    key = jnp.asarray([[1, -1], [1, 1]], "bfloat16")[..., None, None]
+    value = jnp.asarray([[[[1, 0]], [[0, 1]]]] * 2, "bfloat16")
+    attend = functools.partial(emulated_gpu.kernels, query, key, scale=0.3)
+    state, pull = jax.vjp(lambda value: attend(value=value), value)
+    (d_value,) = pull(jax.tree.map(jnp.ones_like, state))
+    with jax.enable_x64(True):
+        exact = functools.partial(definition.attention_state, scale=0.3)
+        want = exact(*_wide((query, key, value)))
+    np.testing.assert_array_equal(state.output, want.output)
+    eps = float(jnp.finfo("float32").eps)
+    np.testing.assert_allclose(state.logsumexp, want.logsumexp, rtol=1.5 * eps)
+    expected = np.asarray([[48, 0], [24, 24]])[..., None, None] * np.ones(2)
+    np.testing.assert_allclose(np.asarray(d_value, "float64"), expected, rtol=2**-8)
+
+
+def soft_caps_of_all_sizes():
+    """A soft cap far above the logits leaves them as they are."""
+    caps = jnp.asarray([50.0, 1e3, 1e4, 1e6, 1e8])
+    shapes = (5, 9, 1, 16), (5, 40, 1, 16), (5, 40, 1, 8)
+    arrays = [
+        jnp.asarray(np.random.default_rng(i).standard_normal(shape), "bfloat16")
+        for i, shape in enumerate(shapes)
+    ]
+    bent = lambda caps: lambda x, b, n, t, s: caps[b] * jnp.tanh(x / caps[b])
+    got = emulated_gpu.kernels(*arrays, modifier=bent(caps))
+    with jax.enable_x64(True):
+        want = definition.attention_state(*_wide(arrays), modifier=bent(_wide(caps)))
+    assert_near(got.output, want.output, 2 * jnp.finfo("bfloat16").eps, "output")
+    # 5e-5 of a logit of 4, or 6e-7 of a cap of 50: see `pairs._tanh`.
+    np.testing.assert_allclose(got.logsumexp, want.logsumexp, atol=5e-5)
+
+
 def hidden_is_ignored():
     """NaN and Inf that a mask hides change neither output nor gradient.
 
