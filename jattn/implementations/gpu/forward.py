@@ -27,7 +27,7 @@ from jattn.implementations.gpu.program import Context
 from jattn.implementations.gpu.tiles import Tile, own_vectors
 
 _COUNT = 32  # log₂ of more keys than a call can have
-_NEAR = 3  # places by which a division may be wrong: 2 on a GPU, and 1 by an inverse
+_NEAR = 3  # places from a quotient to the product: a GPU divides with an error of 2
 
 
 def forward(call: Call, arguments: Arguments):
