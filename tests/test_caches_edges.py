@@ -173,7 +173,7 @@ def test_explicit_axes_change_no_number_and_stay(kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("capacity", [250, 256, 1024])
-@pytest.mark.parametrize("make", [caches.empty, caches.rolling])
+@pytest.mark.parametrize("make", [caches.empty, caches.rolling, caches.latent])
 def test_what_is_not_rounded_has_the_shapes_of_a_new_cache(make, capacity, dtype):
     kv, plain = make(2, capacity, 1, 8, dtype=dtype), make(2, capacity, 1, 8)
     shapes = lambda kv: jax.tree.map(lambda x: (x.shape, x.dtype), kv)

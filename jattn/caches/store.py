@@ -153,6 +153,7 @@ class Store(Products):
         """Gives a store of the same vectors without scales; for `apart` see `blank`."""
         keys, values = self.vectors(dtype)
         keys = jnp.moveaxis(keys, -3, -1)
+        apart = apart and self.values is not None  # keys that are values have no more
         more = _row(self.slots, dtype) - self.slots if apart else 0
         keys = jnp.pad(keys, [(0, 0)] * (keys.ndim - 1) + [(0, more)])
         own = None if self.values is None else jnp.moveaxis(values, -3, -2)
