@@ -169,7 +169,8 @@ def test_it_is_for_cpu_and_long_buffers(monkeypatch):
     "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 )
 def test_an_updated_buffer_is_not_copied(monkeypatch, dtype):
-    monkeypatch.setattr(parts, "CHUNK", 256)
+    for name in ("CHUNK", "LONG"):
+        monkeypatch.setattr(parts, name, 256)
 
     def step(key, value, query, token, position):
         put = lambda x: lax.dynamic_update_slice_in_dim(x, token, position, 1)
