@@ -26,7 +26,10 @@ def pytree(*leaves: str, static: tuple[str, ...] = ()):
 
     def flatten(instance):
         children = tuple(getattr(instance, name) for name in leaves)
-        return children, _Static(tuple(getattr(instance, name) for name in static))
+        rest = tuple(getattr(instance, name) for name in static)
+        # JAX compares the rest in each call of a program, and tuples fastest.
+        apart = any(isinstance(x, functools.partial) for x in rest)
+        return children, _Static(rest) if apart else rest
 
     def flatten_with_keys(instance):
         children, rest = flatten(instance)
@@ -40,9 +43,8 @@ def pytree(*leaves: str, static: tuple[str, ...] = ()):
         def unflatten(rest, children):
             # Without `__init__`, whose checks would refuse None, axes and shardings.
             instance = object.__new__(cls)
-            for name, value in zip(
-                (*leaves, *static), (*children, *rest.values), strict=True
-            ):
+            rest = rest.values if isinstance(rest, _Static) else rest
+            for name, value in zip((*leaves, *static), (*children, *rest), strict=True):
                 object.__setattr__(instance, name, value)
             return instance
 
@@ -86,7 +88,7 @@ def _field(value) -> Hashable:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Static:
-    """The static fields in a tree's structure, compared as those of instances are."""
+    """Static fields with a partial, compared in a tree's structure as in an instance."""
 
     values: tuple
 

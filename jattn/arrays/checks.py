@@ -54,7 +54,7 @@ def _too_wide(where: str, name: str, array) -> str:
 def check_real(where: str, name: str, array) -> jax.Array:
     """Gives an argument of real numbers, whole or floating, as `check_array` does."""
     array = check_array(where, name, array)
-    if any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+    if _is_real(array.dtype):
         return array
     raise ValueError(
         f"{where}: `{name}` must hold real numbers, got {array.dtype}; convert it with "
@@ -65,10 +65,13 @@ def check_real(where: str, name: str, array) -> jax.Array:
 def known_number(value) -> int | float | None:
     """Gives a real number that can be read now, also of an array; None for all others."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        kinds = jnp.integer, jnp.floating
-        is_real = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
-        return value.item() if is_real and value.size == 1 and is_known(value) else None
+        is_one = value.size == 1 and is_known(value)
+        return value.item() if is_one and _is_real(value.dtype) else None
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _is_real(dtype) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
 
 
 def check_arguments(where: str, name: str, function, arguments: str) -> None:

@@ -8,7 +8,6 @@ from jattn.arrays.checks import (
     align,
     check_array,
     check_integers,
-    is_known,
     known_number,
     saturate,
 )
@@ -63,14 +62,14 @@ def padding_number(where: str, value, dtype):
     """Gives the id of padding with shape 1111, in the type of the ids."""
     number = check_array(where, "padding_id", value) if hasattr(value, "dtype") else value
     ends = jnp.iinfo(dtype)
-    known = is_known(number) and np.size(number) == 1
-    if known and not ends.min <= np.asarray(number).item() <= ends.max:
+    known = known_number(number)
+    if known is not None and not ends.min <= known <= ends.max:
         raise ValueError(
             f"{where}: `padding_id` must be one of the numbers that ids of {dtype} can "
             f"have, got {number}."
         )
-    if known:
-        return np.full((1, 1, 1, 1), np.asarray(number).item(), dtype)
+    if known is not None:
+        return np.full((1, 1, 1, 1), known, dtype)
     return one_number(where, "padding_id", number).astype(dtype)
 
 

@@ -54,9 +54,10 @@ def _output(query, where: str, source, end, options) -> State:
 def _attended(query, where: str, source, end, options, whole: bool) -> State:
     sizes = sizes_of(query, source)
     plain = hasattr(source, "values") and not source.is_rounded
+    is_few = isinstance(sizes.T, int) and sizes.T <= FEW  # a symbolic number is not
     if 0 in sizes.BNTS:
         state = _nothing(query, sizes)
-    elif options.get("implementation") or (plain and not are_few(sizes.T)):
+    elif options.get("implementation") or (plain and not is_few):
         state = attention_state(query, *source.vectors(query.dtype), **options)
     else:
         sink = check_sink(where, options.get("sink"), sizes)
@@ -64,11 +65,6 @@ def _attended(query, where: str, source, end, options, whole: bool) -> State:
         return _decoded(problem, operands, source.flat(), end, sink, whole)
     nothing: Any = None
     return state if whole else state._replace(logsumexp=nothing)
-
-
-def are_few(T) -> bool:
-    """Says whether so many queries go the way of decoding; a symbolic number does not."""
-    return isinstance(T, int) and T <= FEW
 
 
 def from_last(where: str, source, length, query, count, options, whole: bool) -> State:

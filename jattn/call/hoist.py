@@ -68,6 +68,11 @@ class _Step:
     operands: tuple
     results: tuple[_Value, ...]
 
+    @property
+    def is_fixed(self) -> bool:
+        """Says whether its results follow from captured arrays alone."""
+        return bool(self.results) and all(x.is_fixed for x in self.results)
+
     def run(self, values: dict) -> None:
         """Adds the results to the values."""
         arguments = [x.val if isinstance(x, Literal) else values[x] for x in self.operands]
@@ -98,7 +103,7 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
     # A modifier has one input more than a mask, the logit, which reads all axes.
     logits = ["bnts"] * (len(program.jaxpr.invars) - len(indexed))
     reads = [*logits, *(_letters(x.shape) for x in indexed)]
-    captured, inputs, result, steps = _graph(program.jaxpr, reads)
+    captured, inputs, result, fixed, steps = _graph(program.jaxpr, reads)
     logits, inputs = inputs[: len(logits)], inputs[len(logits) :]
     inside, needed = _needed(steps, result)
 
@@ -107,10 +112,9 @@ def split(program: Program, arrays: Arrays, index: Index) -> tuple[Program, Arra
     whole = dict(zip(inputs[4:], arrays.aligned, strict=True))
     whole = {value: array for value, array in whole.items() if value in needed}
     leading = dict(zip(inputs, indexed, strict=True))
-    for step in steps:
-        if step.results and all(value.is_fixed for value in step.results):
-            step.run(given)
-    for value in (*captured, *(x for step in steps for x in step.results)):
+    for step in fixed:
+        step.run(given)
+    for value in (*given, *(x for step in steps for x in step.results)):
         if value in needed and value.is_hoisted:
             whole[value] = _outside(value, steps, given, leading)
 
@@ -140,7 +144,10 @@ def joint_equations(program: Program, logit: bool) -> list:
 
 
 def _graph(jaxpr, reads):
-    """Gives captured values, inputs that read these axes, the result and all steps."""
+    """Gives captured values, inputs that read these axes, the result, and the steps.
+
+    Steps are in two lists: those that follow from captured arrays alone, and all others.
+    """
     captured = [
         _Value(var.aval, frozenset(), bool(var.aval.shape), is_fixed=True)
         for var in jaxpr.constvars
@@ -151,7 +158,8 @@ def _graph(jaxpr, reads):
     ]
     steps: list[_Step] = []
     (result,) = _walk(jaxpr, captured, inputs, steps)
-    return captured, inputs, result, steps
+    fixed, others = ([x for x in steps if x.is_fixed == kind] for kind in (True, False))
+    return captured, inputs, result, fixed, others
 
 
 def _letters(shape) -> str:
@@ -195,7 +203,7 @@ def _needed(steps: list[_Step], result) -> tuple[list[_Step], set]:
     inside, needed = [], {result} if isinstance(result, _Value) else set()
     for step in reversed(steps):
         wanted = [x for x in step.results if x in needed]
-        stays = not all(x.is_hoisted or x.is_fixed for x in wanted)
+        stays = not all(x.is_hoisted for x in wanted)
         if stays or step.equation.effects:  # `jax.debug.print` has no result
             inside.append(step)
             needed.update(x for x in step.operands if isinstance(x, _Value))

@@ -76,7 +76,7 @@ def mended(problem: Problem, operands: Operands, source: Source, end):
 def chunk_of(problem: Problem, source: Source) -> int:
     """Gives how many slots a chunk has."""
     B, N, T, _ = problem.sizes.BNTS
-    if not isinstance(B * T, int):  # symbolic, in an export
+    if not problem.sizes.are_known:  # in an export
         return _fit(CHUNK, source)
     is_long = source.slots >= 16 * LONG and B * problem.sizes.K <= WIDE_HEADS
     size = LONG if is_long and not source.lies_ready(problem.wide) else CHUNK

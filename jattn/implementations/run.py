@@ -1,6 +1,5 @@
 """A call of the attention operation, with or without kernels."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.attention import Attention
-from jattn.implementations.blockwise.plan import flat_logits, plan
+from jattn.implementations.blockwise.plan import flat_logits, plan, without_bands
 from jattn.implementations.blockwise.prepare import prepare
 from jattn.implementations.kernel import (
     Kernel,
@@ -31,7 +30,7 @@ class Blockwise(Plain):
         T, S = plan(problem, **options).cell
         # A table of all small tiles of a window takes seconds and gigabytes beyond this.
         if problem.near and problem.sizes.T * problem.sizes.S > 2**24 * T * S:
-            return plan(dataclasses.replace(problem, near=None), **options).cell
+            return without_bands(problem, **options).cell
         return T, S
 
     def attention_state(self, problem: Problem, operands: Operands) -> State:

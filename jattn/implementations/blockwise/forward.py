@@ -22,7 +22,6 @@ from jattn.arrays.shapes import wide_dtype
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.products import dot, products_of, sums_of
 from jattn.implementations.blockwise.rows import row_sums
-from jattn.implementations.blockwise.strips import in_strip
 from jattn.implementations.blockwise.tiles import Tile
 from jattn.operations.mapped import cond_any
 
@@ -44,8 +43,7 @@ def _forward(layout: Layout):
     def of_head(head):
         def block(i):
             query = layout.scaled(layout.rows(layout.query, T=i, **head.at))
-            tile = functools.partial(_forward_tile, layout, head, query, i)
-            return tile, functools.partial(_forward_strip, layout, head, query)
+            return functools.partial(_forward_tile, head), query
 
         return block
 
@@ -62,7 +60,7 @@ def _forward(layout: Layout):
     )
 
 
-def _forward_tile(layout, head, query, i, masked):
+def _forward_tile(head, layout, query, i, masked):
     """Makes the body of the loop over the tiles of one query block.
 
     The carry is the running maximum, sum and output; it is None where there is only one
@@ -102,19 +100,6 @@ def _forward_tile(layout, head, query, i, masked):
             row_sum = carry[1] * shrink + row_sum
             sums = carry[2] * shrink[..., None] + sums
         return row_max, row_sum, sums
-
-    return body
-
-
-def _forward_strip(layout, head, query, width):
-    """Makes the body of the loop over the strips of a query block, `width` cells wide."""
-    strips = layout.in_strips(width)
-
-    def body(row, column, carry):
-        def tile(query, sums):
-            return _forward_tile(strips, head, query, row, masked=True)(column, sums)
-
-        return in_strip(strips, row, query, carry, tile)
 
     return body
 

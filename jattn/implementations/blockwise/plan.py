@@ -1,5 +1,6 @@
 """How much a tile holds, from the sizes of a call and from what its mask leaves out."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from jattn.call.problem import Problem
@@ -120,6 +121,11 @@ def plan(
     K = _divisor(sizes.K, fit)
     B = _divisor(sizes.B, fit // K) if K == sizes.K else 1
     return Plan(B, K, sizes.G, T, S, cuts=cuts)
+
+
+def without_bands(problem: Problem, **options) -> Plan:
+    """Chooses the tiles that the mask has a table for, also where a window has a band."""
+    return plan(dataclasses.replace(problem, near=None), **options)
 
 
 def run_length(length: int, block: int, before: int, after: int) -> int:

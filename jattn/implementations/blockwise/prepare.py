@@ -9,7 +9,7 @@ from jattn.blocks import of_call
 from jattn.call.hoist import split
 from jattn.call.problem import Operands, Problem, apart, drawn, index
 from jattn.call.program import Arrays, Index, Program
-from jattn.implementations.blockwise.plan import plan
+from jattn.implementations.blockwise.plan import without_bands
 from jattn.operations.varying import locally
 from jattn.pytree import pytree
 
@@ -32,7 +32,7 @@ def prepare(
         words = drawn(problem, operands, index(problem, operands))
         operands = operands._replace(rng=words)
     # A band needs no table, but a kernel may run in place of blockwise.
-    usual = plan(dataclasses.replace(problem, near=None), False, tile)
+    usual = without_bands(problem, spread=False, tile=tile)
     return _split(problem, operands, blocks or usual.cell)
 
 

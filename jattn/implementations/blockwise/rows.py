@@ -1,5 +1,7 @@
 """Sums over the tiles of each row, in loops over blocks or in one loop over all tiles."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,6 +9,7 @@ from jax import lax
 from jattn.arrays.shapes import is_one
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.schedule import schedules
+from jattn.implementations.blockwise.strips import in_strips
 from jattn.implementations.blockwise.tiles import (
     block_at,
     loop,
@@ -21,9 +24,9 @@ def row_sums(layout: Layout, of_head, zeros, finish, *, bare=False, folded=False
 
     Args:
         layout: The call.
-        of_head: `of_head(head)` gives `block(i)`, which gives two functions for a block of
-            queries: `tile(masked)(j, sums)` and `strip(width)(row, column, sums)` give the
-            sums with those of a tile, or of a strip.
+        of_head: `of_head(head)` gives `block(i)`, which gives for a block of queries a
+            function `tile`, and `given`, what it reads of each row. Then
+            `tile(layout, given, i, masked)(j, sums)` gives the sums with those of a tile.
         zeros: The sums of the rows of a block before its first tile.
         finish: Turns sums into results.
         bare: Whether `tile` takes None for the sums before the first tile.
@@ -48,9 +51,11 @@ def _over_blocks(layout: Layout, of_head, zeros, finish, bare):
         block = of_head(head)
 
         def one_block(i, carry):
-            tile, strip = block(i)
+            tile, given = block(i)
+            whole = functools.partial(tile, layout, given, i)
+            strip = in_strips(layout, given, tile)
             count = layout.counts["S"]
-            parts = finish(over_tiles(by_query, head, i, count, tile, start, strip))
+            parts = finish(over_tiles(by_query, head, i, count, whole, start, strip))
             put = lambda whole, part: layout.put_rows(whole, part, T=i, **head.at)
             return jax.tree.map(put, carry, parts)
 
@@ -71,9 +76,9 @@ def _over_all_tiles(layout: Layout, of_head, zeros, finish, bare):
         def add(masked):
             def body(i, j, blocks):
                 sums = None if is_single else jax.tree.map(lambda x: block_at(x, i), blocks)
-                tile, _ = block(i)
+                tile, given = block(i)
                 put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)
-                return jax.tree.map(put, blocks, tile(masked)(j, sums))
+                return jax.tree.map(put, blocks, tile(layout, given, i, masked)(j, sums))
 
             return body
 

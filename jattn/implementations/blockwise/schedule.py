@@ -6,7 +6,6 @@ the mask does not leave empty. So large products serve where the mask allows eve
 and less is computed in vain along its edges.
 """
 
-import dataclasses
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from jattn.arrays.shapes import is_one
 from jattn.blocks import of_call
 from jattn.blocks.kinds import cut_last, module, resize, spread, visits
 from jattn.implementations.blockwise.layout import Layout
-from jattn.implementations.blockwise.plan import plan as whole_plan
+from jattn.implementations.blockwise.plan import without_bands
 
 
 class Strips(NamedTuple):
@@ -126,7 +125,7 @@ def _bands(layout: Layout, before: int, after: int) -> tuple[Schedule, Schedule]
     larger cells tells.
     """
     plan, sizes = layout.plan, layout.problem.sizes
-    cell = whole_plan(dataclasses.replace(layout.problem, near=None), False).cell
+    cell = without_bands(layout.problem, spread=False).cell
     kinds = spread(_kinds(layout, cell), (sizes.T, sizes.S), cell)
     rows, columns = Side(sizes.T, plan.T, cell[0]), Side(sizes.S, plan.S, cell[1])
     by_query = _band(kinds, rows, columns, before, after)

@@ -6,15 +6,26 @@ from jax import lax
 from jattn.implementations.blockwise.layout import Layout
 
 
-def in_strip(strips: Layout, row, given, sums, tile):
-    """Adds one strip of a partial tile to the sums of its query block.
+def in_strips(layout: Layout, given, tile):
+    """Makes the body of the loop over strips of a query block from that of its tiles.
 
-    `tile(given, sums)` does it for the rows of the strip, whose layout is `strips`.
+    `tile(layout, given, row, masked)` gives the latter, for any layout; `given` is what
+    it reads of each row of the block.
     """
-    _, place = block_of(strips, row)
-    cut = lambda x: part_of(strips, x, place)
-    parts = tile(*jax.tree.map(cut, (given, sums)))
-    return jax.tree.map(lambda x, y: put_part(strips, x, y, place), sums, parts)
+
+    def of_width(width):
+        strips = layout.in_strips(width)
+
+        def body(row, column, sums):
+            _, place = block_of(strips, row)
+            cut = lambda x: part_of(strips, x, place)
+            own, parts = jax.tree.map(cut, (given, sums))
+            parts = tile(strips, own, row, masked=True)(column, parts)
+            return jax.tree.map(lambda x, y: put_part(strips, x, y, place), sums, parts)
+
+        return body
+
+    return of_width
 
 
 def block_of(layout: Layout, place):

@@ -24,7 +24,6 @@ from jattn.implementations import shared
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.products import dot, products_of, sums_of
 from jattn.implementations.blockwise.rows import row_sums
-from jattn.implementations.blockwise.strips import in_strip
 from jattn.implementations.blockwise.tiles import Active, Tile, exponentials
 
 
@@ -48,8 +47,7 @@ def tangent(layout: Layout, outputs, tangents: Operands):
             rows = lambda x: layout.rows(x, T=i, **head.at)
             d_rows = None if d_query is None else rows(d_query)
             given = (layout.scaled(rows(layout.query)), rows(top), d_rows)
-            tile = functools.partial(_tangent_tile, layout, head, d_head, given, i)
-            return tile, functools.partial(_tangent_strip, layout, head, d_head, given)
+            return functools.partial(_tangent_tile, head, d_head), given
 
         return block
 
@@ -92,7 +90,7 @@ class Sums(NamedTuple):
     output: jax.Array  # Σₛ eₛ vₛ, BKRD
 
 
-def _tangent_tile(layout, head, d_head, given, i, masked):
+def _tangent_tile(head, d_head, layout, given, i, masked):
     """Makes the body of the loop over the tiles of one query block."""
     _, top, _ = given
     _, d_values, _ = d_head
@@ -167,20 +165,6 @@ def _add(view: Tile, old: Sums, weights, d_logits, values, allowed) -> Sums:
         by_values = by_values + sums(weights, d_value)
     output = old.output + sums(weights, value)
     return Sums(total, old.mean + step, by_logits, by_values, output)
-
-
-def _tangent_strip(layout, head, d_head, given, width):
-    """Makes the body of the loop over the strips of a query block, `width` cells wide."""
-    strips = layout.in_strips(width)
-
-    def body(row, column, carry):
-        def tile(given, sums):
-            tile = _tangent_tile(strips, head, d_head, given, row, masked=True)
-            return tile(column, sums)
-
-        return in_strip(strips, row, given, carry, tile)
-
-    return body
 
 
 def _cut_active(layout: Layout, active: Active, **at) -> Active:

@@ -31,7 +31,7 @@ from jattn.implementations.gpu.pairs import plain
 from jattn.implementations.gpu.program import Context
 from jattn.implementations.gpu.tiles import Tile, own_vectors
 from jattn.implementations.joint import Extras
-from jattn.implementations.shared import harmless
+from jattn.implementations.shared import harmless, inner
 
 
 def row_numbers(problem: Problem, unit, outputs, cotangents):
@@ -57,7 +57,7 @@ def row_numbers(problem: Problem, unit, outputs, cotangents):
         level = jnp.where(finite, level, jnp.nan)
     level = jnp.where(empty, jnp.inf, level)
     share = jnp.where(settled, 0, jnp.full_like(total, 1 / (1 - problem.rate)))
-    delta = jnp.where(settled, 0, jnp.sum(d_output * output, axis=-1))
+    delta = jnp.where(settled, 0, inner(d_output, output))
     return top, level, share, delta - d_total * total
 
 
