@@ -139,7 +139,7 @@ def joint_equations(program: Program, logit: bool) -> list:
     # most, so it leaves most inside.
     reads = [*["bnts"] * logit, "b", "n", "bt", "bs"]
     reads += ["bnts"] * (len(program.jaxpr.invars) - len(reads))
-    *_, result, steps = _graph(program.jaxpr, reads)
+    _, _, result, _, steps = _graph(program.jaxpr, reads)
     return [step.equation for step in _needed(steps, result)[0]]
 
 
