@@ -89,9 +89,16 @@ class Head(NamedTuple):
     aligned: Aligned
 
 
-def over_heads(layout: Layout, body, carry, folded=False):
-    """Runs `body(head, carry)` for every step in B and K; folded keys stay BSK…."""
-    counts = layout.counts
+def over_heads(layout: Layout, body, carry, folded=False, joined: int = 1):
+    """Runs `body(head, carry)` for every step in B and K; folded keys stay BSK….
+
+    Where each step has one small tile, a turn of the loop joins so many steps. XLA:CPU
+    multiplies small matrices by one thread, but runs steps at the same time that do not
+    wait for each other.
+    """
+    counts, plan = layout.counts, layout.plan
+    is_small = plan.B * plan.K != 1 and not plan.flat and not plan.folded
+    joined = joined if is_small and is_one(counts["T"]) and is_one(counts["S"]) else 1
 
     def step(index, carry):
         b, k = index // counts["K"], index % counts["K"]
@@ -102,14 +109,15 @@ def over_heads(layout: Layout, body, carry, folded=False):
             key, value = jnp.moveaxis(key, 2, 1), jnp.moveaxis(value, 2, 1)
         return body(Head({"B": b, "K": k}, key, value, aligned), carry)
 
-    return loop(counts["B"] * counts["K"], step, carry)
+    return loop(counts["B"] * counts["K"], step, carry, joined)
 
 
-def loop(count, body, carry):
-    """Runs a loop; a single turn needs no loop."""
+def loop(count, body, carry, joined: int = 1):
+    """Runs a loop, whose turns join so many steps; a single step needs no loop."""
     if is_one(count):
         return body(0, carry)
-    return lax.fori_loop(0, count, body, carry)
+    unroll = joined if joined > 1 and isinstance(count, int) else None
+    return lax.fori_loop(0, count, body, carry, unroll=unroll)
 
 
 def over_tiles(schedule, head: Head, i, count, body, carry, strip=None):
