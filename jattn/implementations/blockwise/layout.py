@@ -151,7 +151,7 @@ class Layout:
             stride = 0 if letter not in at or whole else getattr(self.plan, letter)
             starts.append(stride and at[letter] * stride)
             sizes.append(length if whole else size)
-        return cut_at(array, starts, tuple(sizes))
+        return cut_at(array, starts, tuple(sizes), self.narrow)
 
     def put(self, array, part, axes: str, **at):
         """Writes a part to the place that `cut` reads."""
