@@ -59,6 +59,19 @@ VIEWS = {
 }
 
 
+FLAT = jattn.caches.empty(2, 8, 2, 8, ragged=True, dtype="int8").append(K, V)
+PAGED = jattn.caches.paged(8, 4, 2, 8, batch_size=2, max_pages=4).append(K, V)
+ROLLING = jattn.caches.rolling(2, 16, 2, 8).append(K, V)
+CACHES = {
+    "attend": lambda: FLAT.attend(Q, mask=Causal()),
+    "state": lambda: FLAT.attend_state(Q).logsumexp,
+    "paged": lambda: PAGED.extend(Q, K, V, mask=Causal())[0],
+    "tokens": lambda: PAGED.attend_tokens(Q[0], np.zeros(6, int), np.arange(6)),
+    "rolling": lambda: ROLLING.extend(Q, K, V)[0],
+    "gradient": lambda: jax.grad(lambda q: jnp.sum(PAGED.attend(q) ** 2))(Q),
+}
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("implementation", [None, "dense"])
 @pytest.mark.parametrize("name", CALLS)
@@ -74,6 +87,14 @@ def test_views_run_in_every_mode(name, mode):
     with MODES[mode]():
         got = VIEWS[name]()
     np.testing.assert_allclose(got, VIEWS[name](), atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_run_in_every_mode(name, mode):
+    with MODES[mode]():
+        got = CACHES[name]()
+    np.testing.assert_allclose(got, CACHES[name](), atol=2e-5)
 
 
 def test_debug_nans_finds_a_nan():

@@ -102,7 +102,7 @@ def spoiled(state: State, overflowed) -> State:
 
     def spoil(x):
         over = overflowed.reshape(*overflowed.shape, *[1] * (x.ndim - overflowed.ndim))
-        return jnp.where(over, jnp.asarray(jnp.nan, x.dtype), x)
+        return jnp.where(over, jnp.nan, x)  # no array of NaN, which `debug_nans` reports
 
     return jax.tree.map(spoil, state)
 

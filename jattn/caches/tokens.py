@@ -85,7 +85,7 @@ def attend(where: str, cache, query, example, position, options) -> jax.Array:
     placed = {"query_position": position, "key_position": _slot_positions(cache)}
     output = attention(query, key, value, **options | ways | placed)
     over = (example >= 0) & jnp.take(cache.over, example, mode="clip") | (example >= B)
-    return jnp.where(over[:, None, None], jnp.asarray(jnp.nan, output.dtype), output)
+    return jnp.where(over[:, None, None], jnp.nan, output)
 
 
 def _of_tokens(where: str, cache, example, options):

@@ -84,7 +84,7 @@ def apart(operands: Operands):
     fits = operands.fits
     if fits is None:
         return operands, lambda arrays: arrays
-    spoil = lambda x: jnp.where(fits, x, jnp.asarray(jnp.nan, x.dtype))
+    spoil = lambda x: jnp.where(fits, x, jnp.nan)
     return operands._replace(fits=None), lambda arrays: jax.tree.map(spoil, arrays)
 
 
