@@ -213,6 +213,21 @@ def test_booleans_of_another_shape_are_refused():
     assert kv.release([-1, 0]).length.tolist() == [0, 2, 0]
 
 
+NOBODY = {
+    "release": lambda kv: kv.release([]),
+    "fork": lambda kv: kv.fork([], ()),
+}
+
+
+@pytest.mark.parametrize("name", NOBODY)
+def test_an_empty_list_names_nobody(name):
+    kv = filled(1, 2, 3)
+    assert NOBODY[name](kv).length.tolist() == [1, 2, 3]
+    flat = caches.empty(3, 8, K, H, D, ragged=True)
+    assert flat.take([]).length.shape == (0,)
+    assert kv.attend_tokens(jnp.ones((0, N, H)), [], []).shape == (0, N, D)
+
+
 @pytest.mark.parametrize("by", [take, lambda kv, indices: kv.take(indices)])
 def test_an_example_counted_from_the_end_is_the_same_example(by):
     kv = by(filled(2, 2, 2), np.array([1, -2, -1], np.int32))

@@ -101,6 +101,8 @@ def check_integers(where: str, name: str, array) -> Any:
     Raises:
         ValueError: If it holds anything else, or an integer that JAX would cut to 32 bits.
     """
+    if isinstance(array, list | tuple) and not array:
+        array = np.zeros(0, np.int32)  # NumPy takes an empty list for one of floats
     checked = check_array(where, name, array)
     if not jnp.issubdtype(checked.dtype, jnp.integer):
         raise ValueError(
