@@ -54,17 +54,14 @@ class Serving(RuleBasedStateMachine):
         return self.random.standard_normal(shape).astype("float32")
 
     def forget_the_overflowed(self):
-        """Asserts that who asked for too much is marked, and nobody else; empties these."""
+        """Asserts that who asked for too much is marked, and nobody else; heals these."""
         owned = (np.asarray(self.kv.table) >= 0).sum(1) * PAGE
         marked = np.asarray(self.kv.length) > owned
         for b, tokens in enumerate(self.tokens):
             assert marked[b] or len(tokens) == self.kv.length[b]
         if marked.any():
             assert np.isnan(attend(self.kv, self.draw(B, T, N, H))[marked]).all()
-            self.kv = release(self.kv, marked)
-            self.tokens = [
-                [] if gone else x for x, gone in zip(self.tokens, marked, strict=True)
-            ]
+            self.truncate(np.where(marked, owned, S))
         return marked
 
     @rule(counts=st.tuples(*[st.integers(0, T)] * B))
@@ -109,8 +106,8 @@ class Serving(RuleBasedStateMachine):
     @rule(count=st.integers(0, PAGE))
     def reserve(self, count):
         self.kv = reserve(self.kv, count)
-        marked = self.forget_the_overflowed()
         room = np.asarray(self.kv.room)
+        marked = self.forget_the_overflowed()
         assert (room[~marked] >= count).all()
 
     def expected(self, query):
@@ -162,6 +159,35 @@ def test_reserved_pages_stay_with_the_first(copied, held):
     kv = kv.append(*again, count=1)
     got = kv.attend(jnp.ones((2, 1, N, H)), mask=lambda b, n, t, s: s == t)
     np.testing.assert_array_equal(got, np.ones((2, 1, N, D)) * [[[[1]]], [[[2]]]])
+
+
+AFTER = {
+    "nothing": lambda kv, one: kv,
+    "append": lambda kv, one: kv.append(*one),
+    "fork": lambda kv, one: kv.fork(0, 1).append(*one),
+    "take": lambda kv, one: kv.take([0, 0]).append(*one),
+    "twice": lambda kv, one: reserve(kv.append(*one), 11),
+}
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_to_reserve_too_much_forgets_no_token_and_makes_none(name):
+    kv = caches.paged(3, PAGE, K, H, D, batch_size=2, max_pages=3)
+    values = lambda *of: np.float32(of).reshape(2, -1, 1, 1).repeat(D, 3)
+    two, one = (
+        (jnp.ones((2, x.shape[1], K, H)), x) for x in (values(1, 1, 0, 0), values(3, 7))
+    )
+    kv = kv.append(*two, count=jnp.array([2, 0]))
+    kv = AFTER[name](reserve(kv, np.array([11, 0], np.int32)), one)
+    query = jnp.zeros((2, 1, N, H))
+    assert np.isnan(kv.attend(query)[0]).all()
+    healed = truncate(kv, np.array([PAGE, PAGE], np.int32))
+    want = [1, 1] if name == "nothing" else [1, 1, 3]
+    assert int(healed.length[0]) == len(want)
+    got = healed.attend(query)
+    np.testing.assert_allclose(got[0], np.full((1, N, D), np.mean(want)), rtol=1e-6)
+    if name in ("fork", "take"):
+        np.testing.assert_allclose(got[1], np.full((1, N, D), 3.0), rtol=1e-6)
 
 
 def test_too_few_pages_are_an_error_where_that_is_known():

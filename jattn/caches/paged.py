@@ -34,7 +34,7 @@ class PagedCache:
     Attributes:
         store: The vectors, with pages in the place of examples.
         table: The pages of each example in order, `B × max_pages`; −1 for none.
-        length: How many tokens each example has, `B`.
+        length: How many tokens each example has, `B`; 2³⁰ more where `reserve` failed.
         pool: Which pages are free.
     """
 
@@ -95,8 +95,7 @@ class PagedCache:
         count = asked.check_whole("caches.reserve", "count", count, self.batch)
         count = jnp.minimum(count, self.capacity + 1)  # int32 holds no length far beyond
         grown, granted = sharing.grown(self, count)
-        marked = grown.owned * self.page_size + 1
-        grown = dataclasses.replace(grown, length=jnp.where(granted, self.length, marked))
+        grown = dataclasses.replace(grown, length=sharing.marked(self.length, granted))
         return sharing.checked("caches.reserve", grown, self.over)
 
     def append(self, key, value, *, count=None) -> "PagedCache":
@@ -118,7 +117,7 @@ class PagedCache:
         count = asked.of_each(count, self.batch)
         grown, _ = sharing.grown(self, count)
         step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
-        position = self.length[:, None] + step
+        position = sharing.unmarked(self.length)[:, None] + step
         page = sharing.page_of(grown, position)
         # What is dropped goes to pages that are not there, each to another.
         beyond = jnp.arange(page.size, dtype=jnp.int32).reshape(page.shape) + self.num_pages
@@ -189,7 +188,7 @@ class PagedCache:
     def truncate(self, length) -> "PagedCache":
         """Forgets tokens as `Cache.truncate` does, and frees the pages beyond them."""
         length = asked.check_whole("caches.truncate", "length", length, self.batch, 0)
-        length = jnp.clip(length, 0, self.length)
+        length = jnp.clip(length, 0, sharing.unmarked(self.length))
         beyond = sharing.unused(self, length)
         pool = self.pool.released(jnp.where(beyond, self.table, -1))
         table = jnp.where(beyond, -1, self.table)
@@ -202,7 +201,8 @@ class PagedCache:
 
     def _state(self, where, query, count, options, whole: bool) -> State:
         query = asked.check_query(where, query, self.batch, self.store)
-        asking = where, Pages(self.store, self.table), self.length
+        length = sharing.unmarked(self.length)
+        asking = where, Pages(self.store, self.table), length
         state = attend.from_last(*asking, query, count, options, whole)
         return attend.spoiled(state, self.over)
 

@@ -11,6 +11,20 @@ import numpy as np
 
 from jattn.arrays.checks import is_known
 
+# Added to the length of an example that could not reserve pages: more tokens than one has.
+# Its own tokens still count, so `truncate` shows no slot that was never filled.
+MARK = 2**30
+
+
+def marked(length, granted) -> jax.Array:
+    """Gives lengths that are too long for any pages where these were not granted."""
+    return jnp.where(granted | (length >= MARK), length, length + MARK)
+
+
+def unmarked(length) -> jax.Array:
+    """Says how many tokens examples have, whether these lengths are marked or not."""
+    return jnp.where(length < MARK, length, length - MARK)
+
 
 def page_of(cache, position) -> jax.Array:
     """Gives the page that holds a position of each example, BT; −1 for none."""
@@ -49,7 +63,8 @@ def copied(cache, whose, again):
     take = lambda x, fill: jnp.take(x, whose, axis=0, mode="fill", fill_value=fill)
     table, length = take(cache.table, -1), take(cache.length, cache.capacity + 1)
     # Pages that were reserved and hold nothing yet stay with the first: both would write.
-    table = jnp.where(again[:, None] & unused(cache, length), -1, table)
+    empty = unused(cache, unmarked(length))
+    table = jnp.where(again[:, None] & empty, -1, table)
     pool = cache.pool.owned(table).released(cache.table)
     cache = dataclasses.replace(cache, table=table, pool=pool, length=length)
     return with_own_last(cache, again)
@@ -58,13 +73,14 @@ def copied(cache, whose, again):
 @jax.jit  # one program where it is called outside of one
 def with_own_last(cache, chosen):
     """Gives the cache in which chosen examples share no page that is not full."""
-    last = page_of(cache, cache.length[:, None])[:, 0]
+    length = unmarked(cache.length)
+    last = page_of(cache, length[:, None])[:, 0]
     shared = jnp.take(cache.pool.owners, last, mode="clip") > 1
-    shared &= chosen & (last >= 0) & (cache.length % cache.page_size > 0)
+    shared &= chosen & (last >= 0) & (length % cache.page_size > 0)
     claimed, start, granted = cache.pool.claim(shared.astype(jnp.int32))
     page = jnp.where(shared & granted, cache.pool.page_of(start), -1)
     pool = claimed.released(jnp.where(shared, last, -1)).owned(page)
-    block = cache.length // cache.page_size
+    block = length // cache.page_size
     here = jnp.arange(cache.table.shape[1], dtype=jnp.int32)[None] == block[:, None]
     table = jnp.where(here & shared[:, None], page[:, None], cache.table)
     at = jnp.where(page >= 0, page, cache.num_pages)
