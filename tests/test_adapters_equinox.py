@@ -174,3 +174,14 @@ def test_no_tokens_extend_to_no_outputs():
     output, kv = module.extend(normal(0, FEATURES), module.empty(8))
     assert output.shape == (0, FEATURES)
     assert kv.length == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_the_cache_of_a_layer_has_the_dtype_of_its_weights(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        module = layer(adapter.MultiheadAttention, dtype=jnp.dtype(dtype))
+        x = normal(T, FEATURES, dtype=dtype)
+        output, kv = module.extend(x, module.empty(8))
+        assert output.dtype == kv.key.dtype == dtype
+        whole = module(x, x, x, mask=Causal())
+        np.testing.assert_allclose(output, whole, atol=2 * jnp.finfo(dtype).eps)

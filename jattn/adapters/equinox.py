@@ -123,15 +123,17 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         )
         return self._joined(output)
 
-    def empty(self, capacity: int, **options) -> caches.Cache:
+    def empty(self, capacity: int, *, dtype=None, **options) -> caches.Cache:
         """Makes the cache of one example, for `extend`; `jax.vmap` makes that of more.
 
         Args:
             capacity: How many tokens there is room for.
-            **options: `dtype` of `jattn.caches.empty`.
+            dtype: See `jattn.caches.empty`; that of the weights by default.
+            **options: See `jattn.caches.empty`.
         """
         sizes = self.num_kv_heads, self.qk_size, self.vo_size
-        return caches.empty((), capacity, *sizes, **options)
+        dtype = self.key_proj.weight.dtype if dtype is None else dtype
+        return caches.empty((), capacity, *sizes, dtype=dtype, **options)
 
     def extend(self, x, kv, *, mask=None, count=None, **options):
         """Decodes: attends from new tokens to themselves and to those in a cache.
