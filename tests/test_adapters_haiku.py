@@ -134,3 +134,19 @@ def test_what_cannot_be_honoured_is_refused():
     module = transform(adapter.MultiHeadAttention, {"mask": booleans(T, 3)})
     with pytest.raises(ValueError, match="must broadcast to NTS"):
         module.init(jax.random.key(0), x, x, x)
+
+
+def test_layers_in_a_stack_decode_where_init_got_no_tokens():
+    made = {"w_init": hk.initializers.VarianceScaling(1.0)}
+    stacked = lambda layer, x: hk.experimental.layer_stack(2)(layer)(x)
+    module = lambda: adapter.MultiHeadAttention(N, H, **made)
+    decode = hk.transform_with_state(
+        lambda x: stacked(lambda x: x + module().extend(x, capacity=T), x)
+    )
+    whole = hk.transform(lambda x: stacked(lambda x: x + module()(x, x, x, Causal()), x))
+    x, outputs = normal(B, T, FEATURES), []
+    params, state = decode.init(jax.random.key(0), x[:, :0])
+    for piece in (x[:, :3], x[:, 3:]):
+        output, state = decode.apply(params, state, None, piece)
+        outputs.append(output)
+    assert_close(jnp.concatenate(outputs, 1), whole.apply(params, None, x))

@@ -87,6 +87,9 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         `hk.transform_with_state`. Each token sees itself and those before it. Pieces of any
         length give what one causal call gives for the whole sequence.
 
+        Inside `hk.experimental.layer_stack`, `init` must get no tokens, `x[:, :0]`: haiku
+        keeps the state after the layers have run there, with the tokens in the caches.
+
         Args:
             x: `…T` × features, one or more tokens.
             capacity: How many tokens the cache has room for; needed where it is made.
