@@ -156,6 +156,29 @@ def row_factors(total):
     return inverse, jnp.where(total == 1, jnp.array(0.5, total.dtype), 2)
 
 
+@jax.custom_jvp
+def with_slope(top, total):
+    """Gives the maximum of a row, whose derivative has that of log total in it.
+
+    Used beside a total that is held constant, it leaves all derivatives of a weight as they
+    are, for weightₛ = exp(logitₛ − top) / total = exp(logitₛ − top − log total). But then
+
+        weightₛ′ = weightₛ (logitₛ′ − mean)        mean = (log total)′
+
+    is one number for each pair, and no sum over pairs has to cancel another one.
+    """
+    del total
+    return top
+
+
+@with_slope.defjvp
+def _(primals, tangents):
+    top, total = primals
+    d_top, d_total = tangents
+    mean = d_total / jnp.where(total == 0, 1, total)
+    return with_slope(top, total), d_top + mean
+
+
 def row_numbers(outputs, cotangents):
     """Computes what backward needs of each row.
 

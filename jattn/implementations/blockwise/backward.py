@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jattn.call.problem import Operands
 from jattn.call.program import Arrays
@@ -92,7 +93,8 @@ def _rows(layout: Layout, outputs, cotangents) -> tuple[jax.Array, ...]:
     """
     output, top, total = outputs
     d_output, _, d_total = cotangents
-    inverse, settled = shared.row_factors(total)
+    top = shared.with_slope(top, total)
+    inverse, settled = map(lax.stop_gradient, shared.row_factors(total))
     d_logsumexp = d_total * total
     divided = d_output
     if not layout.narrow:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jattn.call.problem import Operands
 from jattn.implementations import shared
@@ -36,7 +37,7 @@ def tangent(layout: Layout, outputs, tangents: Operands):
     A tangent of None is zero. The maximum is a constant in derivatives.
     """
     _, top, total = outputs
-    top = layout.queries(top)
+    top = layout.queries(shared.with_slope(top, total))
     d_query, d_keys, d_active = _laid_out(layout, tangents)
 
     def of_head(head):
@@ -57,7 +58,7 @@ def tangent(layout: Layout, outputs, tangents: Operands):
     zeros = Sums(numbers, numbers, vectors, vectors, vectors)
     finish = lambda sums: (sums.mean, sums.by_logits + sums.by_values)
     mean, d_output = row_sums(layout, of_head, zeros, finish)
-    inverse, _ = shared.row_factors(total)
+    inverse, _ = map(lax.stop_gradient, shared.row_factors(total))
     return inverse[..., None] * d_output, jnp.zeros_like(total), total * mean
 
 
@@ -156,7 +157,7 @@ def _add(view: Tile, old: Sums, weights, d_logits, values, allowed) -> Sums:
     sums = lambda x, value: sums_of(view.drop(x), value, allowed, unasked=flat)
     total = old.total + jnp.sum(weights, axis=-1)
     # step = Σₛ eₛ (logitₛ′ − mean) / total: how far this tile moves the running mean.
-    step = jnp.sum(weights * d_logits, axis=-1) / jnp.where(total == 0, 1, total)
+    step = _quotient(jnp.sum(weights * d_logits, axis=-1), jnp.where(total == 0, 1, total))
     # With the new mean: by_logits = Σₛ eₛ (logitₛ′ − mean − step) vₛ.
     d_weights = weights * (d_logits - step[..., None])
     by_logits = old.by_logits - step[..., None] * old.output + sums(d_weights, value)
@@ -165,6 +166,19 @@ def _add(view: Tile, old: Sums, weights, d_logits, values, allowed) -> Sums:
         by_values = by_values + sums(weights, d_value)
     output = old.output + sums(weights, value)
     return Sums(total, old.mean + step, by_logits, by_values, output)
+
+
+@jax.custom_jvp
+def _quotient(x, y):
+    return x / y
+
+
+@_quotient.defjvp
+def _(primals, tangents):
+    # The total of a row's first tiles may be 1e-30, and JAX's rule has the square of it.
+    (x, y), (d_x, d_y) = primals, tangents
+    quotient = _quotient(x, y)
+    return quotient, _quotient(d_x - quotient * d_y, y)
 
 
 def _cut_active(layout: Layout, active: Active, **at) -> Active:

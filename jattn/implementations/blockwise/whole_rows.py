@@ -18,7 +18,7 @@ def by_rows(problem: Problem, operands: Operands):
     """Computes output, maximum and sum, whole rows at a time.
 
         topₜ = maxₛ logitₜₛ        totalₜ = Σₛ exp(logitₜₛ − topₜ)
-        outputₜ = Σₛ exp(logitₜₛ − topₜ) vₛ / totalₜ
+        outputₜ = Σₛ (exp(logitₜₛ − topₜ) / totalₜ) vₛ
 
     The operations are plain, and JAX differentiates them to any order.
     """
@@ -34,10 +34,11 @@ def by_rows(problem: Problem, operands: Operands):
         top = jnp.where(top == -jnp.inf, 0, top)
         weights = jnp.exp(logits - top[..., None])
         total = jnp.sum(weights, axis=-1)
-        output = sums_of(view.drop(weights), value, allowed)
-        # Not `forward.finish`: its maximum(total, 1) halves the derivative where a row
-        # sees one key, as total is 1 there.
-        return output / jnp.where(total == 0, 1, total)[..., None], top, total
+        # Divided before the sum, so that no sum cancels another one in a derivative.
+        # Not by maximum(total, 1) as in `forward.finish`: that halves the derivative
+        # where a row sees one key, as total is 1 there.
+        weights = weights / jnp.where(total == 0, 1, total)[..., None]
+        return sums_of(view.drop(weights), value, allowed), top, total
 
     results = lax.map(rows, jnp.arange(layout.counts["T"]))
     whole = (jnp.zeros((*layout.query.shape[:3], sizes.D), wide),)
