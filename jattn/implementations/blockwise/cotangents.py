@@ -71,7 +71,9 @@ def add_deltas(head, queries: Rows, layout, masked, keys, at, deltas):
     view, allowed, products = _pairs(layout, head, at, rows, key, masked)
     logits = view.logits(products, view.active)
     weights, _ = _weights(layout, logits, rows, allowed)
-    part = weights * _d_weights(view, rows, value)
+    # XLA:CPU (jax 0.10) fuses a product of vectors of up to 32 numbers with the sum over
+    # its first axis, and then the sum is wrong. It does not fuse across a `where`.
+    part = weights * shared.rounded(_d_weights(view, rows, value))
     # A hidden value may be infinite, and 0 · ∞ is NaN.
     part = part if allowed is None else jnp.where(allowed, part, 0)
     part = jnp.sum(part, axis=-2)
