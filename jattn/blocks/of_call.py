@@ -85,6 +85,10 @@ def _constant(array):
     # A concrete array must stay concrete, so that the table is a NumPy array.
     if not isinstance(array, jax.core.Tracer):
         return array
+    array = jax.lax.stop_gradient(array)
     # Where a caller's `jit` closes over a mask, XLA would compute the table while it
-    # compiles: 28 s for 2048 × 2048, rather than 1 ms in each call.
-    return jax.lax.optimization_barrier(jax.lax.stop_gradient(array))
+    # compiles: 28 s for 2048 × 2048, rather than 1 ms in each call. From numbers it should:
+    # then a GPU knows how many turns its loops have.
+    size = array.size
+    is_large = isinstance(size, int) and size > 2**14
+    return jax.lax.optimization_barrier(array) if is_large else array
