@@ -82,19 +82,12 @@ def test_calls_run_in_every_mode(name, mode, implementation):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", VIEWS)
-def test_views_run_in_every_mode(name, mode):
+@pytest.mark.parametrize("name", VIEWS | CACHES)
+def test_views_and_caches_run_in_every_mode(name, mode):
+    run = (VIEWS | CACHES)[name]
     with MODES[mode]():
-        got = VIEWS[name]()
-    np.testing.assert_allclose(got, VIEWS[name](), atol=2e-5)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", CACHES)
-def test_caches_run_in_every_mode(name, mode):
-    with MODES[mode]():
-        got = CACHES[name]()
-    np.testing.assert_allclose(got, CACHES[name](), atol=2e-5)
+        got = run()
+    np.testing.assert_allclose(got, run(), atol=2e-5)
 
 
 def test_debug_nans_finds_a_nan():

@@ -19,11 +19,9 @@ import pytest
 
 import jattn
 from jattn import definition
-from jattn.call.pose import check_sink, pose
-from jattn.implementations import run as operation
 from jattn.masks import Causal
-from jattn.state import State, with_sink
 from tests.helpers import emulated_tpu
+from tests.helpers.calls import by_blocks
 from tests.helpers.draws import normal
 
 pytestmark = pytest.mark.slow
@@ -71,13 +69,6 @@ class Call:
             gain = options.pop("gain")
             options["modifier"] = lambda x, b, n, t, s: x * gain[n].astype(x.dtype)
         return function(*arrays, **options)
-
-
-def by_blocks(tile, query, key, value, *, sink=None, **options) -> State:
-    problem, operands = pose("exactness", query, key, value, **options)
-    state = operation.attention_state(problem, operands, tile=tile)
-    output = with_sink(state, check_sink("exactness", sink, problem.sizes))
-    return State(output.astype(problem.dtype), state.logsumexp)
 
 
 @functools.cache

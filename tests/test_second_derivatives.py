@@ -14,17 +14,11 @@ import pytest
 
 import jattn
 from jattn import definition
-from jattn.call.pose import pose
-from jattn.implementations import run as operation
 from jattn.masks import Causal
+from tests.helpers.calls import by_blocks
 
 T, N, H = 128, 2, 8
 MASK = Causal()
-
-
-def by_blocks(tile, query, key, value, **options):
-    problem, operands = pose("second", query, key, value, **options)
-    return operation.attention_state(problem, operands, tile=tile)
 
 
 ATTEND = {

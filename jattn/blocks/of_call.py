@@ -87,8 +87,7 @@ def _constant(array):
         return array
     array = jax.lax.stop_gradient(array)
     # Where a caller's `jit` closes over a mask, XLA would compute the table while it
-    # compiles: 28 s for 2048 × 2048, rather than 1 ms in each call. From numbers it should:
-    # then a GPU knows how many turns its loops have.
-    size = array.size
-    is_large = isinstance(size, int) and size > 2**14
+    # compiles: 28 s for 2048 × 2048, so 0.1 s for 2¹⁴, rather than 1 ms in each call. From
+    # numbers it should: then a GPU knows how many turns its loops have.
+    is_large = isinstance(array.size, int) and array.size > 2**14
     return jax.lax.optimization_barrier(array) if is_large else array

@@ -157,7 +157,7 @@ def row_factors(total):
 
 
 @jax.custom_jvp
-def with_slope(top, total):
+def _with_slope(top, total):
     """Gives the maximum of a row, whose derivative has that of log total in it.
 
     Used beside a total that is held constant, it leaves all derivatives of a weight as they
@@ -171,12 +171,24 @@ def with_slope(top, total):
     return top
 
 
-@with_slope.defjvp
+@_with_slope.defjvp
 def _(primals, tangents):
     top, total = primals
     d_top, d_total = tangents
     mean = d_total / jnp.where(total == 0, 1, total)
-    return with_slope(top, total), d_top + mean
+    return _with_slope(top, total), d_top + mean
+
+
+def factors_with_slope(top, total):
+    """Computes the numbers of `row_factors`, held constant, and the maximum beside them.
+
+    All derivatives of the weights then come from the maximum; see `_with_slope`.
+
+    Returns:
+        The maximum, the inverse of the total and the threshold.
+    """
+    inverse, settled = map(jax.lax.stop_gradient, row_factors(total))
+    return _with_slope(top, total), inverse, settled
 
 
 def row_numbers(outputs, cotangents):

@@ -26,6 +26,16 @@ def finished(problem, state: State, sink) -> State:
     return state._replace(output=with_sink(state, sink).astype(problem.dtype))
 
 
+def by_blocks(tile, query, key, value, **options) -> State:
+    """Gives what blockwise gives in tiles of so many queries and keys."""
+
+    def compute(problem, operands, sink):
+        found = operation.attention_state(problem, operands, tile=tile)
+        return finished(problem, found, sink)
+
+    return state("by_blocks", compute, query, key, value, **options)
+
+
 def by_kernels(where: str, kernel: Kernel, query, key, value, *, sink=None, **options):
     """The state by the kernels alone, forward and backward: nothing stands in for them."""
     problem, operands = pose(where, query, key, value, **options)

@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jattn.call.problem import Operands
 from jattn.call.program import Arrays
@@ -93,8 +92,7 @@ def _rows(layout: Layout, outputs, cotangents) -> tuple[jax.Array, ...]:
     """
     output, top, total = outputs
     d_output, _, d_total = cotangents
-    top = shared.with_slope(top, total)
-    inverse, settled = map(lax.stop_gradient, shared.row_factors(total))
+    top, inverse, settled = shared.factors_with_slope(top, total)
     d_logsumexp = d_total * total
     divided = d_output
     if not layout.narrow:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jattn.call.problem import Operands
 from jattn.implementations import shared
@@ -37,7 +36,8 @@ def tangent(layout: Layout, outputs, tangents: Operands):
     A tangent of None is zero. The maximum is a constant in derivatives.
     """
     _, top, total = outputs
-    top = layout.queries(shared.with_slope(top, total))
+    top, inverse, _ = shared.factors_with_slope(top, total)
+    top = layout.queries(top)
     d_query, d_keys, d_active = _laid_out(layout, tangents)
 
     def of_head(head):
@@ -58,7 +58,6 @@ def tangent(layout: Layout, outputs, tangents: Operands):
     zeros = Sums(numbers, numbers, vectors, vectors, vectors)
     finish = lambda sums: (sums.mean, sums.by_logits + sums.by_values)
     mean, d_output = row_sums(layout, of_head, zeros, finish)
-    inverse, _ = map(lax.stop_gradient, shared.row_factors(total))
     return inverse[..., None] * d_output, jnp.zeros_like(total), total * mean
 
 
