@@ -102,8 +102,8 @@ def mgpu_forward(query, key, value):
 def by_kernels(query, key, value, capability=None, **options):
     problem, operands = pose("bench", query, key, value, **options)
     kernel = GPU(capability=capability)
-    state = operation.attention_state(problem, operands, (kernel,))
-    return state.output.astype(problem.dtype)
+    sums = operation.attend(problem, operands, (kernel,))
+    return sums.output.astype(problem.dtype)
 
 
 def with_gradients(function):

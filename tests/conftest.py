@@ -27,6 +27,7 @@ OPTIMIZED = {
     "test_implementations",
     "test_gradients",
     "test_exactness",
+    "test_sums",
     "test_flat",
     "test_bench",
     "test_caches_memory",

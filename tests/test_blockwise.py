@@ -192,11 +192,9 @@ def test_empty_tiles_are_skipped(monkeypatch, options, pairs):
     monkeypatch.setattr(forward, "products_of", visited)
     x = inputs(B=1, T=64, S=64, N=1, K=1)
     problem, operands = pose("test", *x, **options)
-    run = jax.jit(functools.partial(operation.attention_state, problem, tile=(16, 16)))
-    output, _ = run(operands)
-    np.testing.assert_allclose(
-        output, dense.Dense().attention_state(problem, operands)[0], atol=1e-12
-    )
+    run = jax.jit(functools.partial(operation.attend, problem, tile=(16, 16)))
+    want = dense.Dense().attend(problem, operands).output
+    np.testing.assert_allclose(run(operands).output, want, atol=1e-12)
     jax.effects_barrier()
     assert sum(visits) == pairs
 

@@ -67,12 +67,12 @@ def one_check(monkeypatch):
 def test_an_implementation_that_is_off_by_a_little_fails(monkeypatch, capsys):
     plain = dispatch.IMPLEMENTATIONS["dense"]
 
-    def attention_state(problem, operands):
-        state = plain.attention_state(problem, operands)
-        return state._replace(output=state.output * 1.0001)
+    def attend(problem, operands):
+        sums = plain.attend(problem, operands)
+        return sums._replace(output=sums.output * 1.0001)
 
     broken = types.SimpleNamespace(
-        refusal=plain.refusal, leaves=plain.leaves, attention_state=attention_state
+        refusal=plain.refusal, leaves=plain.leaves, attend=attend
     )
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "broken", broken)
     assert main([]) == 1

@@ -62,12 +62,15 @@ VIEWS = {
 FLAT = jattn.caches.empty(2, 8, 2, 8, ragged=True, dtype="int8").append(K, V)
 PAGED = jattn.caches.paged(8, 4, 2, 8, batch_size=2, max_pages=4).append(K, V)
 ROLLING = jattn.caches.rolling(2, 16, 2, 8).append(K, V)
+SHORT = jattn.caches.rolling(2, 2, 2, 8).append(K, V)
 CACHES = {
     "attend": lambda: FLAT.attend(Q, mask=Causal()),
     "state": lambda: FLAT.attend_state(Q).logsumexp,
     "paged": lambda: PAGED.extend(Q, K, V, mask=Causal())[0],
     "tokens": lambda: PAGED.attend_tokens(Q[0], np.zeros(6, int), np.arange(6)),
     "rolling": lambda: ROLLING.extend(Q, K, V)[0],
+    # Whose last queries see nothing of the ring as it was before the prompt.
+    "short ring": lambda: SHORT.extend(Q, K, V, sink=jnp.zeros(2))[0],
     "gradient": lambda: jax.grad(lambda q: jnp.sum(PAGED.attend(q) ** 2))(Q),
 }
 

@@ -13,7 +13,8 @@ from jattn.api import views
 from jattn.api.strongest import _strongest
 from jattn.arrays.shapes import unflatten_batch
 from jattn.implementations import run as operation
-from jattn.implementations.blockwise import summaries
+from jattn.implementations.blockwise import sweep
+from jattn.implementations.sums import state_of
 from jattn.testing import CASES, random_inputs
 
 TILE = (4, 4)  # small, so that small inputs have many
@@ -42,8 +43,7 @@ def in_small_tiles(query, key, views_of="ersa", k=3, *, sink=None, logsumexp=Non
     """The views that are asked for, each in tiles of 4 × 4."""
     problem, arrays = views._pose("test", query, key, logsumexp, rest | {"sink": sink})
     if logsumexp is None:  # once for all
-        state = operation.attention_state(problem, arrays[0])
-        arrays = (*arrays[:2], state.logsumexp)
+        arrays = (*arrays[:2], state_of(operation.attend(problem, arrays[0])).logsumexp)
     runs = {
         "entropy": lambda: views._entropy(problem, False, arrays, TILE),
         "received": lambda: views._received(problem, False, arrays, TILE),
@@ -328,8 +328,8 @@ def test_empty_tiles_are_skipped(monkeypatch, run):
         jax.debug.callback(lambda: visits.append(1))
         return original(*args)
 
-    original = summaries.products_of
-    monkeypatch.setattr(summaries, "products_of", counted)
+    original = sweep.products_of
+    monkeypatch.setattr(sweep, "products_of", counted)
     x = normal(64, 1, 3)
     problem, arrays = views._pose("test", x, x, x[..., 0], {"mask": masks.Causal()})
     jax.block_until_ready(run(problem, False, arrays, (16, 16)))

@@ -19,7 +19,8 @@ from jattn.context.place import Context
 from jattn.context.types import told_by_types
 from jattn.dropout import Dropout
 from jattn.implementations import dispatch
-from jattn.state import State, with_sink
+from jattn.implementations.sums import Form, given_as
+from jattn.state import State
 
 __all__ = ["attention", "attention_state"]
 
@@ -102,15 +103,15 @@ def attention(
         "mask": mask,
         "bias": bias,
         "modifier": modifier,
+        "sink": sink,
         "scale": scale,
         "query_position": query_position,
         "key_position": key_position,
         "dropout": dropout,
+        "context": context,
+        "implementation": implementation,
     }
-    problem, operands = pose("attention", query, key, value, **options)
-    problem = by_name(problem, mask)
-    chosen = context, implementation
-    return _attend("attention", problem, operands, sink, *chosen, False).output
+    return attended("attention", "output", query, key, value, **options).output
 
 
 @told_by_types
@@ -166,21 +167,41 @@ def attention_state(
         "mask": mask,
         "bias": bias,
         "modifier": modifier,
+        "sink": sink,
         "scale": scale,
         "query_position": query_position,
         "key_position": key_position,
         "dropout": dropout,
+        "context": context,
+        "implementation": implementation,
     }
-    where = "attention_state"
-    problem, operands = pose(where, query, key, value, **options)
+    return attended("attention_state", "state", query, key, value, **options)
+
+
+def attended(
+    where: str,
+    form: Form,
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    sink=None,
+    context=None,
+    implementation=None,
+    **options,
+) -> Any:
+    """Attends, and gives the result in a form, for the public function `where`."""
+    problem, operands = pose(where, query, key, value, mask=mask, **options)
     problem = by_name(problem, mask)
-    return _attend(where, problem, operands, sink, context, implementation, True)
+    return _attend(where, problem, operands, sink, context, implementation, form)
 
 
-def _attend(where, problem, operands, sink, context, implementation, whole) -> State:
-    """Chooses an implementation and runs it; gives a logsumexp only if `whole`."""
+def _attend(where, problem, operands, sink, context, implementation, form: Form) -> Any:
+    """Chooses an implementation and runs it; gives the result in a form."""
     sink = check_sink(where, sink, problem.sizes)
-    problem = asking_logsumexp(problem) if whole or sink is not None else problem
+    only_output = form == "output" and sink is None
+    problem = problem if only_output else asking_logsumexp(problem)
     name = dispatch.choose(where, problem, jax.default_backend(), implementation)
     names = dispatch.candidates(problem, name, implementation is not None)
     # Only cuDNN's programs hold the mask's numbers. Other programs take them as operands,
@@ -192,33 +213,27 @@ def _attend(where, problem, operands, sink, context, implementation, whole) -> S
     if context is not None:
         asked = problem, operands, context, jax.default_backend(), implementation
         chosen = settled(where, *asked)
-        state = _across(problem, *chosen, names, operands, sink, whole)
+        found = _across(problem, *chosen, names, operands, sink, form)
     else:
-        state = _state(problem, names, operands, sink, whole)
+        found = _on_one(problem, names, operands, sink, form)
     unflatten = lambda x: unflatten_batch(x, problem.sizes)
-    return jax.tree.map(unflatten, state)
+    return jax.tree.map(unflatten, found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 6))
-def _across(problem: Problem, place, turns, names, operands, sink, whole) -> State:
+def _across(problem: Problem, place, turns, names, operands, sink, form: Form) -> State:
     """Runs a call on the devices of a mesh."""
     operands, spoil = apart(operands)
     state = shards.attention_state(problem, operands, sink, place, names, turns)
-    logsumexp: Any = state.logsumexp if whole else None
+    logsumexp: Any = state.logsumexp if form == "state" else None
     return spoil(state._replace(logsumexp=logsumexp))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
-def _state(problem: Problem, names, operands: Operands, sink, whole: bool) -> State:
-    """Runs one of the implementations with these names.
-
-    Without `whole` the logsumexp is None. Otherwise `jax.debug_infs` would report the −∞
-    of a query that sees nothing, though the caller did not ask for the logsumexp.
-    """
+def _on_one(problem: Problem, names, operands: Operands, sink, form: Form):
+    """Runs one of the implementations with these names."""
     operands, spoil = apart(operands)
-    state = dispatch.attention_state(problem, operands, names)
-    chex.assert_equal_shape_prefix([operands.query, *state], 3)
-    chex.assert_type(state.logsumexp, problem.wide)
-    output = with_sink(state, sink).astype(problem.dtype)
-    logsumexp: Any = state.logsumexp if whole else None
-    return spoil(State(output, logsumexp))
+    sums = dispatch.attend(problem, operands, names)
+    chex.assert_equal_shape_prefix([operands.query, *sums], 3)
+    chex.assert_type([sums.top, sums.total], problem.wide)
+    return spoil(given_as(form, sums, sink, problem.dtype))

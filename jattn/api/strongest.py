@@ -13,7 +13,6 @@ from jattn.arrays.meshes import across
 from jattn.arrays.shapes import unflatten_batch
 from jattn.call.options import WeightOptions
 from jattn.call.problem import Problem, apart
-from jattn.implementations.blockwise import summaries
 from jattn.implementations.blockwise.strongest import strongest
 from jattn.operations.varying import locally
 
@@ -88,10 +87,10 @@ def _strongest(problem: Problem, k: int, average: bool, arrays, tile=None):
 def _found(problem: Problem, k: int, average: bool, tile, arrays):
     """Finds the indices and the weights of the strongest keys."""
     operands, spoil = apart(arrays[0])
-    normalizer = summaries.closed(_normalizer(problem, operands, *arrays[1:]))
+    normalizer = _normalizer(problem, operands, *arrays[1:])
     indices, weights = strongest(problem, operands, normalizer, k, average, tile)
     # A normalizer of NaN makes all weights of the query NaN, and no key the strongest.
-    unknown = jnp.isnan(spoil(normalizer))
+    unknown = jnp.isnan(spoil(normalizer.log_total))
     unknown = (jnp.any(unknown, axis=2) if average else unknown)[..., None]
     return jnp.where(unknown, -1, indices), jnp.where(unknown, jnp.nan, weights)
 

@@ -13,6 +13,7 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from jattn.arrays.checks import check_array
@@ -22,7 +23,9 @@ from jattn.call.options import WeightOptions, checked
 from jattn.call.pose import check_sink, pose
 from jattn.call.problem import Operands, Problem, apart
 from jattn.implementations.blockwise import summaries
-from jattn.implementations.run import attention_state
+from jattn.implementations.blockwise.sweep import Normalizer
+from jattn.implementations.run import attend
+from jattn.implementations.sums import log_total
 
 __all__ = ["attention_entropy", "attention_received"]
 
@@ -149,14 +152,24 @@ def _pose(where, query, key, logsumexp, options):
     return problem, (operands, check_sink(where, sink, sizes), logsumexp)
 
 
-def _normalizer(problem: Problem, operands: Operands, sink, logsumexp):
-    """Computes log of the denominator of the weights, BTN; −∞ where nothing is seen."""
+def _normalizer(problem: Problem, operands: Operands, sink, logsumexp) -> Normalizer:
+    """Computes what the logits are lowered by, the sink counted."""
     if logsumexp is None:
-        logsumexp = attention_state(problem, operands).logsumexp
-    if sink is None:
-        return logsumexp
-    sink = jnp.broadcast_to(sink.astype(problem.wide), logsumexp.shape)
-    return jnp.logaddexp(logsumexp, sink)
+        sums = attend(problem, operands)
+        top, rest = lax.stop_gradient(sums.top), log_total(sums)
+    else:  # the constant part of it, and 0 with the slope of it
+        finite = jnp.isfinite(logsumexp)
+        top = lax.stop_gradient(jnp.where(finite, logsumexp, 0))
+        rest = logsumexp - top
+    if sink is not None:
+        rest = jnp.logaddexp(rest, _of_rows(sink, top) - top)
+    # A query that sees nothing has weights of 0.
+    return Normalizer(top, jnp.where(rest == -jnp.inf, jnp.inf, rest))
+
+
+def _of_rows(sink, rows):
+    """Gives the sink of each row, BTN, in their dtype."""
+    return jnp.broadcast_to(sink.astype(rows.dtype), rows.shape)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
@@ -164,18 +177,18 @@ def _entropy(problem: Problem, average: bool, arrays, tile=None):
     operands, spoil = apart(arrays[0])
     _, sink, logsumexp = arrays
     normalizer = _normalizer(problem, operands, sink, logsumexp)
-    entropy = summaries.entropy(problem, operands, summaries.closed(normalizer), tile)
+    entropy = summaries.entropy(problem, operands, normalizer, tile)
     if sink is not None:
         # The sink is one more key with the logit `sink`, so it adds its −w log w.
-        sink = jnp.broadcast_to(sink.astype(problem.wide), normalizer.shape)
-        share = jnp.where(sink == jnp.inf, 0, sink - summaries.closed(normalizer))
-        entropy += summaries.surprise(share)
+        sink = _of_rows(sink, normalizer.top)
+        share = sink - normalizer.top - normalizer.log_total
+        entropy += summaries.surprise(jnp.where(sink == jnp.inf, 0, share))
     return spoil(jnp.mean(entropy, axis=2) if average else entropy)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _received(problem: Problem, average: bool, arrays, tile=None):
     operands, spoil = apart(arrays[0])
-    normalizer = summaries.closed(_normalizer(problem, operands, *arrays[1:]))
+    normalizer = _normalizer(problem, operands, *arrays[1:])
     received = summaries.received(problem, operands, normalizer, tile)
     return spoil(jnp.mean(received, axis=2) if average else received)

@@ -15,7 +15,7 @@ from jattn.call.options import LogitOptions, Options, checked
 from jattn.call.pose import check_sink, pose
 from jattn.call.problem import Operands, Problem, apart, select_rows
 from jattn.implementations import dense
-from jattn.state import State, with_sink
+from jattn.implementations.sums import Sums, with_sink
 
 __all__ = ["attention_logits", "attention_weights"]
 
@@ -106,11 +106,11 @@ def _weights(problem: Problem, operands: Operands, sink, rows) -> jax.Array:
     if rows is not None:
         problem, operands = select_rows(problem, operands, rows)
     operands, spoil = apart(operands)
-    weights, logsumexp = dense.attention_weights(problem, operands)
+    weights, top, total = dense.attention_weights(problem, operands)
     weights = dense.drop(problem, operands, weights)
     # The weights are BNTS: heads come before queries, so the sink of each head is N1.
     sink = None if sink is None else sink[:, None]
-    return spoil(with_sink(State(weights, logsumexp), sink))
+    return spoil(with_sink(Sums(weights, top, total), sink))
 
 
 def _check_rows(where: str, rows, sizes: Sizes):

@@ -12,22 +12,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.api.attention import attention_state
+from jattn.api.attention import attended
 from jattn.arrays.meshes import across
-from jattn.arrays.shapes import Sizes, unflatten_batch
+from jattn.arrays.shapes import Sizes, unflatten_batch, wide_dtype
 from jattn.caches import asked, decode
 from jattn.call.pose import check_sink
 from jattn.call.problem import apart
-from jattn.implementations.run import state_of
+from jattn.implementations.sums import Form, Sums, given_as
 from jattn.masks import Lengths
-from jattn.state import State, with_sink
+from jattn.state import State
 
 # Up to so many queries the part that is filled is looked at without skipping more of it.
 FEW = 16
 
 
-def attend_state(where: str, query, source, end, options, whole: bool = True) -> State:
-    """Gives the state over the slots before `end` that the mask allows.
+def attend(where: str, query, source, end, options, form: Form) -> Any:
+    """Attends to the slots before `end` that the mask allows; gives the result in a form.
 
     Args:
         where: The public function, for messages.
@@ -35,40 +35,42 @@ def attend_state(where: str, query, source, end, options, whole: bool = True) ->
         source: A `Source`.
         end: A slot that nothing is seen from, int32.
         options: Those of `jattn.attention`.
-        whole: Whether the logsumexp is asked for; it is None where not.
+        form: What is asked for; see `given_as`.
     """
-    ask = _state if whole else _output
+    ask = {"output": _output, "state": _state, "sums": _sums}[form]
     return ask(query, where, source, end, options)
-
-
-@across("BTN. BTN")
-def _state(query, where: str, source, end, options) -> State:
-    return _attended(query, where, source, end, options, True)
 
 
 @across("BTN.")
 def _output(query, where: str, source, end, options) -> State:
-    return _attended(query, where, source, end, options, False)
+    return _attended(query, where, source, end, options, "output")
 
 
-def _attended(query, where: str, source, end, options, whole: bool) -> State:
+@across("BTN. BTN")
+def _state(query, where: str, source, end, options) -> State:
+    return _attended(query, where, source, end, options, "state")
+
+
+@across("BTN. BTN BTN")
+def _sums(query, where: str, source, end, options) -> Sums:
+    return _attended(query, where, source, end, options, "sums")
+
+
+def _attended(query, where: str, source, end, options, form: Form) -> Any:
     sizes = sizes_of(query, source)
     plain = hasattr(source, "values") and not source.is_rounded
     is_few = isinstance(sizes.T, int) and sizes.T <= FEW  # a symbolic number is not
     if 0 in sizes.BNTS:
-        state = _nothing(query, sizes)
-    elif options.get("implementation") or (plain and not is_few):
-        state = attention_state(query, *source.vectors(query.dtype), **options)
-    else:
-        sink = check_sink(where, options.get("sink"), sizes)
-        problem, operands = asked.posed(where, query, sizes, options)
-        return _decoded(problem, operands, source.flat(), end, sink, whole)
-    nothing: Any = None
-    return state if whole else state._replace(logsumexp=nothing)
+        return given_as(form, _nothing(query, sizes), None, query.dtype)
+    if options.get("implementation") or (plain and not is_few):
+        return attended(where, form, query, *source.vectors(query.dtype), **options)
+    sink = check_sink(where, options.get("sink"), sizes)
+    problem, operands = asked.posed(where, query, sizes, options)
+    return _decoded(problem, operands, source.flat(), end, sink, form)
 
 
-def from_last(where: str, source, length, query, count, options, whole: bool) -> State:
-    """Gives the state of queries that stand at the last tokens of each example.
+def from_last(where: str, source, length, query, count, options, form: Form) -> Any:
+    """Attends from queries that stand at the last tokens of each example.
 
     Args:
         where: The public function, for messages.
@@ -77,7 +79,7 @@ def from_last(where: str, source, length, query, count, options, whole: bool) ->
         query: `BTNH`, checked.
         count: How many of the T queries count; the last ones of the tokens are theirs.
         options: Those of `jattn.attention`.
-        whole: Whether the logsumexp is asked for.
+        form: What is asked for; see `given_as`.
     """
     asked.check_options(where, options)
     T, batch = query.shape[-3], source.batch
@@ -91,7 +93,7 @@ def from_last(where: str, source, length, query, count, options, whole: bool) ->
         several = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * first.ndim, T)
         options["query_position"] = first[..., None] + several if first.ndim else first
     end = jnp.minimum(jnp.max(length, initial=0), source.slots)
-    return attend_state(where, query, source, end, options, whole)
+    return attend(where, query, source, end, options, form)
 
 
 def spoiled(state: State, overflowed) -> State:
@@ -115,19 +117,16 @@ def sizes_of(query, source) -> Sizes:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def _decoded(problem, operands, source, end, sink, whole, kernel=decode.KERNEL) -> State:
-    """Gives the state of posed queries, in one program."""
+def _decoded(problem, operands, source, end, sink, form, kernel=decode.KERNEL) -> Any:
+    """Attends from posed queries, in one program."""
     operands, spoil = apart(operands)
-    state = state_of(*decode.attend(problem, operands, source, end, kernel))
-    output = with_sink(state, sink).astype(problem.dtype)
-    # A query that sees nothing has −∞ here, which `jax.debug_infs` would report.
-    logsumexp: Any = state.logsumexp if whole else None
-    state = spoil(State(output, logsumexp))
-    return jax.tree.map(lambda x: unflatten_batch(x, problem.sizes), state)
+    sums = Sums(*decode.attend(problem, operands, source, end, kernel))
+    found = spoil(given_as(form, sums, sink, problem.dtype))
+    return jax.tree.map(lambda x: unflatten_batch(x, problem.sizes), found)
 
 
-def _nothing(query, sizes: Sizes) -> State:
-    """Gives the state of queries that see nothing."""
-    output = jnp.zeros((*query.shape[:-1], sizes.D), query.dtype)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    return State(output, jnp.full(query.shape[:-1], -jnp.inf, wide))
+def _nothing(query, sizes: Sizes) -> Sums:
+    """Gives the sums of queries that see nothing, all of them 0."""
+    zeros = functools.partial(jnp.zeros, dtype=wide_dtype(query.dtype))
+    rows = query.shape[:-1]
+    return Sums(zeros((*rows, sizes.D)), zeros(rows), zeros(rows))

@@ -6,8 +6,8 @@ from typing import Protocol
 import jax.numpy as jnp
 
 from jattn.call.problem import Operands, Problem
-from jattn.implementations.kernel import Sums
 from jattn.implementations.source import Source
+from jattn.implementations.sums import Sums
 from jattn.implementations.tpu.decode.decoder import Decoder
 from jattn.implementations.tpu.decode.slots import Slots
 from jattn.operations.mapped import cond_any

@@ -17,6 +17,7 @@ from jattn.arrays.meshes import methods_across
 from jattn.caches import asked, attend, put, write
 from jattn.caches.sizes import batch_axes, check_sizes, check_vectors
 from jattn.caches.store import Store, blank, taken
+from jattn.implementations.sums import Form
 from jattn.pytree import pytree
 from jattn.state import State
 
@@ -115,7 +116,7 @@ class Cache:
         Returns:
             The output, `BTND`, equal to `jattn.attention` over the tokens.
         """
-        return self._state("caches.attend", query, count, options, whole=False).output
+        return self._attended("caches.attend", query, count, options, "output").output
 
     def attend_state(self, query, *, count=None, **options) -> State:
         """Attends like `attend`, and also gives the logsumexp, for `jattn.merge`.
@@ -128,7 +129,7 @@ class Cache:
         Returns:
             A `State`, as of `jattn.attention_state`.
         """
-        return self._state("caches.attend_state", query, count, options, whole=True)
+        return self._attended("caches.attend_state", query, count, options, "state")
 
     def extend(self, query, key, value, *, count=None, **options):
         """Appends tokens and attends from them: what every kind of cache has.
@@ -170,10 +171,10 @@ class Cache:
         """Gives the same tokens without rounding: what a rounded cache means."""
         return dataclasses.replace(self, store=self.store.exact(dtype, apart=True))
 
-    def _state(self, where, query, count, options, whole: bool) -> State:
+    def _attended(self, where, query, count, options, form: Form) -> State:
         query = asked.check_query(where, query, self.batch, self.store)
         asking = where, self.store, self.length
-        state = attend.from_last(*asking, query, count, options, whole)
+        state = attend.from_last(*asking, query, count, options, form)
         return attend.spoiled(state, self.length > self.capacity)
 
 

@@ -22,6 +22,7 @@ from jattn.caches.pages import Pages
 from jattn.caches.pool import Pool, full_pool
 from jattn.caches.sizes import check_sizes, check_vectors
 from jattn.caches.store import Store, blank
+from jattn.implementations.sums import Form
 from jattn.pytree import pytree
 from jattn.state import State
 
@@ -128,11 +129,11 @@ class PagedCache:
 
     def attend(self, query, *, count=None, **options) -> jax.Array:
         """Attends to all tokens of each example; see `Cache.attend`."""
-        return self._state("caches.attend", query, count, options, whole=False).output
+        return self._attended("caches.attend", query, count, options, "output").output
 
     def attend_state(self, query, *, count=None, **options) -> State:
         """Attends like `attend`, and also gives the logsumexp."""
-        return self._state("caches.attend_state", query, count, options, whole=True)
+        return self._attended("caches.attend_state", query, count, options, "state")
 
     def attend_tokens(self, query, example, position, **options) -> jax.Array:
         """Attends from tokens of any examples in one call: some prefill, others decode.
@@ -199,11 +200,10 @@ class PagedCache:
         """Gives the same tokens without rounding."""
         return dataclasses.replace(self, store=self.store.exact(dtype))
 
-    def _state(self, where, query, count, options, whole: bool) -> State:
+    def _attended(self, where, query, count, options, form: Form) -> State:
         query = asked.check_query(where, query, self.batch, self.store)
-        length = sharing.unmarked(self.length)
-        asking = where, Pages(self.store, self.table), length
-        state = attend.from_last(*asking, query, count, options, whole)
+        pages, length = Pages(self.store, self.table), sharing.unmarked(self.length)
+        state = attend.from_last(where, pages, length, query, count, options, form)
         return attend.spoiled(state, self.over)
 
 

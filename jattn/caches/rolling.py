@@ -7,7 +7,7 @@ memory does not grow with the sequence. Where a token lies is arithmetic of its 
     p ≥ sinks     slot sinks + (p − sinks) mod window
 
 A prompt may be longer than the window. Its queries see the slots as they were before it,
-and its own tokens as they came; the two are states, which `merge`. Only then is the ring
+and its own tokens as they came, and the sums of both are combined. Only then is the ring
 written. So no token is overwritten before all queries that may see it have seen it.
 """
 
@@ -17,15 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.api.attention import attention_state
+from jattn.api.attention import attended
 from jattn.arrays.meshes import methods_across
 from jattn.caches import asked, attend, put
 from jattn.caches.asked import of_each
 from jattn.caches.sizes import batch_axes, check_sizes, check_vectors
 from jattn.caches.store import Store, blank, taken
+from jattn.call.pose import check_sink
+from jattn.implementations.sums import Form, combined, with_sink
 from jattn.masks import Mask, Pointwise
 from jattn.pytree import pytree
-from jattn.state import State, merge, with_sink
 
 
 @pytree("store", "length", static=("window", "sinks"))
@@ -167,42 +168,40 @@ class RollingCache:
         last = self.length - 1
         position = last if last.ndim == 0 else of_each(last, self.batch)[..., None]
         given = options | {"query_position": position}
-        state = self._held(query, given)
+        output = self._held(query, given, "output").output
         seen = of_each(count, self.batch)[..., None, None, None] > 0
-        return jnp.where(seen, state.output, 0)
+        return jnp.where(seen, output, 0)
 
-    def _held(self, query, options) -> State:
-        """Gives the state over what is in the slots."""
+    def _held(self, query, options, form: Form) -> Any:
+        """Attends to what is in the slots; gives the result in a form."""
         position = self.key_position
         if position.ndim == 1:  # of all examples: alone, there may be as many of these
             position = position[None]
         else:
-            missing = len(self.batch) - self.length.ndim
-            position = jnp.broadcast_to(
-                position.reshape(*position.shape[:-1], *[1] * missing, -1),
-                (*self.batch, self.capacity),
-            )
+            missing = [1] * (len(self.batch) - self.length.ndim)
+            position = position.reshape(*position.shape[:-1], *missing, -1)
+            position = jnp.broadcast_to(position, (*self.batch, self.capacity))
         given = options | {"mask": self._seen(options), "key_position": position}
         end = jnp.minimum(jnp.max(self.length, initial=0), self.capacity)
-        return attend.attend_state("caches.extend", query, self.store, end, given)
+        return attend.attend("caches.extend", query, self.store, end, given, form)
 
     def _prompt(self, query, key, value, count, options) -> jax.Array:
         """Attends from new tokens to the slots as they were, and to each other."""
-        T = query.shape[-3]
-        sink, options = options.get("sink"), options | {"sink": None}
-        start = self.length
+        sizes = attend.sizes_of(query, self.store)
+        sink = check_sink("caches.extend", options.get("sink"), sizes)
+        T, start = sizes.T, self.length
         if start.ndim:
             several = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * len(self.batch), T)
             start = of_each(start, self.batch)[..., None] + several
-        options = options | {"query_position": start}
-        old = self._held(query, options)
+        options = options | {"sink": None, "query_position": start}
+        old = self._held(query, options, "sums")
         if self.store.is_rounded:  # all queries see what is stored
             key, value = put.stored_vectors(self.store, key, value, query.dtype)
         # Both calls draw from one key, which `jax.debug_key_reuse` should not report.
         again = {"dropout": jax.tree.map(jax.random.clone, options.get("dropout"))}
-        given = options | again | {"mask": self._seen(options), "key_position": start}
-        new = attention_state(query, key, value, **given)
-        output = with_sink(merge(old, new), sink).astype(query.dtype)
+        options |= again | {"mask": self._seen(options), "key_position": start}
+        new = attended("caches.extend", "sums", query, key, value, **options)
+        output = with_sink(combined(old, new), sink).astype(query.dtype)
         row = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * len(self.batch), T, 1, 1)
         return jnp.where(row < of_each(count, self.batch)[..., None, None, None], output, 0)
 
@@ -244,7 +243,7 @@ def rolling(
     check_sizes(where, window=(window, 1), sinks=(sinks, 0))  # 1: the query's own token
     vectors = num_kv_heads, head_dim, value_head_dim, dtype
     value_dim, dtype = check_vectors(where, *vectors)
-    slots = window + sinks
-    store = blank(batch, slots, num_kv_heads, head_dim, value_dim, dtype, apart=True)
+    sizes = window + sinks, num_kv_heads, head_dim, value_dim
+    store = blank(batch, *sizes, dtype, apart=True)
     length = jnp.zeros(batch if ragged else (), jnp.int32)
     return RollingCache(store, length, window, sinks)

@@ -1,9 +1,9 @@
 """One state from those of many devices, each of its own keys.
 
-    top       = max over devices of logsumexp
-    share     = exp(logsumexp − top)
-    logsumexp = top + log Σ share
-    output    = Σ share · output / Σ share
+    top    = max over devices of own top
+    share  = own total · exp(own top − top)
+    total  = Σ share
+    output = Σ share · output / total
 
 One maximum and two sums, D + 2 numbers for each query and head, whatever the number of
 keys. The maximum is a constant to derivatives: what it adds, the sums take away.
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.arrays.shapes import wide_dtype
+from jattn.implementations.sums import Sums, finish, of_state, own_top, state_of
 from jattn.state import State
 
-__all__ = ["merge_over"]
+__all__ = ["combined_over", "merge_over"]
 
 
 def merge_over(state: State, axis) -> State:
@@ -34,8 +35,8 @@ def merge_over(state: State, axis) -> State:
 
     Returns:
         The state of all keys, the same on every device: the output in the dtype of the
-        parts', the logsumexp in float32 at least. Each part was rounded to that dtype once;
-        the merging itself rounds nothing.
+        parts', the logsumexp in float32 at least. Each part was rounded to that dtype once,
+        and its logsumexp to float32; see `jattn.merge`.
 
     Raises:
         ValueError: If the state is none, or there is no such axis here.
@@ -43,16 +44,19 @@ def merge_over(state: State, axis) -> State:
     _check(state, axis)
     dtype = state.output.dtype
     wide = wide_dtype(dtype)
+    part = of_state(State(state.output.astype(wide), state.logsumexp))
+    whole = state_of(combined_over(part, axis))
+    return whole._replace(output=whole.output.astype(dtype))
+
+
+def combined_over(part: Sums, axis) -> Sums:
+    """Gives the sums over all keys from those of each device, nothing rounded between."""
+    own = own_top(part)
     # A maximum has no derivative across devices, and needs none.
-    top = lax.pmax(lax.stop_gradient(state.logsumexp), axis)
-    top = jnp.where(top == -jnp.inf, 0, top)
-    share = jnp.exp(state.logsumexp - top)
-    sums = share, share[..., None] * state.output.astype(wide)
-    total, output = lax.psum(sums, axis)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-    return State((output / total[..., None]).astype(dtype), logsumexp)
+    top = lax.pmax(own, axis)
+    share = part.total * jnp.exp(own - top)
+    total, output = lax.psum((share, share[..., None] * part.output), axis)
+    return finish(Sums(output, top, total))
 
 
 def _check(state, axis) -> None:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.context.spread import Spread, empty, finish, join
+from jattn.context.spread import Spread
 from jattn.context.ways import CUT
-from jattn.implementations.kernel import Sums
+from jattn.implementations.sums import Sums, finish, join, nothing
 from jattn.operations.derivatives import Pullback
 from jattn.operations.operation import choose
 
@@ -83,7 +83,7 @@ class Ring(Spread):
     def _forward(self, arrays, turns, inner):
         arrays = self.alike(arrays)
         types = self.operation.types(*map(jax.typeof, arrays))
-        start = Sums(*self.alike(empty(Sums(*types)), arrays))
+        start = Sums(*self.alike(nothing(Sums(*types)), arrays))
 
         def turn(i, carry):
             keys, sums = carry

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jattn.call.problem import Operands, Problem
 from jattn.context.exchange import copied, heads_to_sequence, sequence_to_heads
 from jattn.context.gather import Gather
-from jattn.context.merge import merge_over
+from jattn.context.merge import combined_over
 from jattn.context.place import Place
 from jattn.context.ring import Ring
 from jattn.context.turns import turns as count_turns
@@ -18,8 +18,8 @@ from jattn.context.ways import part_of, prepare, rows_spec, specs, ways
 from jattn.implementations import dispatch
 from jattn.implementations.attention import Attention
 from jattn.implementations.kernel import Kernel
-from jattn.implementations.run import state_of
-from jattn.state import State, with_sink
+from jattn.implementations.sums import Sums, state_of, with_sink
+from jattn.state import State
 
 __all__ = ["attention_state"]
 
@@ -66,17 +66,18 @@ def _shard(core, place: Place, known, operands: Operands, sink, turns) -> State:
         key, value = (copied(x, count) for x in (operands.key, operands.value))
         arrays = (heads_to_sequence(x, swapped) for x in (operands.query, key, value))
         operands = operands._replace(**dict(zip(operands._fields[:3], arrays, strict=True)))
-    state = core(operands, known or turns)
+    sums = core(operands, known or turns)
     if place.strategy == "merge":
-        state = merge_over(state, place.axis)
-    state = state._replace(output=with_sink(state, sink).astype(operands.query.dtype))
+        sums = combined_over(sums, place.axis)
+    output = with_sink(sums, sink).astype(operands.query.dtype)
+    state = State(output, state_of(sums).logsumexp)
     if swapped:
         state = jax.tree.map(lambda x: sequence_to_heads(x, swapped), state)
     return state
 
 
-def _core(problem: Problem, place: Place, kernels, ways, operands, turns) -> State:
-    """Gives the state of this device's queries, unrounded."""
+def _core(problem: Problem, place: Place, kernels, ways, operands, turns) -> Sums:
+    """Gives the sums of this device's queries, unrounded."""
     leaves, tree = jax.tree.flatten(operands)
     axis = place.round
     problem = dataclasses.replace(problem, part=place.is_ring)
@@ -85,7 +86,7 @@ def _core(problem: Problem, place: Place, kernels, ways, operands, turns) -> Sta
     if place.is_ring:
         known = turns if isinstance(turns, int) else None
         leaves = leaves if known else [*leaves, turns]
-        return state_of(*Ring(*spread, known)(*leaves))
+        return Sums(*Ring(*spread, known)(*leaves))
     if place.strategy == "gather":
-        return state_of(*Gather(*spread)(*leaves))
-    return state_of(*inner(*leaves))
+        return Sums(*Gather(*spread)(*leaves))
+    return Sums(*inner(*leaves))

@@ -13,15 +13,13 @@ around the one that exists serves every implementation, and needs no kernel of i
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jattn.context.merge import varying
 from jattn.context.ways import CUT
-from jattn.implementations.kernel import Sums
 from jattn.operations.operation import Around
 
-__all__ = ["Spread", "empty", "finish", "join"]
+__all__ = ["Spread"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,33 +81,3 @@ class Spread(Around):
                 x = lax.dynamic_slice_in_dim(x, source * self.columns, self.columns, 3)
             found.append(x)
         return found
-
-
-def empty(sums: Sums) -> Sums:
-    """Gives sums over no key yet, of the shapes and types of these."""
-    top = jnp.full(sums.top.shape, jnp.finfo(sums.top.dtype).min, sums.top.dtype)
-    output, total = (jnp.zeros(x.shape, x.dtype) for x in (sums.output, sums.total))
-    return Sums(output, top, total)
-
-
-def join(so_far: Sums, part: Sums) -> Sums:
-    """Adds a part; the output is a sum, not divided by the total yet.
-
-        top = max(a.top, b.top)      total = Σ total · exp(own top − top), likewise output
-
-    Neither part is rounded to the dtype of the inputs: only the end is.
-    """
-    least = jnp.finfo(part.top.dtype).min
-    own = lax.stop_gradient(jnp.where(part.total == 0, least, part.top))
-    top = jnp.maximum(so_far.top, own)
-    before, share = jnp.exp(so_far.top - top), part.total * jnp.exp(own - top)
-    total = so_far.total * before + share
-    output = so_far.output * before[..., None] + share[..., None] * part.output
-    return Sums(output, top, total)
-
-
-def finish(sums: Sums) -> Sums:
-    """Divides by the total: the sums of all keys, 0 where there was none."""
-    nothing = sums.total == 0
-    output = sums.output / jnp.where(nothing, 1, sums.total)[..., None]
-    return Sums(output, jnp.where(nothing, 0, sums.top), sums.total)

@@ -1,5 +1,6 @@
 """Who computes: every implementation of attention, and which one runs.
 
+`sums`          partial answers whose maximum and sum stay apart
 `kernel`        the contract of an implementation, with its laws
 `shared`        what they share: the logits of some queries by some keys
 `isolated`      the isolation of values, which JAX can transpose

@@ -29,12 +29,12 @@ from jattn.implementations.blockwise.tangent import tangent
 from jattn.implementations.blockwise.whole_rows import by_rows
 from jattn.implementations.kernel import (
     Kernel,
-    Sums,
     check_cotangents,
     check_sums,
     types_of_sums,
 )
 from jattn.implementations.processor import multiplies_bfloat16
+from jattn.implementations.sums import Sums
 from jattn.operations.join import Joined, Leading
 from jattn.operations.operation import Operation
 

@@ -27,8 +27,9 @@ from jax.custom_batching import custom_vmap
 
 from jattn.arrays.shapes import Sizes
 from jattn.call.problem import Operands, Problem
-from jattn.implementations.kernel import Kernel, Sums
+from jattn.implementations.kernel import Kernel
 from jattn.implementations.nvidia import PLATFORMS, lacking, objection_to_precision
+from jattn.implementations.sums import Sums
 from jattn.masks import Causal, Window
 from jattn.masks.mask import And
 

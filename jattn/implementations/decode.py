@@ -25,7 +25,8 @@ from jattn.blocks import of_call
 from jattn.blocks.kinds import EMPTY, spread
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import parts
-from jattn.implementations.kernel import Kernel, Sums
+from jattn.implementations.kernel import Kernel
+from jattn.implementations.sums import Sums
 from jattn.operations.mapped import in_any_slice
 
 # With at most so many queries the chunks that one of them sees are looked at for all.

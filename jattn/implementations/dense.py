@@ -12,9 +12,9 @@ from jattn.call.problem import Operands, Problem, index, kept
 from jattn.implementations import shared
 from jattn.implementations.isolated import isolated_sums
 from jattn.implementations.kernel import Plain
+from jattn.implementations.sums import Sums
 from jattn.operations.mapped import cond_any
 from jattn.operations.varying import locally
-from jattn.state import State
 
 
 def attention_logits(problem: Problem, operands: Operands) -> jax.Array:
@@ -76,7 +76,7 @@ def _isolated(problem, operands, allowed, query, key):
 
 
 def attention_weights(problem: Problem, operands: Operands):
-    """Computes the weights BNTS, before dropout, and the logsumexp BNT of the logits."""
+    """Computes the weights BNTS, before dropout; of each row the maximum and sum, BNT."""
     return locally(_weights, (problem,), operands)
 
 
@@ -92,15 +92,12 @@ def _weights_of(problem: Problem, operands: Operands, allowed):
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))
     exponentials = jnp.exp(logits - top[..., None])
     total = jnp.sum(exponentials, axis=-1)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-    weights = exponentials / total[..., None]
+    weights = exponentials / jnp.where(total == 0, 1, total)[..., None]
     if allowed is None:
-        return weights, logsumexp
+        return weights, top, total
     # A NaN in a row must not reach the gradients of values that the row does not see.
     spoiled, hide = jnp.any(jnp.isnan(total)), lambda x: jnp.where(allowed, x, 0)
-    return cond_any(spoiled, hide, lambda x: x, weights), logsumexp
+    return cond_any(spoiled, hide, lambda x: x, weights), top, total
 
 
 def drop(problem: Problem, operands: Operands, weights: jax.Array) -> jax.Array:
@@ -122,23 +119,23 @@ class Dense(Plain):
         """Gives None, as it skips no block."""
         del problem, operands, platform
 
-    def attention_state(self, problem: Problem, operands: Operands) -> State:
-        """Computes the output BTND in the wide precision and the logsumexp BTN."""
-        value, logsumexp = Operands._fields.index("value"), 1
-        linear = frozenset({value}), frozenset({logsumexp})
-        return locally(_state, (problem,), operands, linear=linear)
+    def attend(self, problem: Problem, operands: Operands) -> Sums:
+        """Computes the output BTND and the sums of each row BTN, in the wide precision."""
+        value = Operands._fields.index("value")
+        linear = frozenset({value}), frozenset(map(Sums._fields.index, ("top", "total")))
+        return locally(_attend, (problem,), operands, linear=linear)
 
 
-def _state(problem: Problem, operands: Operands) -> State:
+def _attend(problem: Problem, operands: Operands) -> Sums:
     allowed = _allowed(problem, operands)
-    weights, logsumexp = _weights_of(problem, operands, allowed)
+    weights, top, total = _weights_of(problem, operands, allowed)
     weights = drop(problem, operands, weights)
     value = operands.value.astype(problem.wide)
     if allowed is None:
         output = shared.sums(weights, value)
     else:
         output = isolated_sums(weights, allowed, value)
-    return State(output, jnp.swapaxes(logsumexp, 1, 2))
+    return Sums(output, *(jnp.swapaxes(x, 1, 2) for x in (top, total)))
 
 
 def _rows(x: jax.Array) -> jax.Array:

@@ -15,8 +15,8 @@ from jattn.implementations.decode import Decode
 from jattn.implementations.dense import Dense
 from jattn.implementations.gpu.kernel import GPU
 from jattn.implementations.kernel import Kernel, Plain
+from jattn.implementations.sums import Sums
 from jattn.implementations.tpu.kernel import TPU
-from jattn.state import State
 
 IMPLEMENTATIONS: dict[str, Kernel | Plain] = {
     "blockwise": run.Blockwise(),
@@ -116,17 +116,17 @@ def _can_be_lowered(name: str) -> bool:
     return name != "cudnn" or cudnn.is_installed()
 
 
-def attention_state(problem: Problem, operands: Operands, names: tuple[str, ...]) -> State:
-    """Computes the output BTND in the wide precision and the logsumexp BTN.
+def attend(problem: Problem, operands: Operands, names: tuple[str, ...]) -> Sums:
+    """Computes the output BTND and the sums of each row BTN, in the wide precision.
 
     `names` are the candidates, as `candidates` gives them.
     """
     found: list[Any] = [IMPLEMENTATIONS[name] for name in names]
     kernels = tuple(x for x in found if isinstance(x, Kernel))
     if kernels or not found:
-        return run.attention_state(problem, operands, kernels)
+        return run.attend(problem, operands, kernels)
     (only,) = found
-    return only.attention_state(problem, operands)
+    return only.attend(problem, operands)
 
 
 def block_sizes(

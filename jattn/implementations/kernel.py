@@ -1,31 +1,13 @@
 """The contract of an implementation: what it must say, compute, and keep exact."""
 
 import abc
-from typing import NamedTuple
 
 import chex
 import jax
 
 from jattn.call.problem import Operands, Problem
+from jattn.implementations.sums import Sums
 from jattn.operations.operation import retype
-from jattn.state import State
-
-
-class Sums(NamedTuple):
-    """Sums over each row of logits, in the wide precision of the problem.
-
-        top    = maxₛ logitₛ              0 where the row sees nothing
-        total  = Σₛ exp(logitₛ − top)     0 where the row sees nothing
-
-    The two numbers stay separate. Their combination top + log total is as large as the
-    logits, and its rounding error would be as large as theirs.
-
-    A kernel may give another `top`, as long as top + log total is the logsumexp.
-    """
-
-    output: jax.Array  # BTND, Σₛ weightₛ vₛ; 0 where the row sees nothing
-    top: jax.Array  # BTN
-    total: jax.Array  # BTN
 
 
 class Implementation(abc.ABC):
@@ -61,8 +43,8 @@ class Plain(Implementation):
     """An implementation in plain JAX, which has derivatives of every order itself."""
 
     @abc.abstractmethod
-    def attention_state(self, problem: Problem, operands: Operands) -> State:
-        """Computes the output BTND in the wide precision, and the logsumexp BTN."""
+    def attend(self, problem: Problem, operands: Operands) -> Sums:
+        """Computes the output BTND and the sums of each row BTN."""
 
 
 class Kernel(Implementation):

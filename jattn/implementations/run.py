@@ -9,11 +9,8 @@ from jattn.call.problem import Operands, Problem
 from jattn.implementations.attention import Attention
 from jattn.implementations.blockwise.plan import flat_logits, plan, without_bands
 from jattn.implementations.blockwise.prepare import prepare
-from jattn.implementations.kernel import (
-    Kernel,
-    Plain,
-)
-from jattn.state import State
+from jattn.implementations.kernel import Kernel, Plain
+from jattn.implementations.sums import Sums
 
 
 class Blockwise(Plain):
@@ -33,19 +30,19 @@ class Blockwise(Plain):
             return without_bands(problem, **options).cell
         return T, S
 
-    def attention_state(self, problem: Problem, operands: Operands) -> State:
-        """Computes the state without any kernel."""
-        return attention_state(problem, operands)
+    def attend(self, problem: Problem, operands: Operands) -> Sums:
+        """Computes it without any kernel."""
+        return attend(problem, operands)
 
 
-def attention_state(
+def attend(
     problem: Problem,
     operands: Operands,
     kernels: tuple[Kernel, ...] = (),
     tile: tuple[int, int] | None = None,
     flat: int | None = None,
-) -> State:
-    """Computes the output BTND in the wide precision, and the logsumexp BTN.
+) -> Sums:
+    """Computes the output BTND and the sums of each row BTN, in the wide precision.
 
     The first of `kernels` that accepts the platform of compilation runs; blockwise runs if
     none does. `tile` gives the number of queries and of keys in a blockwise tile; it
@@ -58,20 +55,11 @@ def attention_state(
     blocks = next((x.block_sizes(problem, None, here) for x in own), None)
     problem, operands = prepare(problem, operands, tile, blocks)
     leaves, tree = jax.tree.flatten(operands)
-    return state_of(*Attention(problem, tree, tile, kernels, flat)(*leaves))
+    return Sums(*Attention(problem, tree, tile, kernels, flat)(*leaves))
 
 
-def state_of(output, top, total) -> State:
-    """Makes the state from the outputs of `Attention`: logsumexp = top + log total."""
-    empty = total == 0
-    # Derivatives treat the maximum as a constant: a change of top changes log total by
-    # the opposite amount, so the two changes cancel in the logsumexp.
-    logsumexp = jax.lax.stop_gradient(top) + jnp.log(jnp.where(empty, 1, total))
-    return State(output, jnp.where(empty, -jnp.inf, logsumexp))
-
-
-def _nothing(problem: Problem) -> State:
-    """Gives the state of queries without keys: output 0 and logsumexp −∞."""
+def _nothing(problem: Problem) -> Sums:
+    """Gives the sums of queries without keys, all of them 0."""
     B, N, T, _ = problem.sizes.BNTS
-    output = jnp.zeros((B, T, N, problem.sizes.D), problem.wide)
-    return State(output, jnp.full((B, T, N), -jnp.inf, problem.wide))
+    zeros = lambda *shape: jnp.zeros(shape, problem.wide)
+    return Sums(zeros(B, T, N, problem.sizes.D), zeros(B, T, N), zeros(B, T, N))

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jattn.call.pose import check_sink, pose
 from jattn.implementations import run as operation
 from jattn.implementations.blockwise.prepare import prepare
-from jattn.implementations.kernel import Kernel, Sums
-from jattn.state import State, with_sink
+from jattn.implementations.kernel import Kernel
+from jattn.implementations.sums import Sums, given_as
+from jattn.state import State
 
 
 def state(where: str, compute, query, key, value, *, sink=None, **options) -> State:
@@ -21,16 +22,16 @@ def state(where: str, compute, query, key, value, *, sink=None, **options) -> St
     )
 
 
-def finished(problem, state: State, sink) -> State:
+def finished(problem, sums: Sums, sink) -> State:
     """Gives the state with its sink, and its output in the dtype of the call."""
-    return state._replace(output=with_sink(state, sink).astype(problem.dtype))
+    return given_as("state", sums, sink, problem.dtype)
 
 
 def by_blocks(tile, query, key, value, **options) -> State:
     """Gives what blockwise gives in tiles of so many queries and keys."""
 
     def compute(problem, operands, sink):
-        found = operation.attention_state(problem, operands, tile=tile)
+        found = operation.attend(problem, operands, tile=tile)
         return finished(problem, found, sink)
 
     return state("by_blocks", compute, query, key, value, **options)
@@ -60,5 +61,4 @@ def by_kernels(where: str, kernel: Kernel, query, key, value, *, sink=None, **op
         return ([None if d is None else d.astype(x.dtype) for d, x in pairs],)
 
     run.defvjp(forward, backward)
-    result = operation.state_of(*run(leaves))
-    return finished(problem, result, check_sink(where, sink, problem.sizes))
+    return finished(problem, Sums(*run(leaves)), check_sink(where, sink, problem.sizes))

@@ -7,7 +7,7 @@ import jax
 
 from jattn.caches import attend, by_kernel
 from jattn.call.problem import apart
-from jattn.implementations.run import state_of
+from jattn.implementations.sums import Sums
 from jattn.implementations.tpu.decode.decoder import Decoder
 from jattn.state import State
 from tests.helpers import calls
@@ -19,12 +19,12 @@ def attend_state(kv, query, *, interpret=True, alone=True, **options) -> State:
     """Gives the state on TPU; with `alone`, nothing stands in for the kernel."""
     kernel, operation = Decoder(SLOTS, interpret), attend._decoded
 
-    def decoded(problem, operands, source, end, sink, whole):
+    def decoded(problem, operands, source, end, sink, form):
         sentence = by_kernel.refusal(kernel, problem, operands, source)
         assert sentence is None, sentence
         if alone:
             return _alone(kernel, problem, operands, source, sink)
-        return operation(problem, operands, source, end, sink, whole, kernel)
+        return operation(problem, operands, source, end, sink, form, kernel)
 
     with mock.patch.object(attend, "_decoded", decoded):
         return kv.attend_state(query, **options)
@@ -33,5 +33,5 @@ def attend_state(kv, query, *, interpret=True, alone=True, **options) -> State:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _alone(kernel, problem, operands, source, sink):
     operands, spoil = apart(operands)
-    state = state_of(*kernel.forward(problem, operands, source.arrays()))
-    return spoil(calls.finished(problem, state, sink))
+    sums = Sums(*kernel.forward(problem, operands, source.arrays()))
+    return spoil(calls.finished(problem, sums, sink))

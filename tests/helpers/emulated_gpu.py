@@ -24,8 +24,8 @@ def attention_state(query, key, value, *, capability=HOPPER, **options) -> State
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _state(capability, problem, operands, sink):
-    state = operation.attention_state(problem, operands, (kernel(capability),))
-    return calls.finished(problem, state, sink)
+    sums = operation.attend(problem, operands, (kernel(capability),))
+    return calls.finished(problem, sums, sink)
 
 
 def kernels(query, key, value, *, capability=HOPPER, **options) -> State:

@@ -21,8 +21,8 @@ def attention_state(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _state(kernel, problem, operands, sink):
-    state = operation.attention_state(problem, operands, (kernel,))
-    return calls.finished(problem, state, sink)
+    sums = operation.attend(problem, operands, (kernel,))
+    return calls.finished(problem, sums, sink)
 
 
 def kernels(query, key, value, *, interpret, **options) -> State:

@@ -19,5 +19,5 @@ def attention_state(query, key, value, *, logits=ALL_HEADS, **options) -> State:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _state(logits, problem, operands, sink):
-    state = operation.attention_state(problem, operands, tile=(4, 4), flat=logits)
-    return calls.finished(problem, state, sink)
+    sums = operation.attend(problem, operands, tile=(4, 4), flat=logits)
+    return calls.finished(problem, sums, sink)

@@ -19,5 +19,5 @@ def attention(query, key, value, **options) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _state(problem, operands, sink):
-    state = operation.attention_state(problem, operands, tile=(4, 4))
-    return calls.finished(problem, state, sink)
+    sums = operation.attend(problem, operands, tile=(4, 4))
+    return calls.finished(problem, sums, sink)

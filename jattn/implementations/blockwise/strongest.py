@@ -11,7 +11,7 @@ from jax import lax
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.plan import Plan, plan
-from jattn.implementations.blockwise.summaries import sweep
+from jattn.implementations.blockwise.sweep import sweep
 
 
 def strongest(

@@ -1,14 +1,11 @@
 """Summaries of the weights, tile by tile: their entropy, and what each key receives.
 
-The weights of a tile are exp(logits − normalizer). The normalizer of a query is its
-logsumexp, sink included. A query that sees nothing has normalizer +∞, so its weights are 0.
-
 Both summaries are operations, with derivatives of every order.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,41 +15,39 @@ from jattn.call.problem import Operands, Problem
 from jattn.implementations.blockwise.join import join
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.plan import Plan, plan, rows_plan
-from jattn.implementations.blockwise.products import products_of
-from jattn.implementations.blockwise.schedule import schedules
-from jattn.implementations.blockwise.tiles import Tile, loop, over_heads, over_tiles
+from jattn.implementations.blockwise.sweep import (
+    Normalizer,
+    laid,
+    log_weights,
+    rows_of,
+    sweep,
+)
+from jattn.implementations.blockwise.tiles import Tile
 from jattn.implementations.blockwise.whole_rows import row_logits
 from jattn.operations.join import Joined, Leading
 from jattn.operations.operation import Operation, retype
 
 
-def entropy(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.Array:
+def entropy(
+    problem: Problem, operands: Operands, normalizer: Normalizer, tile=None
+) -> jax.Array:
     """Computes −Σₛ weightₛ log weightₛ over the keys, BTN; the caller adds the sink."""
     B, N, T, _ = problem.sizes.BNTS
     if problem.sizes.are_nothing:
         return jnp.zeros((B, T, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
-    return Entropy(problem, tree, tile)(*leaves, normalizer)[0]
+    return Entropy(problem, tree, tile)(*leaves, *normalizer)[0]
 
 
-def received(problem: Problem, operands: Operands, normalizer, tile=None) -> jax.Array:
+def received(
+    problem: Problem, operands: Operands, normalizer: Normalizer, tile=None
+) -> jax.Array:
     """Sums up the weights of each key over all queries, BSN."""
     B, N, _, S = problem.sizes.BNTS
     if problem.sizes.are_nothing:
         return jnp.zeros((B, S, N), problem.wide)
     leaves, tree = jax.tree.flatten(operands)
-    return Received(problem, tree, tile)(*leaves, normalizer)[0]
-
-
-def closed(normalizer):
-    """Sets the normalizer to +∞ where a query sees nothing, so that its weights are 0."""
-    return jnp.where(normalizer == -jnp.inf, jnp.inf, normalizer)
-
-
-def log_weights(logits, allowed, normalizer):
-    """Computes log weight = logit − normalizer for a tile; −∞ for masked pairs."""
-    logits = logits - normalizer[..., None]
-    return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+    return Received(problem, tree, tile)(*leaves, *normalizer)[0]
 
 
 def surprise(log_weights):
@@ -63,55 +58,9 @@ def surprise(log_weights):
     return jnp.where(none, 0, -weights * jnp.where(none, 0, log_weights))
 
 
-class At(NamedTuple):
-    """The place of a tile: its heads, its block of queries and its block of keys."""
-
-    head: dict
-    i: Any
-    j: Any
-
-
-def sweep(layout: Layout, normalizer, carry, start, step, finish, ordered=False):
-    """Visits the log weights of every tile that is not empty, a query block at a time.
-
-        part = start(carry)
-        part = step(part, log_weights, at)      for each tile of the query block
-        carry = finish(carry, part, i, head)
-
-    `ordered` says that tiles must come in the order of their keys.
-    """
-    by_query, _ = schedules(layout)
-    by_query = by_query.in_order() if ordered and by_query is not None else by_query
-    normalizer = layout.queries(normalizer, fill=jnp.inf)  # so that padding weighs 0
-
-    def one_head(head, carry):
-        def one_block(i, carry):
-            query = layout.scaled(layout.rows(layout.query, T=i, **head.at))
-            rows = layout.rows(normalizer, T=i, **head.at)
-
-            def body(masked):
-                def one_tile(j, part):
-                    view = Tile(layout, head.aligned, i, j)
-                    key = layout.cut(head.key, "BKS.", S=j)
-                    logits = view.logits(products_of(layout, query, key), view.active)
-                    allowed = view.allowed() if masked else None
-                    logs = log_weights(logits, allowed, rows)
-                    return step(part, logs, At(head.at, i, j))
-
-                return one_tile
-
-            count = layout.counts["S"]
-            part = over_tiles(by_query, head, i, count, body, start(carry))
-            return finish(carry, part, i, head.at)
-
-        return loop(layout.counts["T"], one_block, carry)
-
-    return over_heads(layout, one_head, carry)
-
-
 @dataclasses.dataclass(frozen=True)
 class _View(Operation):
-    """An operation on the leaves of `Operands` and the normalizer BTN."""
+    """An operation on the leaves of `Operands` and the two numbers of the normalizer."""
 
     problem: Problem
     tree: Any
@@ -129,18 +78,19 @@ class _View(Operation):
 
     def joined(self, size, mapped, apart):
         """Joins the slices into a call with more examples; None if they share keys."""
-        found = join(self.problem, self.tree, size, mapped[:-1], apart[:-1])
+        found = join(self.problem, self.tree, size, mapped[:-2], apart[:-2])
         if found is None:
             return None
         problem, slots = found
         whole = Leading(size, self.problem.sizes.B, apart=True)
         operation = dataclasses.replace(self, problem=problem)
-        return Joined(operation, (*slots, whole), (whole,))
+        return Joined(operation, (*slots, whole, whole), (whole,))
 
     def lay(self, leaves, plan: Plan):
         """Lays out the call, and separates the normalizer from its leaves."""
-        *leaves, normalizer = leaves
-        return Layout(self.problem, self.tree.unflatten(leaves), plan), normalizer
+        *leaves, top, log_total = leaves
+        layout = Layout(self.problem, self.tree.unflatten(leaves), plan)
+        return layout, Normalizer(top, log_total)
 
     def by_rows(self, leaves, function):
         """Lays out the call in whole rows.
@@ -151,13 +101,13 @@ class _View(Operation):
         """
         layout, normalizer = self.lay(leaves, rows_plan(self.problem))
         key = jnp.moveaxis(layout.key.astype(self.problem.wide), 2, 1)
-        normalizer = layout.queries(normalizer, fill=jnp.inf)
+        normalizer = laid(layout, normalizer)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def of_block(i):
             view = Tile(layout, layout.aligned, i, 0)
             logits, allowed = row_logits(layout, view, key, i)
-            return function(log_weights(logits, allowed, layout.rows(normalizer, T=i)))
+            return function(log_weights(logits, allowed, rows_of(layout, normalizer, T=i)))
 
         return layout, of_block
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import joint
 from jattn.implementations.gpu import layout
-from jattn.implementations.kernel import Sums
 from jattn.implementations.shared import isolate, sum_all
+from jattn.implementations.sums import Sums
 
 _POWER = 126  # 2 to it and its inverse are normal float32; a GPU takes other ones for 0
 

@@ -18,7 +18,8 @@ from jattn.implementations.gpu.cotangents import (
     share_kernel,
 )
 from jattn.implementations.gpu.refusal import HOPPER, refusal
-from jattn.implementations.kernel import Kernel, Sums
+from jattn.implementations.kernel import Kernel
+from jattn.implementations.sums import Sums
 
 # With fewer, most rows of a block are padding, and most of the GPU has nothing to do. For
 # 16 heads and 8192 keys the kernel takes 0.25 ms for 1 to 128 queries, and blockwise 0.06

@@ -10,8 +10,9 @@ import numpy as np
 
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import joint
-from jattn.implementations.kernel import Kernel, Sums
+from jattn.implementations.kernel import Kernel
 from jattn.implementations.shared import isolate, row_numbers, sum_all
+from jattn.implementations.sums import Sums
 from jattn.implementations.tpu import layout
 from jattn.implementations.tpu.layout import LOG2_E
 from jattn.implementations.tpu.pairs import objection

@@ -9,7 +9,7 @@ import numpy as np
 
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import joint
-from jattn.implementations.kernel import Sums
+from jattn.implementations.sums import Sums
 from jattn.implementations.tpu.decode import rows, slots, steps
 from jattn.implementations.tpu.decode.slots import LANES, Slots
 from jattn.implementations.tpu.kernel import factors

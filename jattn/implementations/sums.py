@@ -1,0 +1,131 @@
+"""Partial answers whose maximum and sum stay apart, so that no weight is rounded by them.
+
+A `State` has the logsumexp, top + log total. It is as large as the logits, and so is its
+rounding: logits of 1e8 are 8 apart in float32, and log total is lost. Inside of a call, a
+sink and the answers of several parts of the keys are therefore combined from `Sums`.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jattn.state import State
+
+__all__ = ["Form", "Sums", "combined", "given_as", "of_state", "state_of", "with_sink"]
+
+Form = Literal["output", "state", "sums"]
+
+
+class Sums(NamedTuple):
+    """Sums over each row of logits, in the wide precision of the problem.
+
+        top    = maxₛ logitₛ              0 where the row sees nothing
+        total  = Σₛ exp(logitₛ − top)     0 where the row sees nothing
+
+    Derivatives treat `top` as a constant. So they are right for functions that use both
+    together: a change of top changes log total by the opposite amount.
+
+    A kernel may give another `top`, as long as top + log total is the logsumexp.
+    """
+
+    output: jax.Array  # BTND, Σₛ weightₛ vₛ; 0 where the row sees nothing
+    top: jax.Array  # BTN
+    total: jax.Array  # BTN
+
+
+def state_of(sums: Sums) -> State:
+    """Makes the state of the same keys: logsumexp = top + log total."""
+    logsumexp = lax.stop_gradient(sums.top) + log_total(sums)
+    return State(sums.output, logsumexp)
+
+
+def of_state(state: State) -> Sums:
+    """Makes the sums of a state; total is 1, and has the slope of the logsumexp."""
+    seen = state.logsumexp != -jnp.inf
+    logsumexp = jnp.where(seen, state.logsumexp, 0)
+    top = lax.stop_gradient(logsumexp)
+    return Sums(state.output, top, jnp.where(seen, jnp.exp(logsumexp - top), 0))
+
+
+def log_total(sums: Sums) -> jax.Array:
+    """Gives log Σₛ exp(logitₛ − top), −∞ where a row sees nothing."""
+    seen = sums.total != 0
+    return jnp.where(seen, jnp.log(jnp.where(seen, sums.total, 1)), -jnp.inf)
+
+
+def with_sink(sums: Sums, sink: jax.Array | None) -> jax.Array:
+    """Gives the output with one more logit in the denominator.
+
+        output · exp(logsumexp) / (exp(logsumexp) + exp(sink))
+            = output · share        share = 1 / (1 + exp(sink − top − log total))
+
+    `sink` broadcasts to `…TN`. Without a sink, the output stays as it is.
+    """
+    if sink is None:
+        return sums.output
+    seen = sums.total != 0
+    sink = jnp.broadcast_to(sink, seen.shape).astype(sums.top.dtype)
+    # The two large numbers first: what they have in common goes without rounding.
+    excess = sink - lax.stop_gradient(sums.top) - jnp.log(jnp.where(seen, sums.total, 1))
+    # As a logarithm, which cannot overflow. The derivative of a sigmoid, share (1 − share),
+    # would be 0 where the sink has less weight than a rounding of 1.
+    share = jnp.where(seen, jnp.exp(-jnp.logaddexp(excess, 0.0)), 0)
+    return sums.output.astype(share.dtype) * share[..., None]
+
+
+def given_as(form: Form, sums: Sums, sink: jax.Array | None, dtype) -> State | Sums:
+    """Gives a state with its sink and the output in `dtype`, or the sums as they are.
+
+    The state of the form "output" has the logsumexp None. Otherwise `jax.debug_infs` would
+    report the −∞ of a query that sees nothing, though the caller did not ask for it.
+    """
+    if form == "sums":
+        return sums
+    logsumexp: Any = state_of(sums).logsumexp if form == "state" else None
+    return State(with_sink(sums, sink).astype(dtype), logsumexp)
+
+
+def nothing(like: Sums) -> Sums:
+    """Gives the sums over no key, of these shapes and types, for `join` to add to."""
+    top = jnp.full(like.top.shape, jnp.finfo(like.top.dtype).min, like.top.dtype)
+    output, total = (jnp.zeros(x.shape, x.dtype) for x in (like.output, like.total))
+    return Sums(output, top, total)
+
+
+def join(so_far: Sums, part: Sums) -> Sums:
+    """Adds a part; the output of the result is a sum, not divided by the total yet.
+
+        top = max(a.top, b.top)      total = Σ total · exp(own top − top), likewise output
+
+    Neither part is rounded to the dtype of the inputs: only the end is.
+    """
+    own = own_top(part)
+    top = jnp.maximum(so_far.top, own)
+    before, share = jnp.exp(so_far.top - top), part.total * jnp.exp(own - top)
+    total = so_far.total * before + share
+    output = so_far.output * before[..., None] + share[..., None] * part.output
+    return Sums(output, top, total)
+
+
+def own_top(part: Sums) -> jax.Array:
+    """Gives the maximum of a part, a constant; the least number where it saw nothing."""
+    least = jnp.finfo(part.top.dtype).min
+    return lax.stop_gradient(jnp.where(part.total == 0, least, part.top))
+
+
+def finish(sums: Sums) -> Sums:
+    """Divides by the total: the sums of all keys, 0 where there was none."""
+    empty = sums.total == 0
+    output = sums.output / jnp.where(empty, 1, sums.total)[..., None]
+    return Sums(output, jnp.where(empty, 0, sums.top), sums.total)
+
+
+@jax.jit
+def combined(*parts: Sums) -> Sums:
+    """Gives the sums over all keys from those over disjoint parts of them."""
+    so_far = nothing(parts[0])
+    for part in parts:
+        so_far = join(so_far, part)
+    return finish(so_far)

@@ -1,0 +1,140 @@
+"""Sinks, parts and views are as exact at logits of 1e8 as at 1.
+
+The logits are exact in float32: whole numbers, at 1e8 all the same. What is then wrong by
+more than a few roundings, a rounded logsumexp has spoiled; at 1e8 it is off by up to 4.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn import caches, definition
+from jattn.masks import Causal
+from tests.helpers import small_tiles
+
+T, S, N, H, D = 8, 64, 2, 4, 3
+SIZES = (1.0, 18.0, 1e2, 1e4, 1e6, 1e8)
+# Some roundings of exponentials and divisions, and those of sums of 64 numbers.
+BOUND = 16 * float(np.finfo("float32").eps)
+
+
+def inputs(size: float):
+    """The query is (1, 0, 0, 0), so that the first number of a key is its logit."""
+    rng = np.random.default_rng(0)
+    query, key = np.zeros((1, T, N, H)), np.zeros((1, S, N, H))
+    query[..., 0] = 1
+    key[..., 0] = size + (np.round(2 * rng.standard_normal((1, S, N))) if size < 1e7 else 0)
+    value = rng.standard_normal((1, S, N, D))
+    return [x.astype(np.float32) for x in (query, key, value)]
+
+
+def exact(function, *arrays, **options):
+    """Calls a function of arrays in float64."""
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(x, jnp.float64) for x in arrays]
+        return np.asarray(function(*wide, scale=1.0, **options))
+
+
+def assert_near(got, want):
+    error = np.max(np.abs(np.asarray(got, np.float64) - want)) / np.max(np.abs(want))
+    assert error < BOUND
+
+
+def with_sink(query, key, value, sink, **options):
+    return definition.attention(query, key, value, sink=sink, **options)
+
+
+WAYS = {
+    "dense": lambda *x, **o: jattn.attention(*x, implementation="dense", **o),
+    "blockwise": lambda *x, **o: jattn.attention(*x, implementation="blockwise", **o),
+    "small tiles": small_tiles.attention,
+    "cache": lambda q, k, v, **o: caches.empty(1, S, N, H, D).append(k, v).attend(q, **o),
+    "weights": lambda q, k, v, **o: jnp.einsum(
+        "BNTS,BSND->BTND", jattn.attention_weights(q, k, **o), v
+    ),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("way", WAYS)
+def test_sinks(way, size):
+    arrays = inputs(size)
+    for below in (0, 10, 25) if size < 1e7 else (0,):
+        sink = np.float32([size, size - below])
+        assert_near(
+            WAYS[way](*arrays, sink=sink, scale=1.0), exact(with_sink, *arrays, sink)
+        )
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_sinks_that_have_little_weight(way, size):
+    """1 − share is not 0 where share rounds to 1."""
+    arrays = inputs(size)
+    for below in (0, 10, 25) if size < 1e7 else (0,):
+        sink = np.full(N, size - below, np.float32)
+        loss = lambda s: (WAYS[way](*arrays, sink=s, scale=1.0) ** 2).sum()
+        assert_near(jax.grad(loss)(sink), exact(_gradient, sink, *arrays))
+
+
+def _gradient(sink, *arrays, **options):
+    return jax.grad(lambda s: (with_sink(*arrays, s, **options) ** 2).sum())(sink)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_views(size):
+    query, key, _ = inputs(size)
+    sink = np.float32([size, size])
+    weights = exact(
+        lambda q, k, s, **o: definition.attention_weights(q, k, sink=s, **o),
+        query,
+        key,
+        sink,
+    )
+    log = lambda x: np.log(np.where(x > 0, x, 1))
+    rest = 1 - weights.sum(-1)
+    entropy = -(weights * log(weights)).sum(-1) - rest * log(rest)
+    options = {"sink": sink, "scale": 1.0}
+    received = weights.sum(2).swapaxes(1, 2)
+    assert_near(jattn.attention_entropy(query, key, **options), entropy.swapaxes(1, 2))
+    assert_near(jattn.attention_received(query, key, **options), received)
+    strongest = jattn.strongest_keys(query, key, S, **options).weights
+    assert_near(strongest, -np.sort(-weights.swapaxes(1, 2), axis=-1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_prompts_of_rolling_caches(size):
+    query, key, value = inputs(size)
+    query = np.repeat(query[:, :1], S, axis=1)
+    sink = np.float32([size, size])
+    kv = caches.rolling(1, S, N, H, D, sinks=2)
+    parts = []
+    for start, end in ((0, 40), (40, 47), (47, 48), (48, S)):
+        tokens = (x[:, start:end] for x in (query, key, value))
+        part, kv = kv.extend(*tokens, scale=1.0, sink=sink)
+        parts.append(part)
+    want = exact(with_sink, query, key, value, sink, mask=Causal())
+    assert_near(np.concatenate(parts, axis=1), want)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("strategy", ["merge", "ring"])
+def test_devices_that_see_unlike_many_keys(strategy, size):
+    query, key, value = inputs(size)
+    sink = np.float32([size, size])
+    options = {"mask": lambda b, n, t, s: s < 20}
+    context = jattn.Context("context", strategy=strategy)
+    with jax.set_mesh(jax.make_mesh((4,), ("context",))):
+        got = jax.jit(
+            lambda *x: jattn.attention(*x, sink=sink, scale=1.0, context=context, **options)
+        )(query, key, value)
+    assert_near(got, exact(with_sink, query, key, value, sink, **options))
+
+
+def test_a_rolling_cache_says_which_sink_does_not_fit():
+    query, key, value = inputs(1.0)
+    kv = caches.rolling(1, 8, N, H, D)
+    with pytest.raises(ValueError, match=r"caches\.extend: `sink`"):
+        kv.extend(query, key[:, :T], value[:, :T], sink=np.zeros(3, np.float32))
