@@ -18,7 +18,7 @@ from jattn.context.ways import part_of, prepare, rows_spec, specs, ways
 from jattn.implementations import dispatch
 from jattn.implementations.attention import Attention
 from jattn.implementations.kernel import Kernel
-from jattn.implementations.sums import Sums, state_of, with_sink
+from jattn.implementations.sums import Sums, given_as
 from jattn.state import State
 
 __all__ = ["attention_state"]
@@ -69,8 +69,7 @@ def _shard(core, place: Place, known, operands: Operands, sink, turns) -> State:
     sums = core(operands, known or turns)
     if place.strategy == "merge":
         sums = combined_over(sums, place.axis)
-    output = with_sink(sums, sink).astype(operands.query.dtype)
-    state = State(output, state_of(sums).logsumexp)
+    state: Any = given_as("state", sums, sink, operands.query.dtype)
     if swapped:
         state = jax.tree.map(lambda x: sequence_to_heads(x, swapped), state)
     return state
