@@ -12,10 +12,10 @@ import pytest
 import jattn
 from jattn import caches, definition
 from jattn.masks import Causal
-from tests.helpers import small_tiles
+from tests.helpers import emulated_tpu, flat, small_tiles
 
 T, S, N, H, D = 8, 64, 2, 4, 3
-SIZES = (1.0, 18.0, 1e2, 1e4, 1e6, 1e8)
+SIZES = (1.0, 1e2, 1e4, 1e8)
 # Some roundings of exponentials and divisions, and those of sums of 64 numbers.
 BOUND = 16 * float(np.finfo("float32").eps)
 
@@ -50,6 +50,8 @@ WAYS = {
     "dense": lambda *x, **o: jattn.attention(*x, implementation="dense", **o),
     "blockwise": lambda *x, **o: jattn.attention(*x, implementation="blockwise", **o),
     "small tiles": small_tiles.attention,
+    "one loop": lambda *x, **o: flat.attention_state(*x, **o).output,
+    "TPU": lambda *x, **o: emulated_tpu.attention_state(*x, **o).output,
     "cache": lambda q, k, v, **o: caches.empty(1, S, N, H, D).append(k, v).attend(q, **o),
     "weights": lambda q, k, v, **o: jnp.einsum(
         "BNTS,BSND->BTND", jattn.attention_weights(q, k, **o), v
