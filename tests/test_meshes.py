@@ -178,6 +178,65 @@ def test_arrays_that_carry_their_mesh(name):
         close(call(INPUTS, HELD), want)
 
 
+# Functions that bring numbers of Python, `jit`s and new axes beside what they capture.
+WRITTEN = {
+    "where": lambda x: {
+        "mask": lambda b, n, t, s: jnp.where(t > s, x["ids"][b, t] == x["ids"][b, s], True)
+    },
+    "select": lambda x: {
+        "modifier": lambda logit, b, n, t, s: jnp.select(
+            [t > s, t == s], [logit, x["slopes"][n]], 0.5
+        )
+    },
+    "stack": lambda x: {
+        "modifier": lambda logit, b, n, t, s: (
+            logit + jnp.stack([x["slopes"][n], x["table"][t]])[s % 2]
+        )
+    },
+    "logsumexp": lambda x: {
+        "modifier": lambda logit, b, n, t, s: logit - jax.nn.logsumexp(x["bias"][b, n, t])
+    },
+    "gelu": lambda x: {
+        "modifier": lambda logit, b, n, t, s: (
+            jax.nn.gelu(logit) + x["slopes"][n] * float(t.ndim)
+        )
+    },
+    "vmap": lambda x: {
+        "modifier": lambda logit, b, n, t, s: jax.vmap(
+            lambda c: jnp.where(c > 0.2, c * logit, 0.0)
+        )(x["slopes"]).sum()
+    },
+    "grad": lambda x: {
+        "modifier": lambda logit, b, n, t, s: jax.grad(
+            lambda y: jnp.tanh(y * x["slopes"][n])
+        )(logit)
+    },
+    "after a cap": lambda x: {
+        "modifier": modifiers.SoftCap(5.0)
+        >> (lambda logit, b, n, t, s: logit + x["slopes"][n])
+    },
+    "after slopes": lambda x: {
+        "modifier": modifiers.ALiBi(x["slopes"])
+        >> (lambda logit, b, n, t, s: logit + x["slopes"][n])
+    },
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_functions_over_arrays_on_explicit_axes(name):
+    def loss(slopes, inputs, held):
+        return jattn.attention(**inputs, **WRITTEN[name](held | {"slopes": slopes})).sum()
+
+    call = lambda inputs, held: jattn.attention(**inputs, **WRITTEN[name](held))
+    slope = jax.jit(jax.grad(loss))
+    want, want_slope = jax.jit(call)(INPUTS, HELD), slope(SLOPES, INPUTS, HELD)
+    inputs, held = cut(EXPLICIT, "heads")
+    with jax.set_mesh(EXPLICIT):
+        close(call(inputs, held), want)
+        close(jax.jit(call)(inputs, held), want)
+        close(slope(held["slopes"], inputs, held), want_slope, 1e-4)
+
+
 VIEWS = {
     "state": lambda x, o: jattn.attention_state(**x, **o),
     "logits": lambda x, o: jattn.attention_logits(x["query"], x["key"], **o),

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -147,33 +148,39 @@ def _traced_reading(function, scalars):
     Each array with explicit axes is replaced when a primitive reads it. A `jit` inside the
     function checks the types before any primitive reads them. So if the trace fails, it is
     repeated with `jit` disabled.
+
+    The function runs with this call's mesh, on which what was replaced is. But inside
+    `shard_map` a primitive checks the mesh before it calls its trace: then it runs with the
+    caller's mesh, and `_Reading` restores its own.
     """
     with take_current_trace() as outer:
         pass  # only to know the trace outside the function; `inner` below likewise
     own = jax.sharding.get_abstract_mesh()
     caller = own if _CALLER.get() is None else _CALLER.get()
 
-    def reading(*scalars):
-        with take_current_trace() as inner:
-            pass
-        # Inside `shard_map` a primitive checks the mesh before it calls its trace, so the
-        # function runs with the caller's mesh, and `_Reading` restores its own.
-        reads = _Reading(inner, outer, own)
-        with set_current_trace(reads), use_abstract_mesh(caller):
-            return function(*scalars)
+    def trace(mesh, jits_are_off):
+        def reading(*scalars):
+            with take_current_trace() as inner:
+                pass
+            reads = _Reading(inner, outer, own)
+            with set_current_trace(reads), use_abstract_mesh(mesh):
+                return function(*scalars)
 
-    trace = jax.make_jaxpr(reading, return_shape=True)
-    with contextlib.suppress(Exception):
-        return trace(*scalars)
-    with jax.disable_jit():
-        return trace(*scalars)
+        with jax.disable_jit(jits_are_off):
+            return jax.make_jaxpr(reading, return_shape=True)(*scalars)
+
+    *ways, last = itertools.product(dict.fromkeys((own, caller)), (False, True))
+    for way in ways:
+        with contextlib.suppress(Exception):
+            return trace(*way)
+    return trace(*last)
 
 
 class _Reading(jax.core.Trace):
     """A trace that passes everything on to the `inner` trace, except explicit axes.
 
     It replaces each array with explicit axes, once, by an array without explicit axes. The
-    `outer` trace makes that array.
+    `outer` trace makes that array; of one that the function itself computed, `inner` does.
     """
 
     def __init__(self, inner, outer, mesh):
@@ -185,10 +192,17 @@ class _Reading(jax.core.Trace):
         if _mesh_of(array) is None:
             return array
         if id(array) not in self.replaced:
-            with set_current_trace(self.outer):
+            # A `jit` gives its results the caller's mesh, and no other trace may have them.
+            own = getattr(array, "_trace", None) is self.inner
+            with set_current_trace(self.inner if own else self.outer):
                 # The array is kept too, so that no other array gets its id.
                 self.replaced[id(array)] = array, without_axes(array)
         return self.replaced[id(array)][1]
+
+    def stage_value(self, val):
+        """Takes in a number of Python, as `jnp.where(condition, x, 0)` has one."""
+        with set_current_trace(self.inner), use_abstract_mesh(self.mesh):
+            return self.inner.stage_value(self.read(val))
 
     def process_primitive(self, primitive, arrays, params, /):
         """Runs a primitive on the replaced arrays."""
