@@ -200,6 +200,17 @@ def test_attend_replaces_a_file_when_told_to(arrays, tmp_path):
         assert "output" in written.files
 
 
+@pytest.mark.parametrize("force", [["--force"], []])
+def test_a_link_stays_and_what_it_leads_to_is_written(force, arrays, tmp_path):
+    (tmp_path / "o.npz").symlink_to("real.npz")
+    if force:
+        (tmp_path / "real.npz").write_text("old")
+    assert main(["attend", "a.npz", "--out", "o.npz", *force]) == 0
+    assert (tmp_path / "o.npz").is_symlink()
+    with np.load("real.npz") as written:
+        assert "output" in written.files
+
+
 ATTEND_REFUSALS = {
     "missing.npz": "missing.npz: No such file or directory",
     ".": ".: Is a directory",
@@ -222,6 +233,9 @@ ATTEND_REFUSALS = {
     "a.npz --plot old.png": "old.png: the file exists; add --force to replace it",
     "a.npz --out a.npz --force": "a.npz: this is the input; write to another file",
     "a.npz --out no/o.npz": "no/o.npz: there is no folder no",
+    f"a.npz --out {'o' * 300}": "o: cannot be written, File name too long",
+    "a.npz --out pipe --force": "pipe: this is a device or a pipe; name a file",
+    "a.npz --out lost": "lost: there is no folder ",
     "a.npz --out folder": "folder: this is a folder; name a file in it",
     "a.npz --out o.png --plot o.png": "--out and --plot name the same file",
     "a.npz --out=": "the name of a file to write is empty",
@@ -244,6 +258,8 @@ def bad_files(arrays, tmp_path):
     (tmp_path / "old.npz").write_text("old")
     (tmp_path / "old.png").write_text("old")
     (tmp_path / "folder").mkdir()
+    os.mkfifo("pipe")
+    (tmp_path / "lost").symlink_to("nowhere/o.npz")
     np.save("one.npy", ones(3))
     np.savez("no_key.npz", query=ones(3, 1, 2))
     np.savez("objects.npz", query=np.array([{}]), key=ones(1), value=ones(1))
@@ -260,13 +276,13 @@ def bad_files(arrays, tmp_path):
 @pytest.mark.usefixtures("bad_files")
 @pytest.mark.parametrize("arguments", ATTEND_REFUSALS)
 def test_attend_refuses_in_one_line_and_writes_nothing(arguments, tmp_path, capsys):
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.iterdir()}
     assert main(["attend", *arguments.split()]) == 2
     printed, error = capsys.readouterr()
     assert (printed, error.count("\n")) == ("", 1)
     assert error.startswith("python -m jattn")
     assert ATTEND_REFUSALS[arguments] in error
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(

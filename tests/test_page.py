@@ -5,6 +5,7 @@ import dataclasses
 import html
 import importlib.resources
 import json
+import os
 import re
 import zlib
 
@@ -329,6 +330,18 @@ def test_page_is_saved_and_replaces_nothing_unasked(tmp_path):
     made.save(target, replace=True)
     assert target.read_text("utf-8") == made.html
     assert [path.name for path in tmp_path.iterdir()] == ["m.html"]
+
+
+def test_a_link_stays_and_a_pipe_is_refused(tmp_path):
+    made, link, real = page.mask(Causal(), 4), tmp_path / "m.html", tmp_path / "real.html"
+    real.write_text("mine")
+    link.symlink_to("real.html")
+    made.save(link, replace=True)
+    assert link.is_symlink()
+    assert real.read_text("utf-8") == made.html
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="pipe is no file; give another name"):
+        made.save(tmp_path / "pipe", replace=True)
 
 
 def test_a_failed_write_leaves_no_trace(tmp_path):

@@ -62,11 +62,14 @@ def check_target(path: str, force: bool, source: str | None = None) -> None:
     """
     if not path:
         raise Refusal("the name of a file to write is empty; name one, or leave it out.")
-    folder = os.path.dirname(path) or "."
+    leads_to = os.path.realpath(path) if os.path.islink(path) else path
+    folder = os.path.dirname(leads_to) or "."
     if not os.path.isdir(folder):
         raise Refusal(f"{path}: there is no folder {folder}.")
     if os.path.isdir(path):
         raise Refusal(f"{path}: this is a folder; name a file in it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Refusal(f"{path}: this is a device or a pipe; name a file.")
     if source and _are_same(path, source):
         raise Refusal(f"{path}: this is the input; write to another file.")
     if os.path.exists(path) and not force:
@@ -77,15 +80,19 @@ def check_target(path: str, force: bool, source: str | None = None) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """Gives the name of a temporary file beside `path`; it replaces `path` at success."""
+    """Gives the name of a temporary file beside `path`; it replaces `path` at success.
+
+    A link stays: the file that it leads to is replaced.
+    """
+    named, path = path, os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.part"
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise Refusal(f"{path}: cannot be written, {error.strerror or error}.") from None
+        raise Refusal(f"{named}: cannot be written, {error.strerror or error}.") from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # a name may be too long to be asked for
             os.remove(temporary)
 
 

@@ -39,25 +39,31 @@ class Page:
     def save(self, path, *, replace: bool = False) -> None:
         """Writes the page to a file; if that fails, no part of a file is left.
 
+        A link stays: the file that it leads to is written.
+
         Args:
             path: The name of the file, such as `"weights.html"`.
             replace: Whether an existing file may be replaced.
 
         Raises:
-            FileExistsError: If the file exists and `replace` is False.
+            FileExistsError: If the file exists and `replace` is False, or it is a device, a
+                pipe or a folder.
         """
         path = os.fspath(path)
         if os.path.exists(path) and not replace:
             raise FileExistsError(
                 f"Page.save: the file {path} exists; give another name, or `replace=True`."
             )
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise FileExistsError(f"Page.save: {path} is no file; give another name.")
+        path = os.path.realpath(path)
         temporary = f"{path}.{os.getpid()}.part"
         try:
             with open(temporary, "w", encoding="utf-8", newline="\n") as file:
                 file.write(self.html)
             os.replace(temporary, path)
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.remove(temporary)
 
     def __repr__(self) -> str:
