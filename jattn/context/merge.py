@@ -54,8 +54,10 @@ def combined_over(part: Sums, axis) -> Sums:
     own = own_top(part)
     # A maximum has no derivative across devices, and needs none.
     top = lax.pmax(own, axis)
-    share = part.total * jnp.exp(own - top)
+    # As in `merge`: a sink of ∞ has all the weight, unless another is ∞ too.
+    share = part.total * jnp.exp(jnp.where(own == jnp.inf, 0, own - top))
     total, output = lax.psum((share, share[..., None] * part.output), axis)
+    total = jnp.where((top == jnp.inf) & (total > 1), jnp.nan, total)
     return finish(Sums(output, top, total))
 
 

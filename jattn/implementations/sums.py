@@ -46,7 +46,8 @@ def of_state(state: State) -> Sums:
     seen = state.logsumexp != -jnp.inf
     logsumexp = jnp.where(seen, state.logsumexp, 0)
     top = lax.stop_gradient(logsumexp)
-    return Sums(state.output, top, jnp.where(seen, jnp.exp(logsumexp - top), 0))
+    change = jnp.where(top == jnp.inf, 0, logsumexp - top)  # ∞ − ∞ is NaN
+    return Sums(state.output, top, jnp.where(seen, jnp.exp(change), 0))
 
 
 def log_total(sums: Sums) -> jax.Array:
