@@ -85,6 +85,19 @@ def test_a_wrong_implementation_is_caught():
         assert_matches_definition(wrong, CASES[0])
 
 
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", np.float64, jnp.float64, float])
+def test_double_precision_is_exact_however_it_is_named(dtype, x64):
+    def wrong(query, key, value, **options):
+        output, logsumexp = jattn.attention_state(query, key, value, **options)
+        return jattn.State(output * (1 + 1e-9), logsumexp)
+
+    with jax.enable_x64(x64):
+        assert_matches_definition(_STATES["dense"], CASES[0], dtype)
+        with pytest.raises(AssertionError, match=r"plain, float64: `\w+` is off by"):
+            assert_matches_definition(wrong, CASES[0], dtype)
+
+
 def test_a_number_does_not_pass_for_the_logsumexp_of_a_row_that_sees_nothing():
     def wrong(query, key, value, **options):
         output, logsumexp = jattn.attention_state(query, key, value, **options)
