@@ -13,9 +13,19 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from jattn.arrays.integers import known_whole
 from jattn.blocks.block_table import BlockTable
 from jattn.pictures.colours import paint
-from jattn.pictures.numbers import EMPTY, FULL, PARTIAL, by_layer, cells, pool, shown_of
+from jattn.pictures.numbers import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    by_layer,
+    cells,
+    lengths,
+    pool,
+    shown_of,
+)
 from jattn.pictures.panels import INK, panels, side
 from jattn.pictures.words import received
 
@@ -104,17 +114,13 @@ def mask(
     Raises:
         ValueError: If the mask does not fit these lengths, or a length is below 1.
     """
-    key_length = length if key_length is None else key_length
+    length, key_length = lengths("plot.mask", length, key_length)
     if block is None:
         block = math.ceil(max(length, key_length) / (2 * _MOST_CELLS))
         if isinstance(mask, BlockTable):  # whole blocks of the table
             whole = max(mask.blocks)
             block = whole * math.ceil(block / whole)
-    if min(length, key_length, block) < 1:
-        raise ValueError(
-            f"plot.mask: `length`, `key_length` and `block` must be at least 1, got "
-            f"{length}, {key_length} and {block}."
-        )
+    block = known_whole("plot.mask", "block", block, 1)
     kinds = cells(mask, length, key_length, (block, block))
     rows, columns = side(None, length, block), side(None, key_length, block)
     figure, (axis,) = panels([""], rows, columns, title=title, below=0.6)

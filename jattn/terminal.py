@@ -13,6 +13,7 @@ from jattn.pictures.numbers import (
     cells,
     grid,
     heads_of,
+    lengths,
     pool,
     shown_of,
 )
@@ -113,12 +114,7 @@ def mask(mask, length: int, key_length: int | None = None, *, width: int = 80) -
         1 ████··
         2 ██████
     """
-    key_length = length if key_length is None else key_length
-    if min(length, key_length) < 1:
-        raise ValueError(
-            f"terminal.mask: `length` and `key_length` must be at least 1, got {length} "
-            f"and {key_length}."
-        )
+    length, key_length = lengths("terminal.mask", length, key_length)
     most = max(min(width - len(str(length)) - 1, _MOST_CELLS), 1)
     block = math.ceil(max(length, key_length) / most)
     # A `BlockTable` has `blocks`; of any other mask a cell may be one pair.

@@ -411,7 +411,10 @@ REFUSALS = {
         r"`received` must be SN or S, .* got shapes \[\(2, 3, 4\)\]",
     ),
     "entropy": (lambda: page.entropy([]), r"`entropies` must be TN or N, .* shapes \[\]"),
-    "mask": (lambda: page.mask(Causal(), 0), "must be at least 1, got 0, 0 and None"),
+    "mask": (lambda: page.mask(Causal(), 0), "`length` must be a whole number, at least 1"),
+    "half a query": (lambda: page.mask(Causal(), 4.5), "page.mask: `length` .* got 4.5"),
+    "half a key": (lambda: page.mask(Causal(), 4, 4.5), "`key_length` must .* got 4.5"),
+    "half a block": (lambda: page.mask(Causal(), 4, block=1.5), "`block` must .* got 1.5"),
     "table": (
         lambda: page.mask(jattn.block_table(Causal(), QUERY, QUERY, block=1), 4),
         r"page.mask: BlockTable\(1×1×3×3 in blocks of 1×1\) is not of 4 × 4 pairs",

@@ -250,7 +250,13 @@ def test_no_letter_of_entropy_is_cut_off(shape):
             lambda: plot.weights(np.ones((2, 3)), key_tokens=["a"]),
             "`key_tokens` must have S=3 tokens, got 1",
         ),
-        (lambda: plot.mask(Causal(), 0), "must be at least 1, got 0, 0 and 0"),
+        (
+            lambda: plot.mask(Causal(), 0),
+            "`length` must be a whole number, at least 1, got 0",
+        ),
+        (lambda: plot.mask(Causal(), 4.5), "plot.mask: `length` must .* got 4.5"),
+        (lambda: plot.mask(Causal(), 4, True), "`key_length` must .* got True"),
+        (lambda: plot.mask(Causal(), 4, block=2.5), "`block` must be a whole number"),
         (lambda: plot.mask(np.ones((2, 2), bool), 3), "must broadcast to"),
     ],
 )

@@ -83,7 +83,12 @@ def test_tokens_are_shown_in_printable_letters():
             lambda: terminal.weights(np.ones((2, 3)), key_tokens=["a"]),
             "terminal.weights: `key_tokens` must have S=3 tokens, got 1",
         ),
-        (lambda: terminal.mask(Causal(), 0), "must be at least 1, got 0 and 0"),
+        (
+            lambda: terminal.mask(Causal(), 0),
+            "`length` must be a whole number, at least 1, got 0",
+        ),
+        (lambda: terminal.mask(Causal(), 4.5), "terminal.mask: `length` must .* got 4.5"),
+        (lambda: terminal.mask(Causal(), 4, True), "`key_length` must .* got True"),
         (lambda: terminal.entropy([]), r"`entropies` must be one array .* got shapes \[\]"),
         (lambda: terminal.entropy([np.ones((0, 2))]), r"got shapes \[\(0, 2\)\]"),
         (

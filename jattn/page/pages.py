@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jattn.arrays.integers import known_whole
 from jattn.blocks.kinds import shares
 from jattn.page import assembly
 from jattn.page.blocks import blocks_of
 from jattn.page.document import Page, document
 from jattn.page.inputs import layers_of, named_tokens, options_of, per_layer
 from jattn.page.packing import packed
+from jattn.pictures.numbers import lengths
 
 _MASK_SCRIPTS = ("unpack.js", "theme.js", "pairs.js", "names.js", "mask.js")
 
@@ -186,12 +188,8 @@ def mask(
         Page('Mask of 1024 queries × 1024 keys', 0.1 MB)
     """
     where = "page.mask"
-    S = length if key_length is None else key_length
-    if min(length, S, 1 if block is None else block) < 1:
-        raise ValueError(
-            f"{where}: `length`, `key_length` and `block` must be at least 1, got "
-            f"{length}, {S} and {block}."
-        )
+    length, S = lengths(where, length, key_length)
+    block = block if block is None else known_whole(where, "block", block, 1)
     names = _names(where, tokens, key_tokens, length, S)
     found = blocks_of(where, mask, length, S, block)
     title = title or f"Mask of {length} queries × {S} keys"

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.api.weights import attention_logits
+from jattn.arrays.integers import known_whole
 from jattn.blocks.block_table import BlockTable
 from jattn.blocks.kinds import EMPTY, FULL, PARTIAL, resize, spread
 
@@ -28,6 +29,7 @@ __all__ = [
     "cells",
     "grid",
     "heads_of",
+    "lengths",
     "pool",
 ]
 
@@ -59,6 +61,14 @@ def allowed(mask, length: int, key_length: int | None = None, *, rows=None) -> n
     key = query if key_length is None else jnp.zeros((key_length, 1, 1))
     # Every product is 0, so that a logit is 0 or, where masked out, −∞.
     return np.asarray(attention_logits(query, key, mask=mask, rows=rows)[0] == 0)
+
+
+def lengths(where: str, length, key_length) -> tuple[int, int]:
+    """Checks how many queries and keys a picture of a mask has; as many keys by default."""
+    length = known_whole(where, "length", length, 1)
+    return length, known_whole(
+        where, "key_length", length if key_length is None else key_length, 1
+    )
 
 
 def cells(mask, length: int, key_length: int, block: tuple[int, int]) -> np.ndarray:
