@@ -140,6 +140,7 @@ def test_emulated(worker, job):
     [
         "small_cotangents_of_logits",
         "weights_near_one",
+        "small_values_of_keys_with_all_the_weight",
         "huge_logits",
         "soft_caps_of_all_sizes",
     ],

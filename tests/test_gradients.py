@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import definition
+from jattn import Dropout, definition
 from jattn.implementations.dispatch import DEFAULT_ORDER
 from jattn.masks import Causal
 from jattn.testing import CASES, check_gradients
-from tests.helpers import small_tiles
+from tests.helpers import emulated_tpu, small_tiles
 from tests.helpers.draws import normal
 from tests.helpers.params import quick_and_slow
 
@@ -145,3 +145,51 @@ def test_large_tiles_of_small_heads_have_right_gradients_of_all_else(head_dim, m
     for x, y in zip(got, want, strict=True):
         # Both are sums over up to 4 million pairs, whose terms are rounded to 1e-7.
         assert np.linalg.norm(x - y) <= 1e-4 * largest
+
+
+IN_TILES = {
+    "blockwise": functools.partial(jattn.attention_state, implementation="blockwise"),
+    "small tiles": small_tiles.attention_state,
+    "kernels": emulated_tpu.attention_state,
+}
+ALONE = {
+    "nothing": {},
+    "dropout": {"dropout": Dropout(0.5, jax.random.key(0))},
+    "a sink": {"sink": np.float32([40])},
+    "a scale": {"scale": jnp.float32(1)},
+}
+
+
+@pytest.mark.parametrize("way", IN_TILES)
+@pytest.mark.parametrize("beside", ALONE)
+@pytest.mark.parametrize("head_dim", [1, 8, 64])
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_a_key_with_all_the_weight_and_a_small_value_has_its_slope(
+    way, beside, head_dim, size
+):
+    """Its weight rounds to 1, but less of it gives the large values of other keys room."""
+    rng = np.random.default_rng(head_dim)
+    query, key = np.zeros((1, 4, 1, 4)), rng.standard_normal((1, 24, 1, 4))
+    query[..., 0] = 1
+    key[..., 0] = np.round(2 * key[..., 0])  # the first number is the logit
+    value = 1e5 * rng.standard_normal((1, 24, 1, head_dim))
+    key[0, 5, 0, 0], value[0, 5] = 32, size
+    arrays = [x.astype(np.float32) for x in (query, key, value)]
+    d_output = rng.standard_normal((1, 4, 1, head_dim)).astype(np.float32)
+
+    def gradients(attend, arrays, d_output):
+        options = {"scale": 1.0} | ALONE[beside]
+        total = lambda *arrays: jnp.sum(attend(*arrays, **options).output * d_output)
+        return jax.grad(total, (0, 1, 2))(*arrays)
+
+    dense = functools.partial(jattn.attention_state, implementation="dense")
+    got, near = (gradients(x, arrays, d_output) for x in (IN_TILES[way], dense))
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(x, jnp.float64) for x in (*arrays, d_output)]
+        want = gradients(definition.attention_state, wide[:3], wide[3])
+        want = [np.asarray(x) for x in want]
+    eps = float(np.finfo("float32").eps)
+    for x, y, exact in zip(got, near, want, strict=True):
+        error = lambda x, exact=exact: np.max(np.abs(np.asarray(x, np.float64) - exact))
+        # Of a sum of up to 64 products, in each of the two terms that are subtracted.
+        assert error(x) <= 1.5 * error(y) + 64 * eps * np.max(np.abs(exact))

@@ -7,6 +7,8 @@ where there is a mask, non-finite numbers are set to 0 before the product. After
 applied. A query that sees such a key then gets NaN, and the others do not.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -140,20 +142,40 @@ def logits(problem: Problem, operands: Operands, index: Index, products) -> jax.
     return products
 
 
-def row_factors(total):
-    """Computes two numbers of each row: the inverse of its total, and its threshold.
+def inverse_of(total):
+    """Computes 1 / total, which turns exponentials into weights; 0 in an empty row."""
+    return jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
 
-    The inverse, 1 / total, turns exponentials into weights; it is 0 where a row sees
-    nothing.
 
-    An exponential above the threshold belongs to a settled weight: this key has all the
-    weight of the row, to the last place, and the softmax is constant there. In exact
-    arithmetic v · d_output − δ is then 0. But the two numbers are rounded separately, so
-    callers set the difference to 0. The threshold is 0.5 where total = 1, and elsewhere 2,
-    which no exponential exceeds.
+def doubts(total, output, d_output, eps):
+    """Computes how far rounding may part v · d_output and δ; −1 where total is not 1.
+
+    Where total = 1, one key has all the weight of the row, to the last place. Its
+    v · d_output − δ is what the other keys have of δ: mostly far less than the rounding of
+    the two products, and then callers set it to 0. It is more where v is 0, or far smaller
+    than the other values. The sums of D products differ by up to √D / 2 roundings where all
+    have one sign, as measured for D from 1 to 512; twice that and one for the output make
+
+        doubt = (√D + 1) · eps · Σ |output · d_output|
+
+    Args:
+        total: The sum of the exponentials of a row, BTN.
+        output: Its output, BTND.
+        d_output: The cotangent of the output.
+        eps: The distance from 1 to the next number, in the precision of the products.
     """
-    inverse = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
-    return inverse, jnp.where(total == 1, jnp.array(0.5, total.dtype), 2)
+    sizes = inner(jnp.abs(output), jnp.abs(d_output))
+    doubt = (math.sqrt(output.shape[-1]) + 1) * eps * sizes
+    return jax.lax.stop_gradient(jnp.where(total == 1, doubt, -1))
+
+
+def without_doubt(d_weights, powers, delta, doubt):
+    """Gives the cotangents of weights; δ for the key with all the weight, if in doubt.
+
+    `powers` are the exponentials: that of the key with all the weight is more than 0.5.
+    """
+    same = (powers > 0.5) & (jnp.abs(d_weights - delta) <= doubt)
+    return jnp.where(same, delta, d_weights)
 
 
 @jax.custom_jvp
@@ -180,15 +202,11 @@ def _(primals, tangents):
 
 
 def factors_with_slope(top, total):
-    """Computes the numbers of `row_factors`, held constant, and the maximum beside them.
+    """Gives the maximum, and the inverse of the total, which is held constant.
 
     All derivatives of the weights then come from the maximum; see `_with_slope`.
-
-    Returns:
-        The maximum, the inverse of the total and the threshold.
     """
-    inverse, settled = map(jax.lax.stop_gradient, row_factors(total))
-    return _with_slope(top, total), inverse, settled
+    return _with_slope(top, total), jax.lax.stop_gradient(inverse_of(total))
 
 
 def row_numbers(outputs, cotangents):
@@ -197,13 +215,13 @@ def row_numbers(outputs, cotangents):
         δ = output · d_output        d_logsumexp = total · d_total
 
     Returns:
-        Top, the two numbers of `row_factors`, δ, and δ − d_logsumexp.
+        Top, the inverse of the total, the doubt, δ, and δ − d_logsumexp.
     """
     output, top, total = outputs
     d_output, _, d_total = cotangents
-    inverse, settled = row_factors(total)
     delta = inner(d_output, output)
-    return top, inverse, settled, delta, delta - d_total * total
+    doubt = doubts(total, output, d_output, float(jnp.finfo(total.dtype).eps))
+    return top, inverse_of(total), doubt, delta, delta - d_total * total
 
 
 def inner(x, y):

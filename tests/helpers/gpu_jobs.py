@@ -289,6 +289,27 @@ def weights_near_one():
     np.testing.assert_allclose(got[:, 1], want[:, 1], rtol=2 * eps)
 
 
+def small_values_of_keys_with_all_the_weight():
+    """A key whose weight rounds to 1 has its slope where its value is far below others."""
+    query, key = np.zeros((1, 16, 1, 16)), np.zeros((1, 24, 1, 16))
+    value = 4096 * np.random.default_rng(0).standard_normal((1, 24, 1, 8))
+    query[..., 0], value[0, 5] = 1, 0
+    # Two other keys have weights of e⁻¹⁸ = 1.5e-8, and a sum of 1 has no room for them.
+    key[..., 0], key[0, 5, 0, 0], key[0, 7:9, 0, 0] = -99, 18, 0
+
+    def gradient(attend, arrays):
+        total = lambda xs: jnp.sum(attend(*xs, scale=1.0).output.astype("float32"))
+        return [np.asarray(x).astype(np.float64) for x in jax.grad(total)(arrays)]
+
+    arrays = [jnp.asarray(x, "bfloat16") for x in (query, key, value)]
+    got = gradient(emulated_gpu.kernels, arrays)
+    with jax.enable_x64(True):
+        want = gradient(definition.attention_state, _wide(arrays))
+    for x, exact in zip(got[:2], want[:2], strict=True):
+        error, largest = np.max(np.abs(x - exact)), np.max(np.abs(exact))
+        assert error <= 2 * float(jnp.finfo("bfloat16").eps) * largest, (error, largest)
+
+
 def huge_logits():
     """Rows with logits up to 1e12 have their logsumexp, their output and their gradient.
 

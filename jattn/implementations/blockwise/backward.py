@@ -92,13 +92,17 @@ def _rows(layout: Layout, outputs, cotangents) -> tuple[jax.Array, ...]:
     """
     output, top, total = outputs
     d_output, _, d_total = cotangents
-    top, inverse, settled = shared.factors_with_slope(top, total)
+    top, inverse = shared.factors_with_slope(top, total)
     d_logsumexp = d_total * total
     divided = d_output
     if not layout.narrow:
         divided, d_logsumexp = d_output * inverse[..., None], d_logsumexp * inverse
     delta = shared.inner(divided, output)
-    rows = d_output, top, inverse, settled, delta, d_logsumexp
+    # A GPU may round the numbers of a float32 product to 10 bits.
+    is_coarse = layout.plan.flat and layout.problem.dtype == jnp.float32
+    eps = 2.0**-10 if is_coarse else float(jnp.finfo(total.dtype).eps)
+    doubt = shared.doubts(total, output, d_output, eps)
+    rows = d_output, top, inverse, doubt, delta, d_logsumexp
     return tuple(map(layout.queries, rows))
 
 

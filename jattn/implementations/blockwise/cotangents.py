@@ -20,7 +20,7 @@ class Rows(NamedTuple):
     d_output: jax.Array
     top: jax.Array
     inverse: jax.Array  # 1 / total
-    settled: jax.Array  # see `shared.row_factors`
+    doubt: jax.Array  # see `shared.doubts`
     delta: jax.Array
     d_logsumexp: jax.Array
 
@@ -112,8 +112,7 @@ def add_tile(head, queries: Rows, first, layout, masked, keys, at, carry):
         rows = rows._replace(query=shared.isolate(rows.query)[0], top=top)
     weights, powers = _weights(layout, logits, rows, allowed)
     d_weights = _d_weights(view, rows, value)
-    # Where a weight is 1, vₛ · d_output = δ exactly; see `shared.row_factors`.
-    d_weights = jnp.where(powers > row(rows.settled), row(rows.delta), d_weights)
+    d_weights = shared.without_doubt(d_weights, powers, row(rows.delta), row(rows.doubt))
     offset = rows.delta - rows.d_logsumexp
     d_products, d_chosen = pull(keep_allowed(weights * (d_weights - row(offset))))
     # The derivative of a modifier may be infinite or NaN at a masked pair.

@@ -36,7 +36,7 @@ def tangent(layout: Layout, outputs, tangents: Operands):
     A tangent of None is zero. The maximum is a constant in derivatives.
     """
     _, top, total = outputs
-    top, inverse, _ = shared.factors_with_slope(top, total)
+    top, inverse = shared.factors_with_slope(top, total)
     top = layout.queries(top)
     d_query, d_keys, d_active = _laid_out(layout, tangents)
 

@@ -34,7 +34,7 @@ from jattn.implementations.joint import Extras
 from jattn.implementations.shared import harmless, inner
 
 
-def row_numbers(problem: Problem, unit, outputs, cotangents):
+def row_numbers(problem: Problem, unit, outputs, cotangents, largest_value):
     """Computes top, level, share and rest of each row.
 
         top   = maxₛ logitₛ                  of what the kernel has for logits
@@ -44,13 +44,18 @@ def row_numbers(problem: Problem, unit, outputs, cotangents):
         rest  = δ − d_logsumexp              −d_logsumexp there
 
     Top and level stay apart: added up, they would be rounded by as much as top is. Where
-    one key has all the weight, the softmax is constant, and vₛ · d_output − δ is 0. The two
-    are rounded separately, so they are left out.
+    one key has all the weight, vₛ · d_output − δ is what a weight of 2⁻²⁴ for the others
+    makes of their values. The two are rounded separately, so they are left out, unless
+    the value of that key is so much smaller than the largest one that more would be lost
+    than a rounding of bfloat16, 2⁻⁸ · Σ |output · d_output|.
     """
     output, top, total = outputs
     d_output, _, d_total = cotangents
     empty = total == 0
-    settled = ~empty & (total <= 1)  # see `of_logits`
+    sizes = jnp.abs(output), jnp.abs(d_output)
+    lost = 2.0**-24 * largest_value.astype(total.dtype) * jnp.sum(sizes[1], axis=-1)
+    settled = (total <= 1) & (lost <= 2.0**-8 * inner(*sizes))  # see `of_logits`
+    settled &= ~empty
     top, level = base_of(top, jnp.where(empty, 1, total), unit)
     if problem.mask is not None:  # the kernels read a d_output that is finite, see `finite`
         finite = jnp.all(jnp.isfinite(d_output), axis=-1)

@@ -31,8 +31,8 @@ def representable(problem: Problem, cotangents: Sums):
     """
     if problem.dtype != jnp.float16:
         return jnp.ones((), problem.wide), cotangents
-    total = _magnitude(_largest(cotangents.total), 0)
-    power = _magnitude(_largest(cotangents.output), 0)
+    total = _magnitude(largest(cotangents.total), 0)
+    power = _magnitude(largest(cotangents.output), 0)
     factor, inverse = _factors(jnp.maximum(power, total - 32))
     return factor, Sums(*(x * inverse for x in cotangents))
 
@@ -47,14 +47,14 @@ def room(problem: Problem, operands: Operands, rows, outputs, cotangents: Sums):
     if problem.dtype != jnp.float16:
         return jnp.ones((), problem.wide), rows
     top, level, share, rest = rows
-    value = _largest(operands.value).astype(problem.wide)
-    products = value * _largest(jnp.sum(jnp.abs(cotangents.output), axis=-1))
-    most = _largest(cotangents.total * outputs.total) + 2 * products / (1 - problem.rate)
+    value = largest(operands.value).astype(problem.wide)
+    products = value * largest(jnp.sum(jnp.abs(cotangents.output), axis=-1))
+    most = largest(cotangents.total * outputs.total) + 2 * products / (1 - problem.rate)
     factor, inverse = _factors(_magnitude(most, 15) - 15)
     return factor, (top, level, share * inverse, rest * inverse)
 
 
-def _largest(array):
+def largest(array):
     """Gives the largest size of the numbers that are finite."""
     return jnp.max(jnp.where(jnp.isfinite(array), jnp.abs(array), 0), initial=0)
 

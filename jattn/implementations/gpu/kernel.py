@@ -12,6 +12,7 @@ from jattn.call.problem import Operands, Problem
 from jattn.implementations import joint, nvidia
 from jattn.implementations.gpu import finite, layout
 from jattn.implementations.gpu.cotangents import (
+    largest,
     of_operands,
     representable,
     room,
@@ -107,7 +108,7 @@ class GPU(Kernel):
         d_output = narrow.astype(problem.wide)
         cotangents = cotangents._replace(output=d_output)
         _, _, unit = layout.numbers(problem, operands)
-        rows = row_numbers(problem, unit, outputs, cotangents)
+        rows = row_numbers(problem, unit, outputs, cotangents, largest(operands.value))
         growth, rows = room(problem, operands, rows, outputs, cotangents)
         narrow = finite.cleaned(problem, narrow)
         operands = finite.of_backward(problem, operands)

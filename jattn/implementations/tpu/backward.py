@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jattn.implementations.joint import kind
-from jattn.implementations.shared import harmless
+from jattn.implementations.shared import harmless, without_doubt
 from jattn.implementations.tpu import schedule as steps
 from jattn.implementations.tpu.call import Arguments, Call
 from jattn.implementations.tpu.layout import LANES, LOG2_E
@@ -241,7 +241,7 @@ def _of_tile(call: Call, tile: Tile, rows, logits, d_weights, options):
         logits, pull = jax.vjp(lambda x, y: tile.logits(x, fill(y)), logits, chosen)
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
-    top, inverse, settled, delta, offset = (
+    top, inverse, doubt, delta, offset = (
         rows[0, 0, which : which + 1, tile.part.columns] for which in range(5)
     )
     # At most 1, even if the products were summed in another order than in forward.
@@ -252,8 +252,7 @@ def _of_tile(call: Call, tile: Tile, rows, logits, d_weights, options):
         grown = 1 / (1 - call.problem.rate)
         d_weights = jnp.where(kept, d_weights * grown, 0)
         dropped = jnp.where(kept, weights * grown, 0)
-    # Where a weight is 1, vₛ · d_output = δ exactly; see `shared.row_factors`.
-    d_weights = jnp.where(exponentials > settled, delta, d_weights)
+    d_weights = without_doubt(d_weights, exponentials, delta, doubt)
     d_logits = weights * (d_weights - offset)
     if pull is None:
         return dropped, d_logits, ()

@@ -103,9 +103,12 @@ class TPU(Kernel):
         ):
             return None
         sizes, wide = problem.sizes, problem.wide
+        narrow = cotangents.output.astype(problem.dtype)
+        # Rounded for δ as well, which is subtracted from the kernel's v · d_output.
+        cotangents = cotangents._replace(output=narrow.astype(wide))
         numbers = jnp.stack(row_numbers(outputs, cotangents), axis=-1)
         rows = (
-            layout.queries(cotangents.output.astype(problem.dtype), plan),
+            layout.queries(narrow, plan),
             layout.queries(numbers, plan),
         )
         arguments = arguments._replace(inputs=(*arguments.inputs, *rows))
