@@ -169,13 +169,13 @@ def doubts(total, output, d_output, eps):
     return jax.lax.stop_gradient(jnp.where(total == 1, doubt, -1))
 
 
-def without_doubt(d_weights, powers, delta, doubt):
-    """Gives the cotangents of weights; δ for the key with all the weight, if in doubt.
+def without_doubt(d_weights, delta, doubt):
+    """Gives the cotangents of weights; δ where the difference is less than the doubt.
 
-    `powers` are the exponentials: that of the key with all the weight is more than 0.5.
+    That counts for the key with all the weight of its row; those of the others are
+    multiplied by weights of a rounding.
     """
-    same = (powers > 0.5) & (jnp.abs(d_weights - delta) <= doubt)
-    return jnp.where(same, delta, d_weights)
+    return jnp.where(jnp.abs(d_weights - delta) <= doubt, delta, d_weights)
 
 
 @jax.custom_jvp

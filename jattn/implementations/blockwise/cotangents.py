@@ -48,15 +48,15 @@ def _pairs(layout: Layout, head, at, rows: Rows, key, masked):
 
 
 def _weights(layout: Layout, logits, rows: Rows, allowed):
-    """Computes the weights of a tile, and the exponentials exp(logit − top).
+    """Computes the weights of a tile.
 
-    A weight is exponential / total. Only narrow products need this division here;
+    A weight is exp(logit − top) / total. Only narrow products need this division here;
     otherwise `_rows` has divided by the total already, and the weights are exponentials.
     """
     row = lambda x: x[..., None, :]
     powers = exponentials(logits, row(rows.top))
     weights = powers * row(rows.inverse) if layout.narrow else powers
-    return weights if allowed is None else jnp.where(allowed, weights, 0), powers
+    return weights if allowed is None else jnp.where(allowed, weights, 0)
 
 
 def _d_weights(view: Tile, rows: Rows, value):
@@ -70,7 +70,7 @@ def add_deltas(head, queries: Rows, layout, masked, keys, at, deltas):
     rows, (key, value) = queries.at(layout, at[0]), keys
     view, allowed, products = _pairs(layout, head, at, rows, key, masked)
     logits = view.logits(products, view.active)
-    weights, _ = _weights(layout, logits, rows, allowed)
+    weights = _weights(layout, logits, rows, allowed)
     # XLA:CPU (jax 0.10) fuses a product of vectors of up to 32 numbers with the sum over
     # its first axis, and then the sum is wrong. It does not fuse across a `where`.
     part = weights * shared.rounded(_d_weights(view, rows, value))
@@ -110,9 +110,9 @@ def add_tile(head, queries: Rows, first, layout, masked, keys, at, carry):
         # Through top, a NaN of d_output reaches the pairs of its row that count.
         top = rows.top + poison.astype(layout.problem.wide)
         rows = rows._replace(query=shared.isolate(rows.query)[0], top=top)
-    weights, powers = _weights(layout, logits, rows, allowed)
+    weights = _weights(layout, logits, rows, allowed)
     d_weights = _d_weights(view, rows, value)
-    d_weights = shared.without_doubt(d_weights, powers, row(rows.delta), row(rows.doubt))
+    d_weights = shared.without_doubt(d_weights, row(rows.delta), row(rows.doubt))
     offset = rows.delta - rows.d_logsumexp
     d_products, d_chosen = pull(keep_allowed(weights * (d_weights - row(offset))))
     # The derivative of a modifier may be infinite or NaN at a masked pair.

@@ -57,7 +57,7 @@ class Layout:
         )
         # A product of two bfloat16 numbers is exact in float32, so bfloat16 may stay
         # narrow. Not every platform multiplies float16, so it is widened, tile by tile.
-        self.narrow = problem.dtype == jnp.bfloat16 and not wide
+        self.wide, self.narrow = wide, problem.dtype == jnp.bfloat16 and not wide
         # Folded products read the keys once, so these are not widened for the logits.
         self.narrow_logits = self.narrow and (plan.folded or not wide_logits)
         self.query = self._pad(operands.query, {1: "T"})

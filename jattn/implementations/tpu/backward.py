@@ -252,7 +252,7 @@ def _of_tile(call: Call, tile: Tile, rows, logits, d_weights, options):
         grown = 1 / (1 - call.problem.rate)
         d_weights = jnp.where(kept, d_weights * grown, 0)
         dropped = jnp.where(kept, weights * grown, 0)
-    d_weights = without_doubt(d_weights, exponentials, delta, doubt)
+    d_weights = without_doubt(d_weights, delta, doubt)
     d_logits = weights * (d_weights - offset)
     if pull is None:
         return dropped, d_logits, ()
