@@ -360,3 +360,28 @@ def test_known_rows_are_checked_inside_a_compiled_program_too():
     assert looks(jnp.array([1, 3]))(x).shape == (1, 2, 4)
     with pytest.raises(ValueError, match="within the T=4 queries, got 1…4"):
         looks(jnp.array([1, 4]))(x)
+
+
+@pytest.mark.parametrize("view", [jattn.attention_entropy, jattn.attention_received])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("what", ["query", "key", "slope", "slopes"])
+def test_gradients_in_half_precision_are_rounded_once(view, dtype, what):
+    """That by the normalizer and that by the weights mostly cancel."""
+    draw = np.random.default_rng(0).standard_normal
+    given = {name: jnp.asarray(draw((1, 512, 2, 8)), dtype) for name in ("query", "key")}
+    given |= {"slope": jnp.asarray(0.75, dtype), "slopes": jnp.asarray([0.7, 0.9], dtype)}
+    factor = jnp.asarray(abs(draw((1, 512, 1))), jnp.float32)
+
+    def total(x, dtype):
+        inputs = given | {what: x}
+        far = lambda t, s: jnp.abs(t - s).astype("float32") / 200
+        slope = lambda n: inputs["slopes"][n].astype("float32") + inputs["slope"]
+        modifier = lambda x, b, n, t, s: x - slope(n).astype("float32") * far(t, s)
+        arrays = (inputs[name].astype(dtype) for name in ("query", "key"))
+        return jnp.sum(view(*arrays, modifier=modifier) * factor)
+
+    with jax.numpy_dtype_promotion("standard"):
+        got = jax.grad(total)(given[what], dtype)
+        want = jax.grad(total)(given[what].astype("float32"), "float32")
+    error = np.max(np.abs(np.float32(got) - np.float32(want)))
+    assert error <= float(jnp.finfo(dtype).eps) * np.max(np.abs(np.float32(want)))

@@ -23,6 +23,7 @@ from jattn.call.options import WeightOptions, checked
 from jattn.call.pose import check_sink, pose
 from jattn.call.problem import Operands, Problem, apart
 from jattn.implementations.blockwise import summaries
+from jattn.implementations.blockwise.prepare import prepare
 from jattn.implementations.blockwise.sweep import Normalizer
 from jattn.implementations.run import attend
 from jattn.implementations.sums import log_total
@@ -152,6 +153,22 @@ def _pose(where, query, key, logsumexp, options):
     return problem, (operands, check_sink(where, sink, sizes), logsumexp)
 
 
+def _read_twice(problem: Problem, operands: Operands, tile):
+    """Gives a call that the two operations of a view read, in the wide precision.
+
+    The normalizer is one, the sum of the weights the other. Each rounds its cotangents to
+    the dtype of what it reads, and the two mostly cancel; so the sum is rounded instead.
+    """
+    if problem.sizes.are_nothing:
+        return problem, operands
+    wide = (getattr(operands, name).astype(problem.wide) for name in _VECTORS)
+    operands = operands._replace(**dict(zip(_VECTORS, wide, strict=True)))
+    return prepare(dataclasses.replace(problem, dtype=problem.wide), operands, tile)
+
+
+_VECTORS = "query", "key", "value"
+
+
 def _normalizer(problem: Problem, operands: Operands, sink, logsumexp) -> Normalizer:
     """Computes what the logits are lowered by, the sink counted."""
     if logsumexp is None:
@@ -175,6 +192,7 @@ def _of_rows(sink, rows):
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _entropy(problem: Problem, average: bool, arrays, tile=None):
     operands, spoil = apart(arrays[0])
+    problem, operands = _read_twice(problem, operands, tile)
     _, sink, logsumexp = arrays
     normalizer = _normalizer(problem, operands, sink, logsumexp)
     entropy = summaries.entropy(problem, operands, normalizer, tile)
@@ -189,6 +207,7 @@ def _entropy(problem: Problem, average: bool, arrays, tile=None):
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _received(problem: Problem, average: bool, arrays, tile=None):
     operands, spoil = apart(arrays[0])
+    problem, operands = _read_twice(problem, operands, tile)
     normalizer = _normalizer(problem, operands, *arrays[1:])
     received = summaries.received(problem, operands, normalizer, tile)
     return spoil(jnp.mean(received, axis=2) if average else received)
