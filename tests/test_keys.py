@@ -171,9 +171,9 @@ def _shared(problem):
 
 @pytest.mark.parametrize("name", ["relu", "vjp", "causal", "window", "prefix", "cap"])
 def test_alike_calls_compile_once(name):
-    before = jattn.api.attention._state._cache_size()
+    before = jattn.api.attention._on_one._cache_size()
     results = [jattn.attention(QUERY, KEY, KEY, **ALIKE[name](i)) for i in range(1, 6)]
-    assert jattn.api.attention._state._cache_size() - before <= 1
+    assert jattn.api.attention._on_one._cache_size() - before <= 1
     for i, result in enumerate(results, 1):
         want = jattn.definition.attention(QUERY, KEY, KEY, **ALIKE[name](i))
         np.testing.assert_allclose(result, want, atol=1e-6)
