@@ -281,7 +281,7 @@ def merged(state):
 
 
 def states():
-    """One for each device, some of which saw nothing, and one is a sink of ∞."""
+    """Makes a state for each device: some saw no key, and one is that of a sink of ∞."""
     logsumexp = np.random.default_rng(1).standard_normal((DEVICES, 5, 3))
     logsumexp[:, 0] = logsumexp[3] = -np.inf
     logsumexp[5, 1] = np.inf
@@ -330,7 +330,7 @@ def test_decoding_over_a_cache_in_shards():
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [P(None, "x"), P("y", "x"), P(None, ("y", "x"), None)])
 def test_explicit_types_are_the_context(spec):
-    """Nothing is said, nothing but ids gathered, and gradients lie as their arrays do."""
+    """Takes the context from the types; output and gradients lie as their arrays do."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.enable_x64(True):
         *arrays, slopes, ids = documents_inputs()

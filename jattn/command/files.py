@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jattn.command.refusal import Refusal
+from jattn.page import document
 
 _BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -80,20 +81,12 @@ def check_target(path: str, force: bool, source: str | None = None) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """Gives the name of a temporary file beside `path`; it replaces `path` at success.
-
-    A link stays: the file that it leads to is replaced.
-    """
-    named, path = path, os.path.realpath(path)
-    temporary = f"{path}.{os.getpid()}.part"
+    """Does what `document.replacing` does; an error of writing becomes a refusal."""
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with document.replacing(path) as temporary:
+            yield temporary
     except OSError as error:
-        raise Refusal(f"{named}: cannot be written, {error.strerror or error}.") from None
-    finally:
-        with contextlib.suppress(OSError):  # a name may be too long to be asked for
-            os.remove(temporary)
+        raise Refusal(f"{path}: cannot be written, {error.strerror or error}.") from None
 
 
 def is_page(path: str | None) -> bool:

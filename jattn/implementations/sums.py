@@ -89,7 +89,7 @@ def given_as(form: Form, sums: Sums, sink: jax.Array | None, dtype) -> State | S
 
 
 def nothing(like: Sums) -> Sums:
-    """Gives the sums over no key, of these shapes and types, for `join` to add to."""
+    """Makes the sums of no key, where `join` begins, in the shapes and types of `like`."""
     top = jnp.full(like.top.shape, jnp.finfo(like.top.dtype).min, like.top.dtype)
     output, total = (jnp.zeros(x.shape, x.dtype) for x in (like.output, like.total))
     return Sums(output, top, total)

@@ -12,16 +12,32 @@ import importlib.resources
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-__all__ = ["Page", "document"]
+__all__ = ["Page", "document", "replacing"]
 
 _SAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 _FRAME = (
     '<iframe title="{title}" srcdoc="{page}" sandbox="allow-scripts" loading="lazy" '
     'style="width:100%;height:720px;border:0;border-radius:8px"></iframe>'
 )
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """Gives the name of a temporary file beside `path`; it replaces `path` at success.
+
+    A link stays: the file that it leads to is replaced.
+    """
+    path = os.path.realpath(path)
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # a name may be too long to be asked for
+            os.remove(temporary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +72,11 @@ class Page:
             )
         if os.path.exists(path) and not os.path.isfile(path):
             raise FileExistsError(f"Page.save: {path} is no file; give another name.")
-        path = os.path.realpath(path)
-        temporary = f"{path}.{os.getpid()}.part"
-        try:
-            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-                file.write(self.html)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
+        with (
+            replacing(path) as temporary,
+            open(temporary, "w", encoding="utf-8", newline="\n") as file,
+        ):
+            file.write(self.html)
 
     def __repr__(self) -> str:
         return f"Page({self.title!r}, {len(self.html) / 1e6:.1f} MB)"
