@@ -168,7 +168,12 @@ def torch_speeds(file: File, turn: Callable):
     calls = [(row, *x) for row in ROWS for x in gpu_torch.calls(row, WINDOW, DOCUMENT)]
     turn()
     for row, name, call in calls:
-        seconds, by_host = gpu_torch.times(call, row.repeats)
+        facts = {"part": name} | dataclasses.asdict(row)
+        try:
+            seconds, by_host = gpu_torch.times(call, row.repeats)
+        except Exception as error:  # noqa: BLE001  (the next row is worth its time)
+            file.say(**facts, failed=f"{type(error).__name__}: {str(error)[:300]}")
+            continue
         speed = row.operations / seconds / 1e12
         times = {"ms": 1e3 * seconds, "call_ms": 1e3 * by_host, "tflops": speed}
-        file.say(**{"part": name} | dataclasses.asdict(row) | times)
+        file.say(**facts, **times)
