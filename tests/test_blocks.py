@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattn.blocks import graph, indexing, intervals
+from jattn.blocks import graph, intervals, ranges
 from jattn.blocks.classify import classify, dead_blocks, evaluate
 from jattn.blocks.classify import grid as cut_grid
 from tests.helpers import random_masks
@@ -179,10 +179,11 @@ def test_tables_are_exact(name):
 
 
 @pytest.mark.parametrize("name", [*SIMPLE, "segments & sink", "causal - 3 | segments"])
-@pytest.mark.parametrize("compares", [True, False], ids=["compared", "in levels"])
-def test_tables_are_exact_when_traced(name, compares, monkeypatch):
-    if compares:  # as on a GPU
-        monkeypatch.setattr(indexing, "_least_of_levels", indexing._least_in)
+@pytest.mark.parametrize("size", [None, 1, 4], ids=["in levels", "compared", "in parts"])
+def test_tables_are_exact_when_traced(name, size, monkeypatch):
+    if size:  # as on a GPU
+        compare = functools.partial(ranges._least_in, size)
+        monkeypatch.setattr(ranges, "_least_of_levels", compare)
     mask = (SIMPLE | JOINED)[name]
     shape, _, cut = LAYOUTS[0]
 
@@ -197,7 +198,8 @@ def test_tables_are_exact_when_traced(name, compares, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bool", "int4", "uint32", "float8_e4m3fn", "float32"])
 @pytest.mark.parametrize("batched", [False, True])
-def test_least_of_a_range_by_comparing_and_by_levels(dtype, batched):
+@pytest.mark.parametrize("size", [1, 4, 13])
+def test_least_of_a_range_by_comparing_and_by_levels(dtype, batched, size):
     rng = np.random.default_rng(0)
     table = jnp.asarray(rng.integers(-8, 8, (3, 13, 2))).astype(dtype)
     if dtype == "float32":
@@ -206,8 +208,8 @@ def test_least_of_a_range_by_comparing_and_by_levels(dtype, batched):
     hi = jnp.minimum(lo + jnp.asarray(rng.integers(0, 13, (1, 1, 4, 5)), jnp.int32), 12)
     rest = (jnp.arange(3, dtype=jnp.int32).reshape(3, 1, 1, 1),) if batched else ()
     table = table if batched else table[0]
-    compared = indexing._least_in(table, lo, hi, *rest)
-    in_levels = indexing._least_of_levels(table, lo, hi, *rest)
+    compared = ranges._least_in(size, table, lo, hi, *rest)
+    in_levels = ranges._least_of_levels(table, lo, hi, *rest)
     assert compared.dtype == in_levels.dtype
     np.testing.assert_array_equal(compared, in_levels)
 

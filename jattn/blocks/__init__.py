@@ -5,6 +5,7 @@
 `division`      the rules of quotients, remainders and shifts
 `rules`         the rules of comparisons, logic and selection
 `rearrange`     the rules of types, shapes and reductions
+`ranges`        the least and the greatest value over ranges of an array
 `indexing`      the rules of indexing
 `graph`         a jaxpr as a graph, in which values that see one side are computed at once
 `infinite`      which functions may answer −∞

@@ -12,7 +12,6 @@ from jattn.blocks.bounds import (
     Layout,
 )
 from jattn.blocks.graph import KEY, QUERY, Node, size
-from jattn.blocks.indexing import range_extremes
 from jattn.blocks.intervals import (
     Interval,
     apply,
@@ -23,6 +22,7 @@ from jattn.blocks.intervals import (
     typed,
     unknown,
 )
+from jattn.blocks.ranges import range_extremes
 
 _MAX_SIZE = 2**26  # numbers of a value over all blocks; a larger value counts as unknown
 
