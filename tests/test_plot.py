@@ -240,8 +240,15 @@ def test_no_letter_of_entropy_is_cut_off(shape):
     [
         (lambda: plot.weights(np.ones(3)), r"must be BNTS, NTS or TS .* got shape \(3,\)"),
         (lambda: plot.weights(np.ones((2, 0))), "no axis of size 0"),
-        (lambda: plot.weights(np.ones((2, 3, 3)), heads=[2]), r"the N=2 heads, got \[2\]"),
-        (lambda: plot.weights(np.ones((3, 3)), heads=[]), r"the N=1 heads, got \[\]"),
+        (lambda: plot.weights(np.ones((2, 3, 3)), heads=[2]), r"N=2 heads, .*, got \[2\]"),
+        (lambda: plot.weights(np.ones((3, 3)), heads=[]), r"N=1 heads, .*, got \[\]"),
+        (
+            lambda: plot.weights(np.ones((2, 3, 3)), heads=[1.5]),
+            r"whole numbers, got \[1.5",
+        ),
+        (lambda: plot.weights(np.ones((2, 3, 3)), heads=[True]), "whole numbers, got"),
+        (lambda: plot.weights(np.ones((2, 3, 3)), heads="1"), "whole numbers, got '1'"),
+        (lambda: plot.weights(np.ones((3, 3)), query_tokens="abc"), "got one string"),
         (
             lambda: plot.weights(np.ones((2, 3)), query_tokens=["a"]),
             "`query_tokens` must have T=2 tokens, got 1",

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.api.weights import attention_logits
+from jattn.arrays.checks import known_number
 from jattn.arrays.integers import known_whole
 from jattn.blocks.block_table import BlockTable
 from jattn.blocks.kinds import EMPTY, FULL, PARTIAL, resize, spread
@@ -225,17 +226,23 @@ def _over_blocks(combine: np.ufunc, pairs: np.ndarray, block: tuple[int, int]):
 
 
 def _chosen(where: str, heads, N: int) -> list[int]:
-    chosen = list(range(N)) if heads is None else [int(head) for head in heads]
-    if not chosen or not all(-N <= head < N for head in chosen):
+    if heads is None:
+        return list(range(N))
+    chosen = [known_number(head) for head in np.atleast_1d(np.asarray(heads, object))]
+    if not chosen or not all(isinstance(x, int) and -N <= x < N for x in chosen):
         raise ValueError(
-            f"{where}: `heads` must be indices of the N={N} heads, got {chosen}."
+            f"{where}: `heads` must be indices of the N={N} heads, whole numbers, got "
+            f"{heads!r}."
         )
     return chosen
 
 
 def _check_tokens(where: str, name: str, tokens, letter: str, length: int) -> None:
-    if tokens is not None and len(tokens) != length:
+    if tokens is None:
+        return
+    if isinstance(tokens, str) or len(tokens) != length:
+        got = "one string" if isinstance(tokens, str) else str(len(tokens))
         raise ValueError(
-            f"{where}: `{name}` must have {letter}={length} tokens, got {len(tokens)}; "
-            f"give one string for each."
+            f"{where}: `{name}` must have {letter}={length} tokens, got {got}; give one "
+            f"string for each."
         )
