@@ -7,7 +7,10 @@ import pytest
 
 import jattn
 from jattn.call.pose import pose
+from jattn.implementations import nvidia
 from jattn.implementations.dispatch import IMPLEMENTATIONS
+from jattn.implementations.gpu.kernel import GPU
+from jattn.implementations.gpu.refusal import HOPPER
 from jattn.masks import Causal
 from jattn.testing import CASES, assert_matches_definition, random_inputs
 
@@ -66,3 +69,25 @@ def test_what_nobody_sees_may_be_anything(implementation):
     for x, y in ((d_key, want[1]), (d_value, want[2])):
         x, y = (np.asarray(x[:, after:], "float32") for x in (x, y))
         np.testing.assert_allclose(x, y, rtol=2**-6, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        "weights_near_one",
+        "small_values_of_keys_with_all_the_weight",
+        "huge_logits",
+        "soft_caps_of_all_sizes",
+        "small_cotangents_of_logits",
+        "small_cotangents_and_large",
+        "hidden_is_ignored",
+        "traced_tables_match",
+    ],
+)
+def test_what_is_emulated_elsewhere(job, monkeypatch):
+    if nvidia.capability() != HOPPER:
+        pytest.skip("needs Hopper")
+    from tests.helpers import emulated_gpu, gpu_jobs
+
+    monkeypatch.setattr(emulated_gpu, "kernel", lambda capability=HOPPER: GPU())
+    getattr(gpu_jobs, job)()
