@@ -257,11 +257,11 @@ MESSAGES = {
     ),
     "cap_without_end": (
         lambda: modifiers.SoftCap(float("inf")),
-        "modifiers.SoftCap: `cap` must be between 1.2e-38 and 3.4e+38, got inf; where",
+        "modifiers.SoftCap: `cap` must be between 8.7e-19 and 1.3e+30, got inf; where",
     ),
     "cap_that_float32_has_not": (
         lambda: modifiers.SoftCap(np.float64(1e-60)),
-        "modifiers.SoftCap: `cap` must be between 1.2e-38 and 3.4e+38, got 1e-60; where",
+        "modifiers.SoftCap: `cap` must be between 8.7e-19 and 1.3e+30, got 1e-60; where",
     ),
     "class_as_modifier": (
         lambda: attend(modifier=modifiers.SoftCap),

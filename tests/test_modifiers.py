@@ -39,6 +39,68 @@ def test_soft_cap_far_above_the_logits_changes_nothing():
     np.testing.assert_allclose(logits(SoftCap(1e4)), PLAIN, rtol=1e-5)
 
 
+def slopes_of_cap(ratio):
+    """Gives the derivatives of a soft cap by the logit and by the cap, in float64."""
+    squared = 1 / np.cosh(ratio) ** 2
+    by_cap = np.tanh(ratio) - ratio * squared
+    # Below this the fourth term, 2e-13 of the sum, is less than what the difference loses.
+    series = 2 / 3 * ratio**3 * (1 - 4 / 5 * ratio**2 + 17 / 35 * ratio**4)
+    return squared, np.where(np.abs(ratio) < 0.01, series, by_cap)
+
+
+# In float32 tanh rounds to 1 above 9, and 1 − tanh² was 0 from 8 on.
+@pytest.mark.parametrize("ratio", [1e-9, -1e-4, 0.02, -0.9, 1.1, 7.5, -8.5, 12.0, 40.0])
+@pytest.mark.parametrize("cap", [1e-6, 50.0, 1e20])
+def test_derivatives_of_a_soft_cap_keep_their_digits(ratio, cap):
+    logit, cap = jnp.float32(ratio * cap), jnp.float32(cap)
+    one = jnp.ones((1, 1, 1))
+
+    def capped(logit, cap):
+        options = {"modifier": SoftCap(cap), "scale": 1.0}
+        return jattn.attention_logits(logit * one, one, **options)[0, 0, 0]
+
+    got = jax.grad(capped, (0, 1))(logit, cap)
+    exact = float(logit) / float(cap)
+    # The ratio is rounded twice, and sech² has 2 |ratio| times the relative error of it.
+    rtol = (8 + 4 * abs(exact)) * float(jnp.finfo(jnp.float32).eps)
+    np.testing.assert_allclose(got, slopes_of_cap(exact), rtol)
+
+
+def test_second_derivatives_of_a_soft_cap_are_those_of_tanh():
+    with jax.enable_x64(True):
+        ratio = np.array([-30.0, -3.0, -0.5, 0.1, 0.99, 1.01, 8.0])
+        logits, cap = jnp.asarray(3 * ratio), jnp.float64(3)
+        modify = lambda x, c: SoftCap(c).modify(x, 0, 0, 0, 0, c)
+        got = [
+            jax.vmap(jax.jacrev(jax.grad(modify, i), j), (0, None))(logits, cap)
+            for i, j in ((0, 0), (0, 1), (1, 0), (1, 1))
+        ]
+    bend = -2 * np.tanh(ratio) / np.cosh(ratio) ** 2 / 3
+    want = bend, -ratio * bend, -ratio * bend, ratio**2 * bend
+    np.testing.assert_allclose(got, want, rtol=1e-11)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_saturated_logits_have_the_gradient_of_the_definition(implementation):
+    query, key, value = (normal(i, (1, 5, 1, 4)) for i in range(3))
+    arrays = 3 * query, 3 * key, value  # logits of up to 20, forty times the cap
+
+    def gradient(attention, *arrays, **options):
+        total = lambda x, cap: jnp.sum(
+            jnp.sin(attention(x, *arrays[1:3], modifier=SoftCap(cap), **options))
+        )
+        return jax.grad(total, (0, 1))(arrays[0], arrays[3])
+
+    got = gradient(
+        jattn.attention, *arrays, jnp.float32(0.5), implementation=implementation
+    )
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (*arrays, 0.5)]
+        want = gradient(jattn.definition.attention, *wide)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-4)
+
+
 def test_alibi_takes_the_distance_times_the_slope():
     slopes = jnp.array([0.5, 0.25])
     expected = PLAIN - np.asarray(slopes)[:, None, None] * abs(t - s)
@@ -48,6 +110,16 @@ def test_alibi_takes_the_distance_times_the_slope():
 def test_alibi_slopes_are_the_paper_s():
     np.testing.assert_allclose(alibi_slopes(8), 2.0 ** -np.arange(1, 9))
     np.testing.assert_allclose(alibi_slopes(3), [2**-4, 2**-8, 2**-2])
+
+
+def test_alibi_slopes_are_as_precise_as_inputs_in_double_precision():
+    exact = 2.0 ** np.array([-1.0, -2, -3, -4, -5, -6, -7, -8, -0.5, -1.5, -2.5, -3.5])
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(alibi_slopes(12), exact)
+        zeros = jnp.zeros((100, 12, 1), jnp.float64)
+        got = jattn.attention_logits(zeros, zeros, modifier=ALiBi())
+    distances = np.abs(np.subtract.outer(np.arange(100), np.arange(100)))
+    np.testing.assert_array_equal(got, -exact[:, None, None] * distances)
 
 
 def test_alibi_without_slopes_takes_the_paper_s():
@@ -68,6 +140,23 @@ def test_relative_bias_reads_the_table_at_the_bucket_of_the_offset():
 )
 def test_log_bucket_is_that_of_t5(offset, index):
     assert int(log_bucket(32, 128)(jnp.int32(offset))) == index
+
+
+# One distance is at the begin of a bucket exactly: log(10) / log(100) · 2 = 1.
+@pytest.mark.parametrize(
+    ("sizes", "far", "indices"),
+    [
+        ((6, 100, True), 10, [1, 2]),
+        ((32, 800, True), 80, [11, 12]),
+        ((8, 144, False), 24, [5, 6]),
+        ((64, 50, False), 40, [46, 48]),
+        ((36, 8192, False), 384, [26, 27]),
+        ((32, 8192, False), 5548, [30, 31]),  # 5547 is 30.9999997
+    ],
+)
+def test_a_bucket_begins_where_its_formula_says(sizes, far, indices):
+    bucket = jax.jit(log_bucket(*sizes))
+    assert [int(bucket(jnp.int32(-x))) for x in (far - 1, far)] == indices
 
 
 def test_log_bucket_of_one_direction_has_no_place_for_later_keys():

@@ -10,6 +10,7 @@ that are read by row and column, and `modify` gets their elements for its pair.
 
     `modifier`      what a modifier is, and modifiers made of functions and other modifiers
     `buckets`       which column of a table a distance reads
+    `cap`           the smooth cap, with its derivatives
     `named`         biases, a cap, ALiBi, relative positions
 """
 

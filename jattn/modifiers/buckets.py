@@ -1,6 +1,7 @@
 """Buckets of distances: which column of a table a pair of positions reads."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
@@ -38,11 +39,11 @@ class LogBucket:
         both, exact, count = self.bidirectional, self.exact, self.count
         far = jnp.abs(offset) if both else jnp.maximum(-offset, 0)
         # bucket = exact + ⌊log(far / exact) / log(max_distance / exact) · (count − exact)⌋
-        # for far ≥ exact. Nearer distances take `far` itself; the 1 avoids log 0 there.
-        ratio = jnp.maximum(far, 1).astype(jnp.float32) / exact
-        log = jnp.log(ratio) / jnp.log(jnp.float32(self.max_distance / exact))
-        log = exact + (log * (count - exact)).astype(jnp.int32)
-        index = jnp.where(far < exact, far, jnp.minimum(log, count - 1))
+        # for far ≥ exact. Nearer distances take `far` itself. A quotient of logarithms may
+        # be rounded to less than a whole number, so distances are compared instead.
+        index = jnp.minimum(far, exact)
+        for first in _firsts(exact, count, self.max_distance):
+            index += (far >= first).astype(jnp.int32)
         # Later keys have the second half of the buckets.
         return index + jnp.where(offset > 0, count, 0) if both else index
 
@@ -62,6 +63,23 @@ def log_bucket(num_buckets: int = 32, max_distance: int = 128, bidirectional: bo
     num_buckets = known_whole(where, "num_buckets", num_buckets, 1)
     max_distance = known_whole(where, "max_distance", max_distance, 1)
     return LogBucket(num_buckets, max_distance, bidirectional)
+
+
+@functools.cache
+def _firsts(exact: int, count: int, max_distance: int) -> list[int]:
+    """Computes the first distance of each bucket after the first logarithmic one.
+
+    In whole numbers, with steps = count − exact, it is the least `far` where
+
+        far / exact ≥ (max_distance / exact)^(k / steps)
+        far^steps ≥ max_distance^k · exact^(steps − k)
+    """
+    steps, firsts = count - exact, []
+    for k in range(1, steps):
+        power = max_distance**k * exact ** (steps - k)
+        near = round(exact * (max_distance / exact) ** (k / steps))
+        firsts.append(next(x for x in range(near - 1, near + 2) if x**steps >= power))
+    return firsts
 
 
 @dataclasses.dataclass(frozen=True)

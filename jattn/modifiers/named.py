@@ -16,6 +16,7 @@ from jattn.arrays.checks import (
 )
 from jattn.arrays.integers import is_number, known_whole
 from jattn.modifiers.buckets import distance
+from jattn.modifiers.cap import capped
 from jattn.modifiers.modifier import Modifier
 from jattn.pytree import pytree
 
@@ -46,6 +47,11 @@ class Bias(Modifier):
         return logit + elements.astype(logit.dtype)
 
 
+# Below the least cap, cap⁻² in second derivatives overflows in float32. Above the largest,
+# logit / cap is less than float32 holds, and 0, for logits that differ by more than 2⁻²⁶.
+_LEAST_CAP, _MOST_CAP = 2.0**-60, 2.0**100
+
+
 @pytree("cap")
 class SoftCap(Modifier):
     """A modifier that keeps logits within ±cap, smoothly: cap · tanh(logit / cap).
@@ -64,12 +70,11 @@ class SoftCap(Modifier):
             return
         if not cap > 0:
             raise ValueError(f"modifiers.SoftCap: `cap` must be > 0, got {self.cap}.")
-        ends = np.finfo(np.float32)  # beyond these, cap · tanh(logit / cap) is 0 · ∞
-        if not ends.tiny <= cap <= ends.max:
+        if not _LEAST_CAP <= cap <= _MOST_CAP:
             raise ValueError(
-                f"modifiers.SoftCap: `cap` must be between {ends.tiny:.2g} and "
-                f"{ends.max:.2g}, got {self.cap}; where nothing is to be capped, leave the "
-                f"modifier out."
+                f"modifiers.SoftCap: `cap` must be between {_LEAST_CAP:.2g} and "
+                f"{_MOST_CAP:.2g}, got {self.cap}; where nothing is to be capped, leave "
+                f"the modifier out."
             )
 
     def aligned(self, sizes) -> Any:
@@ -88,7 +93,7 @@ class SoftCap(Modifier):
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
         """Computes the capped logit."""
         cap = elements.astype(logit.dtype)
-        return cap * jnp.tanh(logit / cap)
+        return capped(logit, cap, 1 / cap)
 
 
 @pytree("slopes")
@@ -131,7 +136,7 @@ def alibi_slopes(num_heads: int) -> jax.Array:
         return [2.0 ** (-8.0 * (i + 1) / count) for i in range(count)]
 
     slopes = powers(below) + powers(2 * below)[::2]
-    return jnp.asarray(slopes[:num_heads], jnp.float32)
+    return jnp.asarray(slopes[:num_heads], float)  # float64 with `jax_enable_x64`
 
 
 @pytree("table", static=("bucket",))
