@@ -101,19 +101,20 @@ def _merge(a: State, b: State) -> State:
     swap = a.logsumexp < b.logsumexp
     high = jnp.where(swap, b.logsumexp, a.logsumexp)
     low = jnp.where(swap, a.logsumexp, b.logsumexp)
-    # Any finite `top` gives the same result, so it needs no gradient; −∞ − −∞ is NaN.
-    top = jax.lax.stop_gradient(jnp.where(high == -jnp.inf, 0, high))
-    # And so is ∞ − ∞: a sink of ∞ has all the weight, unless the other sum is ∞ too.
-    high_share = jnp.exp(jnp.where(high == jnp.inf, 0, high - top))
-    low_share = jnp.exp(low - top)
-    total = high_share + low_share
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
+    # −∞ − −∞ is NaN. With a sink of ∞, which has all the weight, low − top is −∞; it is NaN
+    # if the other sum is ∞ too.
+    empty = high == -jnp.inf
+    top = jnp.where(empty, 0, high)
+    # By the difference of the two, so that what one share gains the other one loses: also
+    # where the low share is less than a rounding of 1.
+    power = jnp.exp(low - top)
+    low_share = power / (1 + power)
+    high_share = jnp.where(empty, 0, 1 / (1 + power))
     per_output = lambda x: x[..., None] if x.ndim else x
     high_output = jnp.where(per_output(swap), b.output, a.output)
-    output = per_output(low_share / total) * (a.output + b.output)
-    output += per_output((high_share - low_share) / total) * high_output
-    logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    output = per_output(low_share) * (a.output + b.output)
+    output += per_output(high_share - low_share) * high_output
+    logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log1p(power))
     return State(output.astype(dtype), logsumexp)
 
 

@@ -94,6 +94,34 @@ def test_merge_differentiates_to_second_order():
         jax.test_util.check_grads(total, (a, b), 2, ("rev",), atol=1e-6, rtol=1e-6)
 
 
+# From 17 on the low share is less than a rounding of 1, which the high share then is.
+@pytest.mark.parametrize("gap", [0.0, 3.0, 15.0, 20.0, 40.0])
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_one_part_gains_the_other_one_loses(gap, order):
+    one = jnp.ones((1, 1, 1))
+
+    def merged(high, low):
+        states = State(3 * one, high[None, None]), State(one, low[None, None])
+        state = merge(*states[::order])
+        return state.output[0, 0, 0], state.logsumexp[0, 0]
+
+    ends = jnp.float32(gap), jnp.float32(0)
+    slopes, shares = jax.jacrev(merged, (0, 1))(*ends)
+    share = 1 / (1 + np.exp(gap))
+    slope = 2 * share * (1 - share)
+    np.testing.assert_allclose(slopes, (slope, -slope), rtol=1e-6)
+    np.testing.assert_allclose(shares, (1 - share, share), rtol=1e-6)
+    bend = jax.grad(lambda low: jax.grad(lambda x: merged(ends[0], x)[0])(low))(ends[1])
+    np.testing.assert_allclose(bend, -slope * (1 - 2 * share), rtol=1e-6, atol=1e-7)
+
+
+def test_a_small_logsumexp_keeps_its_digits():
+    zero = jnp.zeros((1, 1, 1))
+    low = State(zero, jnp.full((1, 1), -18.0))
+    merged = merge(State(zero, jnp.zeros((1, 1))), low)
+    np.testing.assert_allclose(merged.logsumexp[0, 0], np.log1p(np.exp(-18.0)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 3, 7])
 @pytest.mark.parametrize("name", ["plain", "causal", "documents", "large_logits"])
 def test_merging_parts_of_the_keys_equals_the_whole(name, cut):
