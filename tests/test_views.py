@@ -113,6 +113,35 @@ def test_views_of_large_logits_are_as_exact_as_the_logits():
         assert_close(got, {name: want[name] for name in got}, 1e-9)
 
 
+def entropy_in_full(query, key, sink):
+    logits = jnp.einsum("tnh,snh->tns", query, key)
+    more = jnp.broadcast_to(sink[:, None], (*logits.shape[:2], 1))
+    logs = jax.nn.log_softmax(jnp.concatenate([logits, more], -1), -1)
+    return -jnp.sum(jnp.exp(logs) * logs, -1)
+
+
+# From 17 on, all that is not the largest weight is less than a rounding of 1.
+@pytest.mark.parametrize("gap", [0.0, 0.4, 3.0, 10.0, 16.0, 20.0])
+@pytest.mark.parametrize("sink", [-3.0, 0.5, 2.0])
+def test_entropy_keeps_its_digits_where_it_collapses(gap, sink):
+    query, key = np.full((1, 1, 1), gap), np.zeros((5, 1, 1))
+    key[2], sink = 1, np.array([gap * sink])  # a key or the sink has the most weight
+
+    def total(function, gap, key, sink):
+        return jnp.sum(function(gap, key, sink))
+
+    view = lambda q, k, sink: jattn.attention_entropy(q, k, sink=sink, scale=1.0)
+    found = [jnp.asarray(x, jnp.float32) for x in (query, key, sink)]
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(x, jnp.float64) for x in found]
+        slopes = jax.value_and_grad(functools.partial(total, entropy_in_full), (0, 2))
+        want = jax.tree.map(np.asarray, slopes(*wide))
+    got = jax.value_and_grad(functools.partial(total, view), (0, 2))(*found)
+    for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        # Gradients cancel where all weights are alike, as they do where the gap is 0.
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6 * want[0])
+
+
 def test_public_functions_give_these_views_and_their_means_over_heads():
     case = by_name["sink"]
     inputs = random_inputs(case)

@@ -195,12 +195,18 @@ def _entropy(problem: Problem, average: bool, arrays, tile=None):
     problem, operands = _read_twice(problem, operands, tile)
     _, sink, logsumexp = arrays
     normalizer = _normalizer(problem, operands, sink, logsumexp)
-    entropy = summaries.entropy(problem, operands, normalizer, tile)
+    # With a logsumexp of the caller's the weights may add up to other than 1.
+    whole = logsumexp is not None
+    sums = summaries.entropy(problem, operands, normalizer, whole, tile)
     if sink is not None:
-        # The sink is one more key with the logit `sink`, so it adds its −w log w.
+        # The sink is one more key with the logit `sink`.
         sink = _of_rows(sink, normalizer.top)
         share = sink - normalizer.top - normalizer.log_total
-        entropy += summaries.surprise(jnp.where(sink == jnp.inf, 0, share))
+        share = summaries.surprise(jnp.where(sink == jnp.inf, 0, share), whole)
+        sums = jax.tree.map(jnp.add, sums, share)
+    entropy = sums.surprise
+    if not whole:
+        entropy += summaries.surprise_of_largest(sums.weight)
     return spoil(jnp.mean(entropy, axis=2) if average else entropy)
 
 

@@ -5,7 +5,7 @@ Both summaries are operations, with derivatives of every order.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,32 @@ from jattn.operations.join import Joined, Leading
 from jattn.operations.operation import Operation, retype
 
 
+# The share of a key that is left out of sums. Two equal keys have a half each, which may be
+# rounded to more; so it is clearly more than a half.
+_MOST = 0.6
+
+
+class Surprise(NamedTuple):
+    """−weight · log weight of a key, and its weight; or sums of both."""
+
+    surprise: jax.Array
+    weight: jax.Array
+
+
 def entropy(
-    problem: Problem, operands: Operands, normalizer: Normalizer, tile=None
-) -> jax.Array:
-    """Computes −Σₛ weightₛ log weightₛ over the keys, BTN; the caller adds the sink."""
+    problem: Problem, operands: Operands, normalizer: Normalizer, whole: bool, tile=None
+) -> Surprise:
+    """Sums up −weightₛ log weightₛ over the keys, and weightₛ, BTN each.
+
+    Unless it is the `whole` that is wanted, both leave out a key with more than `_MOST` of the
+    weight, whose logarithm has lost its digits; see `surprise_of_largest`.
+    """
     B, N, T, _ = problem.sizes.BNTS
     if problem.sizes.are_nothing:
-        return jnp.zeros((B, T, N), problem.wide)
+        zeros = jnp.zeros((B, T, N), problem.wide)
+        return Surprise(zeros, zeros)
     leaves, tree = jax.tree.flatten(operands)
-    return Entropy(problem, tree, tile)(*leaves, *normalizer)[0]
+    return Surprise(*Entropy(problem, tree, tile, whole)(*leaves, *normalizer))
 
 
 def received(
@@ -50,12 +67,27 @@ def received(
     return Received(problem, tree, tile)(*leaves, *normalizer)[0]
 
 
-def surprise(log_weights):
-    """Computes −weight · log weight, and 0 where the weight is 0."""
+def surprise(log_weights, whole: bool) -> Surprise:
+    """Computes −weight · log weight and the weight, 0 for those that are left out."""
     weights = jnp.exp(log_weights)
     # The inner `where` keeps 0 · ∞ out of the derivative, which a `where` outside does not.
-    none = weights == 0
-    return jnp.where(none, 0, -weights * jnp.where(none, 0, log_weights))
+    none = weights == 0 if whole else (weights == 0) | (weights > _MOST)
+    weights = jnp.where(none, 0, weights)
+    return Surprise(-weights * jnp.where(none, 0, log_weights), weights)
+
+
+def surprise_of_largest(rest):
+    """Computes −weight · log weight of the key with more than `_MOST`, 0 if there is none.
+
+    Its weight is 1 − rest, where `rest` is the sum of all other weights, the sink's too:
+
+        −weight · log weight = −(1 − rest) · log(1 − rest)
+
+    The logarithm of a weight near 1 is a small difference of large numbers, but `rest` has
+    all its digits. Where no key has so much, the rest is 1, to the last places.
+    """
+    rest = jnp.where(rest < 0.75, rest, 0)
+    return -(1 - rest) * jnp.log1p(-rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +116,7 @@ class _View(Operation):
         problem, slots = found
         whole = Leading(size, self.problem.sizes.B, apart=True)
         operation = dataclasses.replace(self, problem=problem)
-        return Joined(operation, (*slots, whole, whole), (whole,))
+        return Joined(operation, (*slots, whole, whole), (whole,) * self.outputs)
 
     def lay(self, leaves, plan: Plan):
         """Lays out the call, and separates the normalizer from its leaves."""
@@ -112,34 +144,53 @@ class _View(Operation):
         return layout, of_block
 
 
+@dataclasses.dataclass(frozen=True)
 class Entropy(_View):
-    """The entropy of each query's weights."""
+    """The two sums of `entropy` for each query."""
+
+    whole: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Counts the two sums."""
+        return len(Surprise._fields)
 
     def types(self, *types):
-        """Gives the type of the output, BTN."""
+        """Gives the types of the outputs, BTN."""
         query, (B, N, T, _) = types[0], self.problem.sizes.BNTS
-        return [retype(query, (B, T, N), self.problem.wide, query.sharding.spec[:3])]
+        rows = retype(query, (B, T, N), self.problem.wide, query.sharding.spec[:3])
+        return [rows] * self.outputs
 
     def fast(self, *leaves, spread):
-        """Computes it tile by tile."""
+        """Computes them tile by tile."""
         layout, normalizer = self.lay(leaves, self.plan(spread))
         rows = (layout.plan.B, layout.plan.K, layout.plan.G * layout.plan.T)
-        total = sweep(
+        put = lambda i, at: lambda x, part: layout.put_rows(x, part, T=i, **at)
+        totals = sweep(
             layout,
             normalizer,
-            jnp.zeros(layout.query.shape[:3], self.problem.wide),
-            start=lambda total: jnp.zeros(rows, total.dtype),
-            step=lambda part, logs, at: part + jnp.sum(surprise(logs), axis=-1),
-            finish=lambda total, part, i, at: layout.put_rows(total, part, T=i, **at),
+            self.nothing(layout.query.shape[:3]),
+            start=lambda totals: self.nothing(rows),
+            step=lambda part, logs, at: jax.tree.map(jnp.add, part, self.sums(logs)),
+            finish=lambda totals, part, i, at: jax.tree.map(put(i, at), totals, part),
         )
-        return [layout.unqueries(total)]
+        return [layout.unqueries(x) for x in totals]
 
     def reference(self, *leaves):
-        """Computes it a few whole rows at a time."""
-        layout, of_block = self.by_rows(leaves, lambda x: jnp.sum(surprise(x), axis=-1))
+        """Computes them a few whole rows at a time."""
+        layout, of_block = self.by_rows(leaves, self.sums)
         parts = jax.lax.map(of_block, jnp.arange(layout.counts["T"]))
-        whole = jnp.zeros(layout.query.shape[:3], self.problem.wide)
-        return [layout.unqueries(layout.put_row_blocks(whole, parts))]
+        pairs = zip(self.nothing(layout.query.shape[:3]), parts, strict=True)
+        return [layout.unqueries(layout.put_row_blocks(x, part)) for x, part in pairs]
+
+    def nothing(self, shape) -> Surprise:
+        """Makes zeros for both sums."""
+        return Surprise(*(jnp.zeros(shape, self.problem.wide),) * self.outputs)
+
+    def sums(self, log_weights) -> Surprise:
+        """Sums up over the keys of a tile."""
+        each = surprise(log_weights, self.whole)
+        return Surprise(*(jnp.sum(x, axis=-1) for x in each))
 
 
 class Received(_View):
