@@ -10,6 +10,7 @@ from jax import export
 
 import jattn
 from jattn import definition, masks, modifiers
+from jattn.operations import mapped
 from jattn.operations.mapped import cond_any
 from tests.helpers import small_tiles
 
@@ -257,6 +258,67 @@ def test_slices_that_share_keys_stay_apart_so_that_these_are_not_copied():
     shared = jax.vmap(jattn.attention, (0, None, None))
     text = str(jax.make_jaxpr(shared)(QUERY, KEY[0], VALUE[0]))
     assert "operation=Mapped" in text
+
+
+# In bfloat16 a sum of ones stays at 256, for 257 is rounded to it.
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("slices", [(600,), (30, 20)], ids=["once", "twice"])
+@pytest.mark.parametrize("budget", [1, mapped.BUDGET], ids=["loop", "at once"])
+@pytest.mark.parametrize("shared", [0, 1], ids=["key", "value"])
+def test_cotangents_of_shared_arrays_are_rounded_once(
+    monkeypatch, dtype, slices, budget, shared
+):
+    monkeypatch.setattr(mapped, "BUDGET", budget)
+    query, keys = normal(*slices, 1, 1, 4) + 1, (normal(3, 1, 4), normal(3, 1, 4))
+    given = [jnp.asarray(x).astype(dtype) for x in (query, *keys)]
+
+    def gradient(query, *keys):
+        function = functools.partial(jattn.attention, implementation="blockwise")
+        for _ in slices:
+            function = jax.vmap(function, (0, None, None))
+        total = lambda *keys: jnp.sum(function(query, *keys), dtype=float)
+        return jax.grad(total, shared)(*keys)
+
+    got = np.asarray(gradient(*given).astype(jnp.float64))
+    want = np.asarray(gradient(*(x.astype(jnp.float64) for x in given)))
+    eps = float(jnp.finfo(dtype).eps)
+    assert np.max(abs(got - want)) <= 0.75 * eps * np.max(abs(want))
+
+
+# Arrays that rows, examples or heads share, and the options of a call that they make.
+SHARED = {
+    "sink of all heads": (lambda x: {"sink": x}, ()),
+    "sinks": (lambda x: {"sink": x}, (2,)),
+    "bias": (lambda x: {"bias": x}, (20, 1, 2, 4, 3)),
+    "biases of keys": (lambda x: {"modifier": modifiers.Bias(x)}, (3,)),
+    "one slope": (lambda x: {"modifier": modifiers.ALiBi(x)}, ()),
+    "slopes": (lambda x: {"modifier": modifiers.ALiBi(x)}, (2,)),
+    "cap": (lambda x: {"modifier": modifiers.SoftCap(2 + x * x)}, ()),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+def test_cotangents_of_options_are_rounded_once(name, implementation):
+    make, shape = SHARED[name]
+    draw = np.random.default_rng(1).standard_normal
+    pairs = [(4, 2), (3, 1), (3, 1), (4, 2)]  # a length and how many heads
+    drawn = [draw((2, 20, 9, *pair, 4)) for pair in pairs] + [draw((2, *shape))]
+    given = [jnp.asarray(x).astype(jnp.bfloat16) for x in drawn]
+
+    def gradient(query, key, value, weight, x):
+        attend = lambda query, key, value, x: jattn.attention(
+            query, key, value, implementation=implementation, **make(x)
+        )
+        total = lambda x: jnp.vdot(
+            jax.vmap(attend)(query, key, value, x).astype(float), weight.astype(float)
+        )
+        return jax.grad(total)(x)
+
+    got = np.asarray(gradient(*given).astype(float))
+    want = np.asarray(gradient(*(x.astype(float) for x in given)))
+    # The output is rounded once, which moves nothing here, and the cotangent once.
+    assert np.max(abs(got - want)) <= 0.6 * 2**-7 * np.max(abs(want))
 
 
 def test_entropy_and_what_keys_receive_join_too():

@@ -23,6 +23,16 @@ def wide_dtype(dtype) -> jnp.dtype:
     return jnp.dtype("float64" if dtype == jnp.float64 else "float32")
 
 
+def widened(array: jax.Array) -> jax.Array:
+    """Gives an array in float32 at least; one of integers unchanged.
+
+    Its cotangent is rounded to the dtype of the array. So this comes before the array is
+    spread over heads, rows or examples: then their sum is rounded, and not each part of it.
+    """
+    is_real = jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(wide_dtype(array.dtype)) if is_real else array
+
+
 def is_one(length) -> bool:
     """Says whether a length is known to be one; a symbolic length never is."""
     return isinstance(length, int) and length == 1

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jattn.arrays.checks import align, check_array
 from jattn.arrays.positions import checked_positions
-from jattn.arrays.shapes import Sizes, flatten_batch, measure, wide_dtype
+from jattn.arrays.shapes import Sizes, flatten_batch, measure, wide_dtype, widened
 from jattn.call.problem import Operands, Problem, given
 from jattn.call.program import Arrays, trace
 from jattn.dropout import Dropout
@@ -144,7 +144,7 @@ def check_sink(where: str, sink, sizes: Sizes) -> jax.Array | None:
             f"{where}: `sink` must be one number or N = ({sizes.N},), one per query head, "
             f"got shape {sink.shape}."
         )
-    return jnp.broadcast_to(sink, (sizes.N,))
+    return jnp.broadcast_to(widened(sink), (sizes.N,))
 
 
 def _trace_mask(where, mask, sizes):
@@ -184,7 +184,7 @@ def _check_floating(where, name, array):
 
 def check_bias(where: str, bias, sizes: Sizes) -> jax.Array:
     """Checks the bias, and gives it as BNTS, each axis in full or 1."""
-    return align(where, "bias", _check_floating(where, "bias", bias), sizes)
+    return align(where, "bias", widened(_check_floating(where, "bias", bias)), sizes)
 
 
 def _check_scale(where, scale, sizes):

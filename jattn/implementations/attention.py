@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jattn.arrays.shapes import wide_dtype
 from jattn.call.problem import Operands, Problem
 from jattn.implementations.agree import is_felt_wide, precise, ratio, unspoiled
 from jattn.implementations.blockwise.backward import backward
@@ -62,6 +63,7 @@ class Attention(Operation):
             float32 products too; and its sums, where precise products are asked for, the
             processor is slow in bfloat16, or a cotangent that starts from its output may
             be float32.
+        rounds: Whether cotangents are rounded to the dtype of their arguments.
     """
 
     problem: Problem
@@ -71,6 +73,7 @@ class Attention(Operation):
     flat: int | None = None
     kernel: Any = dataclasses.field(default=None, kw_only=True)
     widens: bool = dataclasses.field(default=False, kw_only=True)
+    rounds: bool = dataclasses.field(default=True, kw_only=True)
 
     @property
     def outputs(self) -> int:
@@ -89,10 +92,7 @@ class Attention(Operation):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names the outputs for policies of `jax.checkpoint`.
-
-        Maximum and sum share a name, since together they are the logsumexp.
-        """
+        """Names the outputs for `jax.checkpoint`; maximum and sum are the logsumexp."""
         return "jattn_output", "jattn_logsumexp", "jattn_logsumexp"
 
     def on(self, platform: str) -> Operation:
@@ -103,6 +103,10 @@ class Attention(Operation):
         if self.flat is None:
             chosen["flat"] = flat_logits(platform)
         return dataclasses.replace(self, kernels=(), **chosen)
+
+    def unrounded(self) -> Operation:
+        """Gives the same operation, whose cotangents are in float32 at least."""
+        return dataclasses.replace(self, rounds=False)
 
     def joined(self, size, mapped, apart):
         """Joins the slices into a call with more examples; None if they share keys."""
@@ -237,9 +241,10 @@ class Attention(Operation):
     def _chosen(self, active, primals, results: Operands) -> list[jax.Array]:
         """Picks the cotangents of the active arguments, each in its argument's dtype."""
         leaves = self.tree.flatten_up_to(results)
+        dtype = lambda x: x.dtype if self.rounds else wide_dtype(x.dtype)
         # An argument for which the results have None has the cotangent 0.
         return [
-            jnp.zeros(x.shape, x.dtype) if result is None else result.astype(x.dtype)
+            jnp.zeros(x.shape, dtype(x)) if result is None else result.astype(dtype(x))
             for x, result, flag in zip(primals, leaves, active, strict=True)
             if flag
         ]

@@ -67,7 +67,7 @@ def with_sink(sums: Sums, sink: jax.Array | None) -> jax.Array:
     if sink is None:
         return sums.output
     seen = sums.total != 0
-    sink = jnp.broadcast_to(sink, seen.shape).astype(sums.top.dtype)
+    sink = jnp.broadcast_to(sink.astype(sums.top.dtype), seen.shape)
     # The two large numbers first: what they have in common goes without rounding.
     excess = sink - lax.stop_gradient(sums.top) - jnp.log(jnp.where(seen, sums.total, 1))
     # As a logarithm, which cannot overflow. The derivative of a sigmoid, share (1 − share),

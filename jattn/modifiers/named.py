@@ -15,6 +15,7 @@ from jattn.arrays.checks import (
     known_number,
 )
 from jattn.arrays.integers import is_number, known_whole
+from jattn.arrays.shapes import widened
 from jattn.modifiers.buckets import distance
 from jattn.modifiers.cap import capped
 from jattn.modifiers.modifier import Modifier
@@ -40,7 +41,7 @@ class Bias(Modifier):
                 f"modifiers.Bias: `array` must be floating, got {array.dtype}; a Boolean "
                 f"array belongs in `mask`."
             )
-        return align("modifiers.Bias", "array", array, sizes)
+        return align("modifiers.Bias", "array", widened(array), sizes)
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
         """Computes the sum, in the logit's precision."""
@@ -88,7 +89,7 @@ class SoftCap(Modifier):
                 f"modifiers.SoftCap: `cap` must be one number, got shape {cap.shape}; a "
                 f"cap per head belongs in a function of n."
             )
-        return cap.reshape(1, 1, 1, 1)
+        return widened(cap).reshape(1, 1, 1, 1)
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
         """Computes the capped logit."""
@@ -119,7 +120,7 @@ class ALiBi(Modifier):
                 f"modifiers.ALiBi: `slopes` must have shape N = ({sizes.N},), one per "
                 f"query head, got {slopes.shape}."
             )
-        return jnp.broadcast_to(slopes, (sizes.N,)).reshape(1, -1, 1, 1)
+        return jnp.broadcast_to(widened(slopes), (sizes.N,)).reshape(1, -1, 1, 1)
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
         """Computes the logit minus the penalty."""

@@ -126,6 +126,13 @@ class Operation:
         del size, mapped, apart
         return None
 
+    def unrounded(self) -> "Operation":
+        """Gives the operation whose `pull` does not round to dtypes narrower than float32.
+
+        Itself by default. Its results are to be added up, and their sum is rounded.
+        """
+        return self
+
     def on(self, platform: str) -> "Operation":
         """Gives the operation that computes the same on a platform; itself by default.
 

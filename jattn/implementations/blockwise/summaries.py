@@ -27,7 +27,6 @@ from jattn.implementations.blockwise.whole_rows import row_logits
 from jattn.operations.join import Joined, Leading
 from jattn.operations.operation import Operation, retype
 
-
 # The share of a key that is left out of sums. Two equal keys have a half each, which may be
 # rounded to more; so it is clearly more than a half.
 _MOST = 0.6
@@ -45,8 +44,8 @@ def entropy(
 ) -> Surprise:
     """Sums up −weightₛ log weightₛ over the keys, and weightₛ, BTN each.
 
-    Unless it is the `whole` that is wanted, both leave out a key with more than `_MOST` of the
-    weight, whose logarithm has lost its digits; see `surprise_of_largest`.
+    Unless the `whole` is wanted, both leave out a key with more than `_MOST` of the weight,
+    whose logarithm has lost its digits; see `surprise_of_largest`.
     """
     B, N, T, _ = problem.sizes.BNTS
     if problem.sizes.are_nothing:
