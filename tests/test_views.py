@@ -202,6 +202,15 @@ def test_a_sink_of_infinity_takes_everything():
     np.testing.assert_array_equal(found.indices[..., 0, 0], -1)
 
 
+@pytest.mark.parametrize("view", [jattn.attention_entropy, jattn.attention_received])
+@pytest.mark.parametrize("S", [0, 2])
+@pytest.mark.parametrize("sink", [-jnp.inf, 0.0, jnp.inf])
+def test_a_query_that_sees_nothing_gives_a_sink_no_gradient(view, S, sink):
+    query, key, mask = jnp.ones((3, 2, 4)), jnp.ones((S, 2, 4)), lambda b, n, t, s: t < 0
+    total = lambda sink: jnp.sum(view(query, key, mask=mask, sink=sink))
+    np.testing.assert_array_equal(jax.grad(total)(jnp.full(2, sink)), 0)
+
+
 def test_more_keys_than_there_are_have_index_minus_one():
     query, key = jnp.zeros((1, 1, 2)), jnp.zeros((2, 1, 2))
     indices, weights = jattn.strongest_keys(query, key, 4)

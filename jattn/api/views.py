@@ -46,7 +46,8 @@ def attention_entropy(
 
     It is 0 for a query that attends to one key or sees nothing, and log S for a query that
     attends to all S keys alike. The sink counts as one more key, so that the weights add
-    up to 1. Differentiable to any order, also in a given logsumexp.
+    up to 1. Differentiable to any order, also in a given logsumexp; but the rounding of a
+    given one is an error of the entropy, seen where one key has nearly all the weight.
 
     Args:
         query: See `strongest_keys`.
@@ -179,7 +180,11 @@ def _normalizer(problem: Problem, operands: Operands, sink, logsumexp) -> Normal
         top = lax.stop_gradient(jnp.where(finite, logsumexp, 0))
         rest = logsumexp - top
     if sink is not None:
-        rest = jnp.logaddexp(rest, _of_rows(sink, top) - top)
+        excess = _of_rows(sink, top) - top
+        # Of −∞ and −∞ the derivative would be NaN, and so that of the whole sink.
+        nothing = (rest == -jnp.inf) & (excess == -jnp.inf)
+        both = jnp.logaddexp(jnp.where(nothing, 0, rest), excess)
+        rest = jnp.where(nothing, -jnp.inf, both)
     # A query that sees nothing has weights of 0.
     return Normalizer(top, jnp.where(rest == -jnp.inf, jnp.inf, rest))
 

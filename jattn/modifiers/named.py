@@ -57,7 +57,7 @@ _LEAST_CAP, _MOST_CAP = 2.0**-60, 2.0**100
 class SoftCap(Modifier):
     """A modifier that keeps logits within ±cap, smoothly: cap · tanh(logit / cap).
 
-    The cap is above 0, which is checked unless it is traced.
+    The cap is between 2⁻⁶⁰ and 2¹⁰⁰, which is checked unless it is traced.
 
     Reference:
         Gemma Team, 2024, arXiv:2408.00118, section 2.
