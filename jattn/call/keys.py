@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import types
+import weakref
 from collections.abc import Hashable
 from typing import Any
 
@@ -18,6 +19,8 @@ from jattn.pytree import Same, bits, by_content, by_parts
 # derivative. The rules of higher derivatives count as equal.
 _ORDERS = 4
 _RULES = ("custom_jvp_call", "custom_vjp_call")
+# JAX keeps the jaxprs of jitted functions; so their keys are made once, for each `orders`.
+_KNOWN: Any = weakref.WeakKeyDictionary()
 
 
 def structure(jaxpr, orders: int = _ORDERS) -> Hashable:
@@ -83,7 +86,12 @@ def _parameter(value, orders: int) -> Hashable:
     if isinstance(value, _Rule):
         return value.structure(orders - 1) if orders else None
     if hasattr(value, "jaxpr") and hasattr(value, "consts"):
-        return structure(value.jaxpr, orders), tuple(map(by_content, value.consts))
+        if value.consts:
+            return structure(value.jaxpr, orders), tuple(map(by_content, value.consts))
+        known = _KNOWN.setdefault(value, {})
+        if orders not in known:
+            known[orders] = structure(value.jaxpr, orders), ()
+        return known[orders]
     if hasattr(value, "eqns"):
         return structure(value, orders)
     if isinstance(value, types.FunctionType):

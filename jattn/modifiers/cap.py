@@ -1,4 +1,9 @@
-"""The smooth cap of a logit, whose derivatives keep their digits at every size."""
+"""The smooth cap of a logit, whose derivatives keep their digits at every size.
+
+JAX's own derivative of tanh is 1 − tanh², which is 0 where tanh rounds to 1.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +14,7 @@ _FAR = 400.0
 
 
 @jax.custom_jvp
-def capped(logit, cap, inverse):
+def _capped(logit, cap, inverse):
     """Computes cap · tanh(logit / cap); `inverse` is 1 / cap.
 
     With u = logit / cap, the derivatives are
@@ -17,40 +22,40 @@ def capped(logit, cap, inverse):
         by the logit    sech² u
         by the cap      tanh u − u sech² u
 
-    JAX's own have 1 − tanh² u for sech² u, which is 0 where tanh u rounds to 1; and the
-    second one is a difference of two numbers that are equal to many digits where u is
-    small. The derivative by `inverse` is part of that by the cap.
+    That by `inverse` is part of the second one.
     """
-    return cap * jnp.tanh(logit * inverse)
+    return cap * tanh(logit * inverse)
 
 
-def _tangent(primals, tangents):
+def _tangent(primals, tangents) -> Any:
     logit, cap, inverse = primals
     d_logit, d_cap, _ = tangents
-    ratio = logit * inverse
-    terms = []
+    u, terms = logit * inverse, []
     # A constant has no tangent, and then nothing is computed for it.
     if type(d_logit) is not SymbolicZero:
-        terms.append(_by_logit(ratio) * d_logit)
+        terms.append(sech2(u) * d_logit)
     if type(d_cap) is not SymbolicZero:
-        terms.append(_by_cap(ratio) * d_cap)
+        terms.append(_by_cap(u) * d_cap)
     tangent = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(logit)
-    return cap * jnp.tanh(ratio), tangent
+    return cap * tanh(u), tangent
 
 
-capped.defjvp(_tangent, symbolic_zeros=True)
+@jax.custom_jvp
+def _tanh(u):
+    return jnp.tanh(u)
 
 
-@jax.jit
-def _by_logit(ratio):
-    """Computes sech² u = 4 e / (1 + e)², where e = exp(−2 |u|) cannot overflow."""
-    power = jnp.exp(-2 * jnp.abs(ratio))
-    inverse = 1 / (1 + power)
-    return 4 * power * inverse * inverse
+@jax.custom_jvp
+def _sech2(u):
+    """Computes sech² u = 4 p / (1 + p)², with p = exp(−2 |u|).
+
+    As 2 / (1 + p) = 1 + tanh |u|, and tanh is at hand, no division is needed.
+    """
+    both = 1 + jnp.abs(jnp.tanh(u))
+    return jnp.exp(-2 * jnp.abs(u)) * (both * both)
 
 
-@jax.jit
-def _by_cap(ratio):
+def _by_cap(u):
     """Computes tanh u − u sech² u, which is (sinh 2u − 2u) / 2 · sech² u.
 
     From |u| = 1 on the first form loses no digits. Below, the second one takes
@@ -59,12 +64,17 @@ def _by_cap(ratio):
 
     whose eleventh term is 2e-16 of the sum at v = 2.
     """
-    near = jnp.abs(ratio) < 1
-    small, large = jnp.where(near, ratio, 0), jnp.clip(ratio, -_FAR, _FAR)
-    square, series = 4 * small * small, jnp.ones_like(ratio)
+    near = jnp.abs(u) < 1
+    small, large = jnp.where(near, u, 0), jnp.clip(u, -_FAR, _FAR)
+    square, series = 4 * small * small, jnp.ones_like(u)
     for k in range(11, 1, -1):
         series = 1 + square / (2 * k * (2 * k + 1)) * series
-    power = jnp.exp(-2 * jnp.abs(large))
-    tanh = jnp.sign(large) * (1 - power) / (1 + power)
-    by_series = 2 / 3 * small * small * small * series * _by_logit(small)
-    return jnp.where(near, by_series, tanh - large * _by_logit(large))
+    by_series = 2 / 3 * small * small * small * series * sech2(small)
+    return jnp.where(near, by_series, tanh(large) - large * sech2(large))
+
+
+_capped.defjvp(_tangent, symbolic_zeros=True)
+_tanh.defjvps(lambda d, _, u: sech2(u) * d)
+_sech2.defjvps(lambda d, slope, u: -2 * tanh(u) * slope * d)
+# Jitted, so that a call outside of `jit` neither traces them nor makes their keys again.
+capped, tanh, sech2 = map(jax.jit, (_capped, _tanh, _sech2))

@@ -228,8 +228,9 @@ def _over_blocks(combine: np.ufunc, pairs: np.ndarray, block: tuple[int, int]):
 def _chosen(where: str, heads, N: int) -> list[int]:
     if heads is None:
         return list(range(N))
-    chosen = [known_number(head) for head in np.atleast_1d(np.asarray(heads, object))]
-    if not chosen or not all(isinstance(x, int) and -N <= x < N for x in chosen):
+    found = [known_number(head) for head in np.atleast_1d(np.asarray(heads, object))]
+    chosen = [x for x in found if isinstance(x, int) and -N <= x < N]
+    if not chosen or len(chosen) < len(found):
         raise ValueError(
             f"{where}: `heads` must be indices of the N={N} heads, whole numbers, got "
             f"{heads!r}."
