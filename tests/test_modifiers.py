@@ -265,3 +265,56 @@ def test_arrays_of_half_precision_have_the_gradient_of_dense(name, dtype):
     )
     unit = float(jnp.finfo(dtype).eps) * np.max(np.abs(want))
     assert error("blockwise") <= 1.5 * error("dense") + unit / 2
+
+
+# What is read by pairs before it is widened: JAX would add up its gradient as narrow as it.
+READ = {
+    "a table": lambda x: lambda l, b, n, t, s: l + x[n, (t + s) % 9].astype(l.dtype),
+    "by query": lambda x: lambda l, b, n, t, s: l * x[n, t // 100].astype(l.dtype),
+    "by key": lambda x: lambda l, b, n, t, s: l + x[n, s // 100].astype(l.dtype),
+    "one of two": lambda x: (
+        lambda l, b, n, t, s: l + jnp.where(t > s, x[n, 0], x[n, 1]).astype(l.dtype)
+    ),
+    "a slope": lambda x: (
+        lambda l, b, n, t, s: l - (x[n, 0] * ((t - s) % 64).astype(x.dtype)).astype(l.dtype)
+    ),
+    "an inner jit": lambda x: (
+        lambda l, b, n, t, s: l + jax.jit(lambda i: x[n, i])((t * s) % 9).astype(l.dtype)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("implementation", ["dense", "blockwise"])
+@pytest.mark.parametrize("name", READ)
+def test_gradients_of_narrow_arrays_are_rounded_once(name, implementation, dtype):
+    T, N = 512, 2
+    arrays = [normal(i, (1, T, N, 8)).astype(dtype) for i in range(4)]
+    given = (normal(4, (N, 9)).astype(dtype), *arrays)
+
+    def gradient(function, x, *arrays, **options):
+        *arrays, weight = arrays
+        output = lambda x: function(*arrays, modifier=READ[name](x), **options)
+        # As wide as the sum of a loss should be; its cotangents are those of `dtype`.
+        total = lambda x: jnp.sum((output(x) * weight).astype(float))
+        return np.asarray(jax.grad(total)(x)).astype(np.float64)
+
+    got = gradient(jattn.attention, *given, implementation=implementation)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x).astype(np.float64)) for x in given]
+        want = gradient(jattn.definition.attention, *wide)
+    # One rounding, and what float32 leaves of sums of 10⁵ slopes that mostly cancel.
+    error = np.abs(got - want) - float(jnp.finfo(dtype).eps) * np.abs(want)
+    assert np.max(error) <= 1e-4 * np.max(np.abs(want))
+
+
+def test_what_a_modifier_rounds_by_name_stays_rounded():
+    gain = jnp.asarray([1.0, 2.0], "bfloat16")
+
+    def modifier(logit, b, n, t, s):
+        return (logit.astype(gain.dtype) * gain[n]).astype(logit.dtype)
+
+    expected = np.asarray(jnp.asarray(PLAIN, "bfloat16").astype("float32"))
+    np.testing.assert_array_equal(
+        logits(modifier), expected * np.arange(1, 3)[:, None, None]
+    )

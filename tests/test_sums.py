@@ -140,3 +140,31 @@ def test_a_rolling_cache_says_which_sink_does_not_fit():
     kv = caches.rolling(1, 8, N, H, D)
     with pytest.raises(ValueError, match=r"caches\.extend: `sink`"):
         kv.extend(query, key[:, :T], value[:, :T], sink=np.zeros(3, np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("way", ["dense", "blockwise", "cache", "weights"])
+@pytest.mark.parametrize("shape", [(), (N,)])
+def test_gradients_of_narrow_sinks_are_rounded_once(way, dtype, shape):
+    """They are sums over all rows, and in bfloat16 256 + 1 is 256."""
+    rng, rows = np.random.default_rng(0), 4096
+    sizes = (1, rows, N, H), (1, S, N, H), (1, S, N, D), (1, rows, N, D)
+    *arrays, weight = (jnp.asarray(rng.standard_normal(x), dtype) for x in sizes)
+    sink = jnp.full(shape, 0.25, dtype)
+    kv = caches.empty(1, S, N, H, D, dtype=dtype).append(*arrays[1:])
+    attend = {"cache": lambda q, k, v, **o: kv.attend(q, **o)}.get(way, WAYS[way])
+
+    def gradient(attend, sink, *arrays):
+        *arrays, weight = arrays
+        total = lambda x: jnp.sum(
+            (attend(*arrays, sink=x, scale=1.0) * weight).astype(float)
+        )
+        return jax.grad(total)(sink)
+
+    with jax.numpy_dtype_promotion("standard"):
+        got = gradient(attend, sink, *arrays, weight)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x).astype(np.float64)) for x in (*arrays, weight)]
+        want = np.asarray(gradient(definition.attention, sink.astype(float), *wide))
+    error = np.abs(np.asarray(got).astype(np.float64) - want)
+    assert np.max(error) <= float(jnp.finfo(dtype).eps) * np.max(np.abs(want))

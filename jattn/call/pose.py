@@ -13,6 +13,7 @@ from jattn.arrays.positions import checked_positions
 from jattn.arrays.shapes import Sizes, flatten_batch, measure, wide_dtype, widened
 from jattn.call.problem import Operands, Problem, given
 from jattn.call.program import Arrays, trace
+from jattn.call.widen import with_wide_arrays
 from jattn.dropout import Dropout
 from jattn.masks import Explicit, Mask, as_mask
 from jattn.masks.named import in_words, reach
@@ -171,7 +172,8 @@ def _trace_modifier(where, modifier, sizes, wide):
     def modify(logit, b, n, t, s, *elements):
         return modifier.modify(logit, b, n, t, s, tree.unflatten(elements))
 
-    return trace(f"{where}: `modifier`", modify, elements, wide)
+    where = f"{where}: `modifier`"
+    return with_wide_arrays(where, *trace(where, modify, elements, wide), wide)
 
 
 def _check_floating(where, name, array):
