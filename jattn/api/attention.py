@@ -9,7 +9,7 @@ import jax
 from jax.typing import ArrayLike
 
 from jattn.arrays.meshes import across
-from jattn.arrays.shapes import unflatten_batch
+from jattn.arrays.shapes import flatten_batch, unflatten_batch
 from jattn.call.options import Implementation, MaskLike, ModifierLike, PositionLike
 from jattn.call.pose import by_name, check_sink, pose
 from jattn.call.problem import Operands, Problem, apart, asking_logsumexp
@@ -191,8 +191,15 @@ def attended(
     implementation=None,
     **options,
 ) -> Any:
-    """Attends, and gives the result in a form, for the public function `where`."""
-    problem, operands = pose(where, query, key, value, mask=mask, **options)
+    """Attends, and gives the result in a form, for the public function `where`.
+
+    For sums, which are one part of a call, the query may be in the wide precision. Then
+    its cotangent is so too, and is rounded when those of all parts are added up.
+    """
+    narrow = query.astype(key.dtype) if form == "sums" else query
+    problem, operands = pose(where, narrow, key, value, mask=mask, **options)
+    if form == "sums":
+        operands = operands._replace(query=flatten_batch(query, problem.sizes))
     problem = by_name(problem, mask)
     return _attend(where, problem, operands, sink, context, implementation, form)
 

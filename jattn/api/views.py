@@ -21,7 +21,7 @@ from jattn.arrays.meshes import across
 from jattn.arrays.shapes import flatten_batch, unflatten_batch
 from jattn.call.options import WeightOptions, checked
 from jattn.call.pose import check_sink, pose
-from jattn.call.problem import Operands, Problem, apart
+from jattn.call.problem import Operands, Problem, apart, with_wide_vectors
 from jattn.implementations.blockwise import summaries
 from jattn.implementations.blockwise.prepare import prepare
 from jattn.implementations.blockwise.sweep import Normalizer
@@ -157,17 +157,12 @@ def _pose(where, query, key, logsumexp, options):
 def _read_twice(problem: Problem, operands: Operands, tile):
     """Gives a call that the two operations of a view read, in the wide precision.
 
-    The normalizer is one, the sum of the weights the other. Each rounds its cotangents to
-    the dtype of what it reads, and the two mostly cancel; so the sum is rounded instead.
+    The normalizer is one, the sum of the weights the other.
     """
     if problem.sizes.are_nothing:
         return problem, operands
-    wide = (getattr(operands, name).astype(problem.wide) for name in _VECTORS)
-    operands = operands._replace(**dict(zip(_VECTORS, wide, strict=True)))
+    operands = with_wide_vectors(problem, operands)
     return prepare(dataclasses.replace(problem, dtype=problem.wide), operands, tile)
-
-
-_VECTORS = "query", "key", "value"
 
 
 def _normalizer(problem: Problem, operands: Operands, sink, logsumexp) -> Normalizer:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from jattn.api.attention import attended
 from jattn.arrays.meshes import across
-from jattn.arrays.shapes import Sizes, unflatten_batch, wide_dtype
-from jattn.caches import asked, decode
+from jattn.arrays.shapes import Sizes, flatten_batch, unflatten_batch, wide_dtype
+from jattn.caches import asked, decode, rounding
 from jattn.call.pose import check_sink
 from jattn.call.problem import apart
 from jattn.implementations.sums import Form, Sums, given_as
@@ -31,7 +31,7 @@ def attend(where: str, query, source, end, options, form: Form) -> Any:
 
     Args:
         where: The public function, for messages.
-        query: `BTNH`, checked.
+        query: `BTNH`, checked; for sums in the wide precision, as in `attended`.
         source: A `Source`.
         end: A slot that nothing is seen from, int32.
         options: Those of `jattn.attention`.
@@ -62,10 +62,15 @@ def _attended(query, where: str, source, end, options, form: Form) -> Any:
     is_few = isinstance(sizes.T, int) and sizes.T <= FEW  # a symbolic number is not
     if 0 in sizes.BNTS:
         return given_as(form, _nothing(query, sizes), None, query.dtype)
+    dtype = dtype_of(query, source)
     if options.get("implementation") or (plain and not is_few):
-        return attended(where, form, query, *source.vectors(query.dtype), **options)
+        given = query if form == "sums" else query.astype(dtype)
+        found = attended(where, form, given, *source.vectors(dtype), **options)
+        return found._replace(output=found.output.astype(query.dtype))
     sink = check_sink(where, options.get("sink"), sizes)
-    problem, operands = asked.posed(where, query, sizes, options)
+    narrow = query.astype(dtype) if form == "sums" else query
+    problem, operands = asked.posed(where, narrow, sizes, options)
+    operands = operands._replace(query=flatten_batch(query, sizes))
     return _decoded(problem, operands, source.flat(), end, sink, form)
 
 
@@ -107,6 +112,15 @@ def spoiled(state: State, overflowed) -> State:
         return jnp.where(over, jnp.nan, x)  # no array of NaN, which `debug_nans` reports
 
     return jax.tree.map(spoil, state)
+
+
+def dtype_of(query, source) -> jnp.dtype:
+    """Gives the dtype of a call on vectors of their own; wide for those with scales.
+
+    In half precision these would be rounded once more, and overflow float16.
+    """
+    wide = wide_dtype(query.dtype)
+    return wide if rounding.is_rounded(source.dtype) else jnp.dtype(source.dtype)
 
 
 def sizes_of(query, source) -> Sizes:

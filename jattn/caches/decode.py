@@ -69,6 +69,11 @@ class Decode(Operation):
         return frozenset({store.values} if apart else ())
 
     @property
+    def may_be_wide(self) -> frozenset[int]:
+        """Gives the index of the query."""
+        return frozenset({0})
+
+    @property
     def constant(self) -> frozenset[int]:
         """Gives the outputs that do not depend on the values: maximum and sum."""
         return frozenset({1, 2})
@@ -91,6 +96,7 @@ class Decode(Operation):
     def fast(self, *leaves, spread):
         """Computes it by the kernel if it can, else by the parts that are filled."""
         operands, source, end = self.tree.unflatten(leaves)
+        operands = operands._replace(query=operands.query.astype(self.problem.dtype))
         call, end = (self.problem, operands, source), _furthest(end)
         with jax.default_matmul_precision(self.problem.precision):
             # XLA cannot divide a kernel among devices.

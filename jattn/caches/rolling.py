@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jattn.api.attention import attended
 from jattn.arrays.meshes import methods_across
+from jattn.arrays.shapes import wide_dtype
 from jattn.caches import asked, attend, put
 from jattn.caches.asked import of_each
 from jattn.caches.sizes import batch_axes, check_sizes, check_vectors
@@ -187,23 +188,23 @@ class RollingCache:
 
     def _prompt(self, query, key, value, count, options) -> jax.Array:
         """Attends from new tokens to the slots as they were, and to each other."""
-        sizes = attend.sizes_of(query, self.store)
+        sizes, wide = attend.sizes_of(query, self.store), wide_dtype(query.dtype)
         sink = check_sink("caches.extend", options.get("sink"), sizes)
-        T, start = sizes.T, self.length
-        if start.ndim:
-            several = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * len(self.batch), T)
-            start = of_each(start, self.batch)[..., None] + several
+        start, row = self.length, jnp.arange(sizes.T, dtype=jnp.int32)
+        row = row.reshape(*[1] * len(self.batch), sizes.T)
+        start = of_each(start, self.batch)[..., None] + row if start.ndim else start
         options = options | {"sink": None, "query_position": start}
+        dtype, query = query.dtype, query.astype(wide)  # which both parts of the call read
         old = self._held(query, options, "sums")
         if self.store.is_rounded:  # all queries see what is stored
-            key, value = put.stored_vectors(self.store, key, value, query.dtype)
+            key, value = put.stored_vectors(self.store, key, value, wide)
         # Both calls draw from one key, which `jax.debug_key_reuse` should not report.
         again = {"dropout": jax.tree.map(jax.random.clone, options.get("dropout"))}
         options |= again | {"mask": self._seen(options), "key_position": start}
         new = attended("caches.extend", "sums", query, key, value, **options)
-        output = with_sink(combined(old, new), sink).astype(query.dtype)
-        row = jnp.arange(T, dtype=jnp.int32).reshape(*[1] * len(self.batch), T, 1, 1)
-        return jnp.where(row < of_each(count, self.batch)[..., None, None, None], output, 0)
+        output = with_sink(combined(old, new), sink).astype(dtype)
+        seen = row < of_each(count, self.batch)[..., None]
+        return jnp.where(seen[..., None, None], output, 0)
 
 
 def rolling(

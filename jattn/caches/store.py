@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from jattn.arrays.checks import check_integers, is_known
+from jattn.arrays.shapes import wide_dtype
 from jattn.caches import rounding
 from jattn.caches.products import Products
 from jattn.implementations.tpu.decode.slots import Slots
@@ -141,7 +142,7 @@ class Store(Products):
     @functools.partial(jax.jit, static_argnames="dtype")
     def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
         """Gives the keys `…SKH` and the values `…SKD` in the usual order, scaled."""
-        wide = jnp.promote_types(dtype, jnp.float32) if self.is_rounded else dtype
+        wide = wide_dtype(dtype) if self.is_rounded else dtype
         keys = jnp.concatenate(self.wide_keys(wide), -2)[..., : self.slots]
         values = jnp.concatenate(self.wide_values(wide), -1)[..., : self.value_dim]
         if (scales := self.scales(wide)) is not None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jattn.api.attention import attention
 from jattn.caches import asked
+from jattn.caches.attend import dtype_of
 from jattn.caches.examples import check_owners
 from jattn.masks import Mask
 from jattn.modifiers import Modifier, as_modifier
@@ -79,13 +80,14 @@ def attend(where: str, cache, query, example, position, options) -> jax.Array:
     (B,) = cache.batch
     example = check_owners(where, example, shape, B)
     position = asked.check_whole(where, "position", position, shape)
-    key, value = cache.store.vectors(query.dtype)
+    dtype = dtype_of(query, cache.store)
+    key, value = cache.store.vectors(dtype)
     key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))
     ways = _of_tokens(where, cache, example, options)
     placed = {"query_position": position, "key_position": _slot_positions(cache)}
-    output = attention(query, key, value, **options | ways | placed)
+    output = attention(query.astype(dtype), key, value, **options | ways | placed)
     over = (example >= 0) & jnp.take(cache.over, example, mode="clip") | (example >= B)
-    return jnp.where(over[:, None, None], jnp.nan, output)
+    return jnp.where(over[:, None, None], jnp.nan, output.astype(query.dtype))
 
 
 def _of_tokens(where: str, cache, example, options):

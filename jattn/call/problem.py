@@ -75,6 +75,28 @@ class Operands(NamedTuple):
     fits: jax.Array | None = None  # for traced positions: whether int32 held them
 
 
+VECTORS = "query", "key", "value"
+
+
+def with_wide_vectors(problem: Problem, operands: Operands) -> Operands:
+    """Gives queries, keys and values in the wide precision, and so their cotangents.
+
+    For what several operations read. Each would round its cotangent to the dtype of what
+    it reads; where these mostly cancel, their sum is little but rounding.
+    """
+    return _vectors_as(problem.wide, operands)
+
+
+def with_narrow_vectors(problem: Problem, operands: Operands) -> Operands:
+    """Gives queries, keys and values in the dtype of the problem, that of their numbers."""
+    return _vectors_as(problem.dtype, operands)
+
+
+def _vectors_as(dtype, operands: Operands) -> Operands:
+    vectors = (getattr(operands, name).astype(dtype) for name in VECTORS)
+    return operands._replace(**dict(zip(VECTORS, vectors, strict=True)))
+
+
 def apart(operands: Operands):
     """Gives the operands as implementations take them, and a function for the results.
 

@@ -11,6 +11,8 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
+from jattn.arrays.shapes import wide_dtype
+
 __all__ = ["copied", "heads_to_sequence", "sequence_to_heads"]
 
 
@@ -30,6 +32,11 @@ def copies(kv_heads: int, devices: int) -> int:
 
 
 def copied(array, devices: int):
-    """Copies each head of keys or values as often as the devices need."""
-    count = copies(array.shape[2], devices)
-    return array if count == 1 else jnp.repeat(array, count, axis=2)
+    """Copies each head of keys or values as often as the devices need.
+
+    Wide arrays, so that the cotangents of the copies add up wide.
+    """
+    if (count := copies(array.shape[2], devices)) == 1:
+        return array
+    wide = array.astype(wide_dtype(array.dtype))
+    return jnp.repeat(wide, count, axis=2).astype(array.dtype)

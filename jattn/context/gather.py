@@ -21,7 +21,8 @@ class Gather(Spread):
 
     def reference(self, *arrays):
         """Attends with all keys, collected again going backward."""
-        return jax.checkpoint(lambda *xs: self.fast(*xs, spread=False))(*arrays)
+        whole = jax.checkpoint(lambda *xs: self.fast(*xs, spread=False))
+        return whole(*self.widened(arrays))
 
     def pull(self, active, primals, outputs, cotangents, spread):
         """Pulls back by the operation's rule; each device gets the sum for its own keys."""
@@ -31,10 +32,11 @@ class Gather(Spread):
         primals, rest = arrays[:count], arrays[count:]
         # Else XLA would find the keys that the forward pass gathered, and keep them.
         primals = lax.optimization_barrier(primals)
-        parts = iter(Pullback(self._whole(), active)(*self._gathered(primals), *rest))
+        gathered = self.widened(self._gathered(primals))
+        parts = iter(Pullback(self._whole(), active)(*gathered, *rest))
         return [
-            self._scattered(next(parts), way)
-            for way, flag in zip(self.ways, active, strict=True)
+            self._scattered(next(parts), way).astype(x.dtype)
+            for x, way, flag in zip(primals, self.ways, active, strict=True)
             if flag
         ]
 
@@ -58,7 +60,5 @@ class Gather(Spread):
         """Gives the cotangent of an argument; of one that travels, its sum over devices."""
         if not isinstance(way, int):
             return part
-        total = lax.psum_scatter(
-            part.astype(self.wide), self.axis, scatter_dimension=way, tiled=True
-        )
-        return total.astype(part.dtype)
+        part = part.astype(self.wide)
+        return lax.psum_scatter(part, self.axis, scatter_dimension=way, tiled=True)

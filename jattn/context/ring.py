@@ -44,6 +44,7 @@ class Ring(Spread):
     def reference(self, *arrays):
         """Attends in all turns: a number that JAX knows, so that it can differentiate."""
         arrays, _ = self._split(arrays)
+        arrays = self.widened(arrays)
         return self._forward(arrays, self.devices, jax.checkpoint(self.operation.__call__))
 
     def pull(self, active, primals, outputs, cotangents, spread):
@@ -67,7 +68,7 @@ class Ring(Spread):
                 for x, way in zip(sums, ways, strict=True)
             ]
             source = self._source(i)
-            parts = pulled(*self.at(primals, keys, source), *rest)
+            parts = pulled(*self.widened(self.at(primals, keys, source)), *rest)
             return ahead, self._added(sums, parts, ways, source)
 
         _, sums = lax.fori_loop(0, turns, turn, (self.travelling(primals), sums))

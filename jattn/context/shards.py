@@ -43,13 +43,15 @@ def attention_state(
     if place.is_ring and turns is None:
         turns = count_turns(problem, operands, place.count(place.round))
     problem, operands = prepare(problem, operands)
+    if place.strategy == "merge":  # all devices have the queries, and add up cotangents
+        operands = operands._replace(query=operands.query.astype(problem.wide))
     part = part_of(problem, place)
     core = functools.partial(_core, part, place, kernels, ways(operands))
     output: Any = rows_spec(place, () if place.strategy == "merge" else place.axis)
     sink_spec = PartitionSpec((*place.heads, *place.swapped) or None)
     known = turns if isinstance(turns, int) else None
     mapped = jax.shard_map(
-        functools.partial(_shard, core, place, known),
+        functools.partial(_shard, core, place, known, problem.dtype),
         mesh=place.mesh,
         in_specs=(specs(operands, place), sink_spec, PartitionSpec()),
         out_specs=State(output, output),
@@ -58,7 +60,7 @@ def attention_state(
     return mapped(operands, sink, None if known else turns)
 
 
-def _shard(core, place: Place, known, operands: Operands, sink, turns) -> State:
+def _shard(core, place: Place, known, dtype, operands: Operands, sink, turns) -> State:
     """Attends on one device."""
     swapped = place.swapped
     if swapped:
@@ -69,7 +71,7 @@ def _shard(core, place: Place, known, operands: Operands, sink, turns) -> State:
     sums = core(operands, known or turns)
     if place.strategy == "merge":
         sums = combined_over(sums, place.axis)
-    state: Any = given_as("state", sums, sink, operands.query.dtype)
+    state: Any = given_as("state", sums, sink, dtype)
     if swapped:
         state = jax.tree.map(lambda x: sequence_to_heads(x, swapped), state)
     return state

@@ -61,6 +61,11 @@ class Spread(Around):
         """Asks the operation on each part."""
         return self.operation.types(*types)
 
+    def widened(self, arrays) -> list[jax.Array]:
+        """Gives the arguments of a part so that their cotangents are not rounded yet."""
+        wide = self.operation.may_be_wide
+        return [x.astype(self.wide) if i in wide else x for i, x in enumerate(arrays)]
+
     def alike(self, arrays, like=()) -> list[jax.Array]:
         """Makes the arrays vary over the axis and over all that any of them varies over."""
         return varying([*arrays, *like], frozenset(self.axis))[: len(arrays)]

@@ -18,8 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.arrays.shapes import wide_dtype
-from jattn.call.problem import Operands, Problem
+from jattn.call.problem import VECTORS, Operands, Problem, with_narrow_vectors
 from jattn.implementations.agree import is_felt_wide, precise, ratio, unspoiled
 from jattn.implementations.blockwise.backward import backward
 from jattn.implementations.blockwise.forward import forward
@@ -28,12 +27,7 @@ from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.plan import flat_logits, plan
 from jattn.implementations.blockwise.tangent import tangent
 from jattn.implementations.blockwise.whole_rows import by_rows
-from jattn.implementations.kernel import (
-    Kernel,
-    check_cotangents,
-    check_sums,
-    types_of_sums,
-)
+from jattn.implementations.kernel import Kernel, check_cotangents, check_sums, types_of_sums
 from jattn.implementations.processor import multiplies_bfloat16
 from jattn.implementations.sums import Sums
 from jattn.operations.join import Joined, Leading
@@ -63,7 +57,6 @@ class Attention(Operation):
             float32 products too; and its sums, where precise products are asked for, the
             processor is slow in bfloat16, or a cotangent that starts from its output may
             be float32.
-        rounds: Whether cotangents are rounded to the dtype of their arguments.
     """
 
     problem: Problem
@@ -73,7 +66,6 @@ class Attention(Operation):
     flat: int | None = None
     kernel: Any = dataclasses.field(default=None, kw_only=True)
     widens: bool = dataclasses.field(default=False, kw_only=True)
-    rounds: bool = dataclasses.field(default=True, kw_only=True)
 
     @property
     def outputs(self) -> int:
@@ -91,8 +83,16 @@ class Attention(Operation):
         return frozenset(map(Sums._fields.index, ("top", "total")))
 
     @property
+    def may_be_wide(self) -> frozenset[int]:
+        """Gives queries, keys and values."""
+        return frozenset(map(Operands._fields.index, VECTORS))
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """Names the outputs for `jax.checkpoint`; maximum and sum are the logsumexp."""
+        """Names the outputs for policies of `jax.checkpoint`.
+
+        Maximum and sum share a name, since together they are the logsumexp.
+        """
         return "jattn_output", "jattn_logsumexp", "jattn_logsumexp"
 
     def on(self, platform: str) -> Operation:
@@ -103,10 +103,6 @@ class Attention(Operation):
         if self.flat is None:
             chosen["flat"] = flat_logits(platform)
         return dataclasses.replace(self, kernels=(), **chosen)
-
-    def unrounded(self) -> Operation:
-        """Gives the same operation, whose cotangents are in float32 at least."""
-        return dataclasses.replace(self, rounds=False)
 
     def joined(self, size, mapped, apart):
         """Joins the slices into a call with more examples; None if they share keys."""
@@ -130,7 +126,7 @@ class Attention(Operation):
     @precise
     def fast(self, *leaves, spread):
         """Computes the outputs by the kernel if there is one, else tile by tile."""
-        operands = self.tree.unflatten(leaves)
+        operands = self._operands(leaves)
         if self.kernel is None:
             plan = self._plan(spread)
             slow = not (plan.folded or multiplies_bfloat16())
@@ -146,7 +142,7 @@ class Attention(Operation):
     @precise
     def reference(self, *leaves):
         """Computes the outputs a few whole rows at a time."""
-        return by_rows(self.problem, self.tree.unflatten(leaves))
+        return by_rows(self.problem, self._operands(leaves))
 
     @precise
     def push(self, active, primals, outputs, tangents, spread):
@@ -154,7 +150,7 @@ class Attention(Operation):
         if self.kernel is not None:
             return self._push_own(active, primals, outputs, tangents, spread)
         # As wide as in `pull`: the logits are those of forward, to the last bit.
-        operands, widths = self.tree.unflatten(primals), (self.widens, self.widens)
+        operands, widths = self._operands(primals), (self.widens, self.widens)
         layout = Layout(self.problem, operands, self._plan(spread), *widths)
         # Tangents are given for the active arguments only; None stands for the others.
         tangents = iter(tangents)
@@ -180,7 +176,7 @@ class Attention(Operation):
         for derivatives of higher order.
         """
         if self.kernel is None:
-            operands, wanted = map(self.tree.unflatten, (primals, active))
+            operands, wanted = self._operands(primals), self.tree.unflatten(active)
             widths = self.widens, self.widens  # the logits of forward, to the last bit
             layout = Layout(self.problem, operands, self._plan(spread), *widths)
             results = backward(layout, outputs, cotangents, wanted)
@@ -195,7 +191,7 @@ class Attention(Operation):
 
     def _pull(self, active, otherwise, primals, outputs, cotangents):
         """Computes the cotangents by the kernel; by `otherwise` if the kernel cannot."""
-        operands, wanted = map(self.tree.unflatten, (primals, active))
+        operands, wanted = self._operands(primals), self.tree.unflatten(active)
         sums = Sums(*outputs), Sums(*cotangents)
         results = self.kernel.backward(self.problem, operands, *sums, wanted)
         if results is None:
@@ -235,16 +231,18 @@ class Attention(Operation):
             problem = dataclasses.replace(problem, precision="highest")
         return dataclasses.replace(self, problem=problem, kernel=None)
 
+    def _operands(self, leaves) -> Operands:
+        return with_narrow_vectors(self.problem, self.tree.unflatten(leaves))
+
     def _plan(self, spread: bool):
         return plan(self.problem, spread, self.tile, self.flat or 0)
 
     def _chosen(self, active, primals, results: Operands) -> list[jax.Array]:
         """Picks the cotangents of the active arguments, each in its argument's dtype."""
         leaves = self.tree.flatten_up_to(results)
-        dtype = lambda x: x.dtype if self.rounds else wide_dtype(x.dtype)
         # An argument for which the results have None has the cotangent 0.
         return [
-            jnp.zeros(x.shape, dtype(x)) if result is None else result.astype(dtype(x))
+            jnp.zeros(x.shape, x.dtype) if result is None else result.astype(x.dtype)
             for x, result, flag in zip(primals, leaves, active, strict=True)
             if flag
         ]

@@ -40,10 +40,6 @@ class _Derivative(Operation):
         """Gives the derivative of the operation for the platform."""
         return dataclasses.replace(self, operation=self.operation.on(platform))
 
-    def unrounded(self):
-        """Gives the derivative of the operation that does not round its cotangents."""
-        return dataclasses.replace(self, operation=self.operation.unrounded())
-
     def split(self, arrays):
         """Splits arrays into the arguments, the outputs and the linear arguments."""
         count = len(self.active)

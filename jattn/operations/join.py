@@ -30,12 +30,14 @@ class Leading:
     size: Any
     length: Any
     apart: bool
+    wide: Any = None  # the dtype of an array that is copied, or None: its own
 
     def join(self, array, is_mapped: bool):
         """Merges the mapped axis, the first of a mapped array, with the axis after it."""
         if not is_mapped:
             if not self.apart and is_one(array.shape[0]):
                 return array
+            array = array if self.wide is None else array.astype(self.wide)
             array = jnp.broadcast_to(array, (self.size, *array.shape))
         _, _, *rest = array.shape
         array = jnp.broadcast_to(array, (self.size, self.length, *rest))
@@ -62,4 +64,4 @@ class Joined(NamedTuple):
         slots = zip(self.arguments, arrays, mapped, strict=True)
         outputs = self.operation(*(slot.join(x, flag) for slot, x, flag in slots))
         slots = zip(self.outputs, outputs, types, strict=True)
-        return [slot.part(x, like.shape) for slot, x, like in slots]
+        return [slot.part(x, like.shape).astype(like.dtype) for slot, x, like in slots]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from jattn.arrays.shapes import wide_dtype
-from jattn.operations.derivatives import Pushforward
+from jattn.operations.derivatives import Pullback, Pushforward
 from jattn.operations.operation import Around, Operation, choose, retype
 
 # How many elements a vmapped operation may hold at once before it runs as a loop: 8 MiB in
@@ -21,14 +21,12 @@ class Mapped(Around):
     """An operation for each slice of the `mapped` arguments along a new first axis.
 
     Outputs are stacked along a new first axis, or summed over the slices where `summed`
-    says so: the cotangent of an argument that is not mapped is such a sum. Unless it
-    `rounds`, its results are in float32 at least, to be added to others.
+    says so: the cotangent of an argument that is not mapped is such a sum.
     """
 
     size: int
     mapped: tuple[bool, ...]
     summed: tuple[bool, ...]
-    rounds: bool = True
 
     @property
     def chunk(self):
@@ -58,18 +56,12 @@ class Mapped(Around):
         """Maps the operation for the platform."""
         return dataclasses.replace(self, operation=self.operation.on(platform))
 
-    def unrounded(self):
-        """Maps the operation that does not round its cotangents, nor rounds their sums."""
-        return dataclasses.replace(self, operation=self.operation.unrounded(), rounds=False)
-
     def fast(self, *arrays, spread):
         """Computes chunk by chunk; all at once where arrays lie on several devices.
 
         There, a loop would slice an axis that may be divided among the devices.
         """
-        # A cotangent is rounded once, after its sum over the slices.
-        operation = self.operation.unrounded() if any(self.summed) else self.operation
-        function = functools.partial(operation.fast, spread=spread)
+        function = functools.partial(self.operation.fast, spread=spread)
         return self._run(function, arrays, self.size if spread else self.chunk)
 
     def reference(self, *arrays):
@@ -94,47 +86,57 @@ class Mapped(Around):
         return Mapped(self.operation.transposed(), self.size, mapped, summed)
 
     def _run(self, function, arrays, chunk):
-        """Computes chunk by chunk; sums are in float32 at least until the last one."""
-        axes = [0 if mapped else None for mapped in self.mapped]
         types = self.types(*map(jax.typeof, arrays))
-        dtypes = [
-            wide_dtype(x.dtype) if summed or not self.rounds else x.dtype
-            for x, summed in zip(types, self.summed, strict=True)
+        outputs = self._unrounded(function, self._widened(arrays), chunk)
+        return [x.astype(like.dtype) for x, like in zip(outputs, types, strict=True)]
+
+    def _widened(self, arrays):
+        """Gives the arguments so that cotangents that are summed are not rounded yet."""
+        inner = self.operation
+        while isinstance(inner, Mapped):
+            inner = inner.operation
+        if not isinstance(inner, Pullback):
+            return arrays
+        one = {i for i, flag in enumerate(inner.active) if flag and not self.mapped[i]}
+        one &= inner.operation.may_be_wide
+        return [
+            x.astype(wide_dtype(x.dtype)) if i in one else x for i, x in enumerate(arrays)
         ]
+
+    def _unrounded(self, function, arrays, chunk):
+        """Gives the outputs, of which sums are wide."""
+        axes = [0 if mapped else None for mapped in self.mapped]
 
         def at_once(size, *arrays):
             # A single slice runs without `vmap`, which kernels may not support.
             if isinstance(size, int) and size == 1:
-                outputs = self._one(function, arrays)
-            else:
-                outputs = jax.vmap(function, axes, axis_size=size)(*arrays)
+                return self._one(function, arrays)
+            outputs = jax.vmap(function, axes, axis_size=size)(*arrays)
             return [
-                jnp.sum(x, axis=0, dtype=dtype) if summed else x.astype(dtype)
-                for x, dtype, summed in zip(outputs, dtypes, self.summed, strict=True)
+                jnp.sum(x, axis=0, dtype=wide_dtype(x.dtype)) if summed else x
+                for x, summed in zip(outputs, self.summed, strict=True)
             ]
 
         if chunk is self.size or chunk == self.size:
-            outputs = at_once(self.size, *arrays)
-        else:
-            outputs = self._loop(at_once, arrays, chunk, types)
-        if not self.rounds:
-            return outputs
-        return [x.astype(like.dtype) for x, like in zip(outputs, types, strict=True)]
+            return at_once(self.size, *arrays)
+        return self._loop(at_once, arrays, chunk)
 
     def _one(self, function, arrays):
         pairs = zip(arrays, self.mapped, strict=True)
         outputs = function(*(x[0] if mapped else x for x, mapped in pairs))
-        return [x[None] for x in outputs]
+        pairs = zip(outputs, self.summed, strict=True)
+        return [x.astype(wide_dtype(x.dtype)) if flag else x[None] for x, flag in pairs]
 
     def _each(self, function, arrays):
         """Applies a function to the mapped arguments."""
         pairs = zip(arrays, self.mapped, strict=True)
         return [function(x) if mapped else x for x, mapped in pairs]
 
-    def _loop(self, at_once, arrays, chunk, types):
+    def _loop(self, at_once, arrays, chunk):
         count = self.size // chunk
         # Whole chunks run in a scan; the rest of the slices, if any, runs after it.
         head = lambda x: x[: count * chunk].reshape(count, chunk, *x.shape[1:])
+        types = self.types(*map(jax.typeof, arrays))
         sums = [
             jnp.zeros(x.shape, wide_dtype(x.dtype))
             for x, summed in zip(types, self.summed, strict=True)

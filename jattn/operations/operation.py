@@ -64,6 +64,14 @@ class Operation:
         return frozenset()
 
     @property
+    def may_be_wide(self) -> frozenset[int]:
+        """Gives the arguments that may come in a wider dtype than that of their numbers.
+
+        Then their cotangents are as wide, for who adds them up. There are none by default.
+        """
+        return frozenset()
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Gives the names of its outputs; no names by default."""
         return ()
@@ -126,13 +134,6 @@ class Operation:
         del size, mapped, apart
         return None
 
-    def unrounded(self) -> "Operation":
-        """Gives the operation whose `pull` does not round to dtypes narrower than float32.
-
-        Itself by default. Its results are to be added up, and their sum is rounded.
-        """
-        return self
-
     def on(self, platform: str) -> "Operation":
         """Gives the operation that computes the same on a platform; itself by default.
 
@@ -172,6 +173,11 @@ class Around(Operation):
     def constant(self):
         """Asks the operation inside."""
         return self.operation.constant
+
+    @property
+    def may_be_wide(self):
+        """Asks the operation inside."""
+        return self.operation.may_be_wide
 
     @property
     def names(self):

@@ -59,7 +59,7 @@ def join(problem: Problem, tree, size, mapped, apart) -> tuple[Problem, tuple] |
     position = lambda flag, count: None if flag is None else _Position(leading(flag), count)
     keep = lambda _: Kept()
     slots = jax.tree.map(leading, every)._replace(
-        query=whole,
+        query=dataclasses.replace(whole, wide=problem.wide),  # the cotangents add up wide
         key=whole,
         value=whole,
         scale=Kept(),
