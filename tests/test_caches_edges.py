@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jattn
 from jattn import caches
+from jattn.dropout import Dropout
 from jattn.masks import Causal
 from tests.helpers.draws import normal
 
@@ -212,3 +213,23 @@ def test_caches_export_with_symbolic_sizes(symbol, dtype, ragged):
     arrays = normal(0, (3, 5, 4, 8)), normal(1, (3, 5, 2, 8)), normal(2, (3, 5, 2, 8))
     close = functools.partial(np.testing.assert_allclose, atol=2e-6, rtol=1e-5)
     jax.tree.map(close, exported.call(kv, *arrays), extend(kv, *arrays))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+@pytest.mark.parametrize("head_dim", [1, 8])
+def test_a_key_with_all_the_weight_has_no_slope_under_dropout(rate, head_dim):
+    """Logits near 10³: slopes are far below 10⁻¹², and rounding must not make others."""
+    draw, tokens = np.random.default_rng(0).standard_normal, 120
+    sizes = (1, 3, 4, head_dim), (1, tokens, 1, head_dim), (1, tokens, 1, 5), (1, 3, 4, 5)
+    query, key, value, weight = (jnp.asarray(draw(x), jnp.float32) for x in sizes)
+    query = query.at[..., 0].set(1 + abs(query[..., 0]))
+    key = key.at[0, 7, 0, 0].set(1e3)
+    dropout = Dropout(rate, jax.random.key(0))
+
+    def total(query, key, value):
+        kv = caches.empty(1, 700, 1, head_dim, 5).append(key, value)
+        output = kv.attend(query, mask=Causal(), scale=1.0, dropout=dropout)
+        return jnp.sum(output * weight)
+
+    for slope in jax.jit(jax.grad(total, (0, 1)))(query, key, value):
+        np.testing.assert_array_less(abs(slope), 1e-12)

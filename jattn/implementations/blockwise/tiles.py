@@ -75,9 +75,14 @@ class Tile:
         """Applies dropout: kept weights times 1 / (1 − rate), 0 for the others."""
         if self.part.words is None:
             return weights
+        return self.kept(weights / (1 - self.problem.rate))
+
+    def kept(self, weights):
+        """Gives the weights that dropout keeps, 0 for the others."""
+        if self.part.words is None:
+            return weights
         queries, keys = map(self.lay, self.part.words)
-        kept = keep(queries, keys, self.problem.rate)
-        return jnp.where(kept, weights / (1 - self.problem.rate), 0)
+        return jnp.where(keep(queries, keys, self.problem.rate), weights, 0)
 
 
 class Head(NamedTuple):

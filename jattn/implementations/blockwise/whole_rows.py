@@ -38,7 +38,11 @@ def by_rows(problem: Problem, operands: Operands):
         # Not by maximum(total, 1) as in `forward.finish`: that halves the derivative
         # where a row sees one key, as total is 1 there.
         weights = weights / jnp.where(total == 0, 1, total)[..., None]
-        return sums_of(view.drop(weights), value, allowed), top, total
+        # Dropout scales the sum. To scale each weight would be a product in its derivative,
+        # which XLA:CPU fuses with the difference after it: where one key has all the weight
+        # the difference is 0, and would be the rounding of the product.
+        kept = sums_of(view.kept(weights), value, allowed)
+        return kept / (1 - problem.rate), top, total
 
     results = lax.map(rows, jnp.arange(layout.counts["T"]))
     whole = (jnp.zeros((*layout.query.shape[:3], sizes.D), wide),)
