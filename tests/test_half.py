@@ -4,6 +4,8 @@ Keys have a common offset. So each part of a call, some of the keys, has a large
 of the query, and these mostly cancel: if each were rounded, their sum would be rounding.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 
 import jattn
 from jattn import caches, definition
+from jattn.implementations import attention as operation
+from jattn.masks import Causal
 from jattn.operations import mapped
 from tests.helpers.draws import normal
 
@@ -36,7 +40,7 @@ def gradients(attend, given, shared=()):
         one = lambda arrays: attend(*(arrays[name] for name in NAMES))
         axes = ({name: None if name in shared else 0 for name in arrays},)
         output = jax.vmap(one, axes)(arrays) if shared else one(arrays)
-        return jnp.sum((output * given["weight"]).astype(float))
+        return jnp.sum((output * given["weight"].astype(output.dtype)).astype(float))
 
     found = jax.jit(jax.grad(total))({name: given[name] for name in NAMES})
     return {name: np.asarray(x).astype(np.float64) for name, x in found.items()}
@@ -57,6 +61,45 @@ def assert_rounded_once(got, want, dtype, each=True):
         size = np.abs(x) if each else np.max(np.abs(x))
         rounding = float(jnp.finfo(dtype).eps) * size
         assert np.max(error - rounding) <= 1e-4 * np.max(np.abs(x)), name
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"mask": Causal()},
+    "rows that see nothing": {"mask": Causal(-3)},
+    "modifier": {"modifier": lambda x, b, n, t, s: 30 * jnp.tanh(x / 30)},
+}
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "logsumexp"])
+@pytest.mark.parametrize("where", ["CPU", "GPU"])
+def test_rounded_weights(where, name, monkeypatch):
+    """What keys have in common is not multiplied by the errors of a row.
+
+    Weights are rounded in forward, as where the processor multiplies bfloat16; on a GPU
+    their cotangents too.
+    """
+    on = operation.Attention.on
+    if where == "GPU":
+        narrow = lambda self, _: dataclasses.replace(on(self, "cuda"), kernel=None)
+        monkeypatch.setattr(operation.Attention, "on", narrow)
+    monkeypatch.setattr(operation, "multiplies_bfloat16", lambda: True)
+    jax.clear_caches()
+    given, options = drawn("bfloat16", 1), OPTIONS.get(name, {})
+
+    def attended(module, **named):
+        if name != "logsumexp":
+            return lambda *x: module.attention(*x, **options, **named).astype(float)
+        state = lambda *x: module.attention_state(*x, **named)
+        return lambda *x: state(*x).output.astype(float) + state(*x).logsumexp[..., None]
+
+    want = exactly(attended(definition), given)["query"]
+    got = gradients(attended(jattn, implementation="blockwise"), given)["query"]
+    error = np.max(np.abs(got - want)) / np.max(np.abs(want))
+    # A modifier changes the sum of a row, so on a GPU the error stays.
+    most = 4 if (where, name) == ("GPU", "modifier") else 1
+    assert error <= most * float(jnp.finfo("bfloat16").eps)
+    jax.clear_caches()
 
 
 @dtypes

@@ -48,10 +48,11 @@ def is_felt_wide(problem: Problem, operands: Operands) -> bool:
     """Says whether some cotangent may have more precision than the inputs have.
 
     Scale, bias, a sink and the arrays of a modifier are in the wide precision. Weights
-    that were rounded to bfloat16 would make their gradients visibly less precise.
+    that were rounded to bfloat16 would make their gradients visibly less precise. Under a
+    modifier they would do so to those of queries, which backward mends elsewhere.
     """
     given = problem.given & {"bias", "scale", "logsumexp"}
-    return bool(given or operands.bias is not None or jax.tree.leaves(operands.modifier))
+    return bool(given or operands.bias is not None or problem.modifier is not None)
 
 
 def ratio(outputs, own):

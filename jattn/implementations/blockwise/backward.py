@@ -16,6 +16,12 @@ modifier logitₛ = scale · q·kₛ + biasₛ, and so
     d_kₛ     = scale · d_logitₛ q                   summed over the queries q
     d_scale  = Σ d_logitₛ q·kₛ                      summed over all pairs
 
+The d_logitₛ of a row add up to d_logsumexp. So what keys have in common, c, need not be
+multiplied by their errors. These are large in bfloat16, because δ is that of an output
+whose weights were rounded, and the d_logitₛ are rounded too where products are narrow:
+
+    Σₛ d_logitₛ kₛ = Σₛ d_logitₛ (kₛ − c) + d_logsumexp c
+
 Reference:
     Dao et al., 2022, arXiv:2205.14135, algorithm 4.
 """
@@ -57,6 +63,7 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
 
     def one_head(head, carry):
         d_query, *carry = carry
+        head = head._replace(centre=_centre(layout, head))
         queries = Rows(*(layout.row_blocks(x, **head.at) for x in (layout.query, *rows)))
         d_output = layout.narrowed(queries.d_output)
         if not layout.narrow:  # here, and not before: so no array of all heads is made
@@ -69,6 +76,8 @@ def backward(layout: Layout, outputs, cotangents, wanted: Operands) -> Operands:
         run = _over_all_tiles if layout.plan.flat else _over_blocks
         d_rows, *carry = run(layout, head, queries, order, (d_rows, *carry))
         d_rows = jnp.swapaxes(d_rows, -1, -2)
+        if head.centre is not None:
+            d_rows = d_rows + queries.d_logits[..., None] * head.centre[None]
         if not wanted.scale:  # d_scale needs d_query before it is scaled
             d_rows = d_rows * layout.operands.scale
         return layout.put_row_blocks(d_query, d_rows, **head.at), *carry
@@ -93,7 +102,7 @@ def _rows(layout: Layout, outputs, cotangents) -> tuple[jax.Array, ...]:
     output, top, total = outputs
     d_output, _, d_total = cotangents
     top, inverse = shared.factors_with_slope(top, total)
-    d_logsumexp = d_total * total
+    d_logsumexp = d_logits = d_total * total
     divided = d_output
     if not layout.narrow:
         divided, d_logsumexp = d_output * inverse[..., None], d_logsumexp * inverse
@@ -102,8 +111,25 @@ def _rows(layout: Layout, outputs, cotangents) -> tuple[jax.Array, ...]:
     is_coarse = not (layout.wide or layout.narrow) and total.dtype == jnp.float32
     eps = 2.0**-8 if is_coarse else float(jnp.finfo(total.dtype).eps)
     doubt = shared.doubts(total, output, d_output, eps)
-    rows = d_output, top, inverse, doubt, delta, d_logsumexp
+    rows = d_output, top, inverse, doubt, delta, d_logsumexp, d_logits
     return tuple(map(layout.queries, rows))
+
+
+def _centre(layout: Layout, head):
+    """Chooses c of each head, BK1H, in bfloat16; None where the sums of rows are unknown.
+
+    A modifier changes the sum of a row, and a part of the keys has a part of it. Where keys
+    differ by more than their mean, c is 0. Elsewhere most differences are exact, because c
+    is rounded as the keys are.
+    """
+    problem = layout.problem
+    is_coarse = problem.dtype == jnp.bfloat16 and not problem.is_precise
+    if not is_coarse or problem.modifier is not None or problem.part:
+        return None
+    key = shared.isolate(head.key)[0].astype(problem.wide)
+    mean, spread = (f(key, axis=2, keepdims=True) for f in (jnp.mean, jnp.std))
+    common = mean.astype(problem.dtype).astype(problem.wide)
+    return jnp.where(jnp.abs(mean) > spread, common, 0)
 
 
 def _zeros(layout: Layout, wanted: Operands) -> Active:

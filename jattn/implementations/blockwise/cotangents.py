@@ -23,6 +23,7 @@ class Rows(NamedTuple):
     doubt: jax.Array  # see `shared.doubts`
     delta: jax.Array
     d_logsumexp: jax.Array
+    d_logits: jax.Array  # the sum of d_logitₛ, which is d_logsumexp, never divided
 
     def at(self, layout: Layout, place) -> "Rows":
         """Gives the rows of one tile: those of a whole block, or of a strip."""
@@ -120,11 +121,18 @@ def add_tile(head, queries: Rows, first, layout, masked, keys, at, carry):
         d_products = keep_allowed(d_products)
     if d_scale is not None:  # products are scaled, so this sums up scale · d_scale
         d_scale = d_scale + shared.sum_all(keep_allowed(d_products * products))
-    given = rows.query, key, clean
+    given = rows.query, _centred(layout, head, key), clean
     place = i, layout.first_key(j) - first
     sums = _add_products(layout, sums, given, place, d_products, view.drop(weights))
     d_active = _add_active(layout, d_active, d_chosen, T=i, S=j, **head.at)
     return *sums, d_active, d_scale
+
+
+def _centred(layout: Layout, head, key):
+    """Subtracts from keys what they have in common, for d_query; see `backward`."""
+    if head.centre is None:
+        return key
+    return layout.narrowed(key.astype(layout.problem.wide) - head.centre)
 
 
 def _add_products(layout, sums, given, place, d_products, weights):

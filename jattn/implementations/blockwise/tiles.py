@@ -92,6 +92,7 @@ class Head(NamedTuple):
     key: jax.Array  # BKSH
     value: jax.Array  # BKSD
     aligned: Aligned
+    centre: jax.Array | None = None  # BK1H, what keys have in common: see `backward`
 
 
 def over_heads(layout: Layout, body, carry, folded=False, joined: int = 1):
