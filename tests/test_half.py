@@ -102,6 +102,22 @@ def test_rounded_weights(where, name, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_rounded_weights_of_values_with_an_offset(name, monkeypatch):
+    """They do not add up to 1, and backward subtracts their output from single values."""
+    monkeypatch.setattr(operation, "multiplies_bfloat16", lambda: True)
+    jax.clear_caches()
+    given = drawn("bfloat16", 1)
+    given |= {"key": given["key"] - OFFSET, "value": given["value"] + OFFSET}
+    attend = lambda *x: jattn.attention(*x, **OPTIONS[name], implementation="blockwise")
+    want = exactly(lambda *x: definition.attention(*x, **OPTIONS[name]), given)
+    got = gradients(attend, given)
+    for x in NAMES:
+        error = np.max(np.abs(got[x] - want[x])) / np.max(np.abs(want[x]))
+        assert error <= float(jnp.finfo("bfloat16").eps)
+    jax.clear_caches()
+
+
 @dtypes
 @pytest.mark.parametrize("strategy", ["ring", "gather", "exchange", "merge"])
 def test_devices(strategy, dtype):

@@ -12,6 +12,7 @@ are computed without the mask.
 `schedule`      which tiles are visited, and in which order
 `prepare`       a call as the operation takes it: one-sided work done once
 `join`          an axis of `vmap` as part of the batch
+`common`        what all keys, or all values, of a head have in common
 `products`      products of queries and keys of one tile, and sums of values
 `tiles`         one tile, and the loops over tiles
 `rows`          sums over the tiles of each row, in loops as the device likes them

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jattn.call.problem import Operands
 from jattn.call.program import Arrays
 from jattn.implementations import shared
+from jattn.implementations.blockwise.common import common
 from jattn.implementations.blockwise.cotangents import Rows, add_deltas, add_tile, keys_of
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.schedule import schedules
@@ -116,20 +117,15 @@ def _rows(layout: Layout, outputs, cotangents) -> tuple[jax.Array, ...]:
 
 
 def _centre(layout: Layout, head):
-    """Chooses c of each head, BK1H, in bfloat16; None where the sums of rows are unknown.
+    """Gives c of each head, BK1H, in bfloat16; None where the sums of rows are unknown.
 
-    A modifier changes the sum of a row, and a part of the keys has a part of it. Where keys
-    differ by more than their mean, c is 0. Elsewhere most differences are exact, because c
-    is rounded as the keys are.
+    A modifier changes the sum of a row, and a part of the keys has a part of it.
     """
     problem = layout.problem
     is_coarse = problem.dtype == jnp.bfloat16 and not problem.is_precise
     if not is_coarse or problem.modifier is not None or problem.part:
         return None
-    key = shared.isolate(head.key)[0].astype(problem.wide)
-    mean, spread = (f(key, axis=2, keepdims=True) for f in (jnp.mean, jnp.std))
-    common = mean.astype(problem.dtype).astype(problem.wide)
-    return jnp.where(jnp.abs(mean) > spread, common, 0)
+    return common(head.key, 2, problem.wide)
 
 
 def _zeros(layout: Layout, wanted: Operands) -> Active:

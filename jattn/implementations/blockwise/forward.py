@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.arrays.shapes import wide_dtype
+from jattn.implementations.blockwise.common import common
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.products import dot, products_of, sums_of
 from jattn.implementations.blockwise.rows import row_sums
@@ -29,7 +30,7 @@ from jattn.operations.mapped import cond_any
 def forward(layout: Layout):
     """Computes the output BTND in the wide precision; the maximum and the sum BTN."""
     if not layout.plan.folded:
-        return _forward(layout)
+        return _without_common(layout)
     # A folded product computes all heads together and separates them by zeros. That works
     # while everything is finite; if a NaN appears, heads are computed separately.
     folded = _forward(layout)
@@ -37,6 +38,26 @@ def forward(layout: Layout):
     plan = layout.plan._replace(folded=False)
     apart = Layout(layout.problem, layout.operands, plan, wide=not layout.narrow)
     return cond_any(spoiled, lambda: _forward(apart), lambda: folded)
+
+
+def _without_common(layout: Layout):
+    """Leaves what all values have in common, c, out of the sum, where weights are rounded.
+
+    These add up to 1 no more, and backward subtracts outputs from single values:
+
+        Σₛ weightₛ vₛ = Σₛ weightₛ (vₛ − c) + c
+
+    Dropout changes the sum of the weights. A GPU would launch some kernels more.
+    """
+    problem, operands = layout.problem, layout.operands
+    if not layout.narrow or layout.narrow_logits or problem.rate:
+        return _forward(layout)
+    c = common(operands.value, 1, problem.wide)
+    value = (operands.value.astype(problem.wide) - c).astype(problem.dtype)
+    operands = operands._replace(value=value)
+    output, top, total = _forward(Layout(problem, operands, layout.plan, wide=False))
+    c = jnp.repeat(c, problem.sizes.G, axis=2)
+    return jnp.where(total[..., None] == 0, 0, output + c), top, total
 
 
 def _forward(layout: Layout):
