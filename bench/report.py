@@ -172,11 +172,14 @@ def _finite(x):
 def chosen(program: str, description: str | None, sections, arguments) -> list[str]:
     """Reads which sections of a bench are named; all of them where none is.
 
-    Keeps to as many cores as `--threads` says, which has to be before JAX starts.
+    Keeps to as many cores as `--threads` says, and lets each program run in the thread that
+    calls it with `--inline`. Both have to be before JAX starts.
     """
     parser = argparse.ArgumentParser(program, description=description, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(sections))
     parser.add_argument("--threads", type=int, metavar="N", help="cores to use, on Linux")
+    text = "start no thread for a call: jax_cpu_enable_async_dispatch=False"
+    parser.add_argument("--inline", action="store_true", help=text)
     chosen = parser.parse_args(arguments)
     names = chosen.names or list(sections)
     if unknown := set(names) - set(sections):
@@ -187,6 +190,8 @@ def chosen(program: str, description: str | None, sections, arguments) -> list[s
         if not 1 <= chosen.threads <= num_cores():
             parser.error(f"--threads: must be 1 to {num_cores()}, got {chosen.threads}")
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: chosen.threads])
+    if chosen.inline:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     return names
 
 
