@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 # From here on tanh is ±1 and its slope 0, in float64 too: e⁻⁸⁰⁰ is below its least number.
 _FAR = 400.0
@@ -28,16 +27,10 @@ def _capped(logit, cap, inverse):
 
 
 def _tangent(primals, tangents) -> Any:
-    logit, cap, inverse = primals
+    logit, _, inverse = primals
     d_logit, d_cap, _ = tangents
-    u, terms = logit * inverse, []
-    # A constant has no tangent, and then nothing is computed for it.
-    if type(d_logit) is not SymbolicZero:
-        terms.append(sech2(u) * d_logit)
-    if type(d_cap) is not SymbolicZero:
-        terms.append(_by_cap(u) * d_cap)
-    tangent = sum(terms[1:], terms[0]) if terms else jnp.zeros_like(logit)
-    return cap * tanh(u), tangent
+    u = logit * inverse
+    return capped(*primals), sech2(u) * d_logit + _by_cap(u) * d_cap
 
 
 @jax.custom_jvp
@@ -73,7 +66,7 @@ def _by_cap(u):
     return jnp.where(near, by_series, tanh(large) - large * sech2(large))
 
 
-_capped.defjvp(_tangent, symbolic_zeros=True)
+_capped.defjvp(_tangent)
 _tanh.defjvps(lambda d, _, u: sech2(u) * d)
 _sech2.defjvps(lambda d, slope, u: -2 * tanh(u) * slope * d)
 # Jitted, so that a call outside of `jit` neither traces them nor makes their keys again.
