@@ -1,6 +1,8 @@
 """Programs are keyed by what they compute: never by printed text, never by identity."""
 
 import functools
+import gc
+import weakref
 
 import chex
 import jax
@@ -399,3 +401,16 @@ def test_rules_that_read_the_variable_of_a_loop(name):
     got = loop(derived, jattn.attention)
     want = loop(derived, jattn.definition.attention)
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_programs_keep_no_array():
+    """They stay in the caches of JAX, and jax 0.12 keeps in a jaxpr what it captured."""
+
+    def attended():
+        ids, query = jnp.arange(8) // 3, jnp.ones((8, 1, 4))
+        jattn.attention(query, query, query, mask=lambda b, n, t, s: ids[t] == ids[s])
+        return weakref.ref(ids)
+
+    held = attended()
+    gc.collect()
+    assert held() is None

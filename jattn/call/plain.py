@@ -37,8 +37,17 @@ def jaxpr_of(function, *scalars):
     captured = [without_axes(x) for x in closed.consts]
     meshes = [jax.typeof(x).sharding.mesh for x in captured if isinstance(x, jax.Array)]
     if all(mesh.empty for mesh in (*meshes, jax.sharding.get_abstract_mesh())):
-        return closed.jaxpr, captured, result
-    return _plain(closed.jaxpr), captured, result
+        return _without_arrays(closed.jaxpr), captured, result
+    return _without_arrays(_plain(closed.jaxpr)), captured, result
+
+
+def _without_arrays(jaxpr):
+    """Gives the jaxpr without the arrays that it captured, which jax 0.12 keeps in it.
+
+    A program outlives its call. It would keep their memory, or the tracers of a trace.
+    """
+    replaced = getattr(jaxpr, "with_consts", None)
+    return jaxpr if replaced is None else replaced([None] * len(jaxpr.consts))
 
 
 _JITS = {name: CALLS[name] for name in ("jit", "pjit")}
