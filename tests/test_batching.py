@@ -331,7 +331,7 @@ def test_entropy_and_what_keys_receive_join_too():
 
 
 def conditions(f, *arrays):
-    """How many conditionals the program has."""
+    """Counts the conditionals of the program of a function."""
     return jax.jit(f).lower(*arrays).as_text().count("stablehlo.case")
 
 

@@ -1,7 +1,9 @@
-"""Gradients in half precision are rounded once, whoever adds them up.
+"""Gradients in half precision: a sum of several parts is rounded once, not each part.
 
-Keys have a common offset. So each part of a call, some of the keys, has a large cotangent
-of the query, and these mostly cancel: if each were rounded, their sum would be rounding.
+The parts may come from several devices, from slices of a `vmap`, or from the two halves of
+a prompt. Here all keys have a common offset. So the gradients of the query that come from
+single parts are large, and mostly cancel: rounded before they are added up, they would
+leave little but their roundings.
 """
 
 import dataclasses
@@ -74,10 +76,10 @@ OPTIONS = {
 @pytest.mark.parametrize("name", [*OPTIONS, "logsumexp"])
 @pytest.mark.parametrize("where", ["CPU", "GPU"])
 def test_rounded_weights(where, name, monkeypatch):
-    """What keys have in common is not multiplied by the errors of a row.
+    """Checks gradients of a query whose keys are all near 16, where weights are rounded.
 
-    Weights are rounded in forward, as where the processor multiplies bfloat16; on a GPU
-    their cotangents too.
+    They are so in forward, as where the processor multiplies bfloat16; on a GPU their
+    cotangents are rounded too. What keys have in common must not multiply these errors.
     """
     on = operation.Attention.on
     if where == "GPU":
@@ -104,7 +106,7 @@ def test_rounded_weights(where, name, monkeypatch):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_rounded_weights_of_values_with_an_offset(name, monkeypatch):
-    """They do not add up to 1, and backward subtracts their output from single values."""
+    """Checks gradients where all values are near 16 and weights do not add up to 1."""
     monkeypatch.setattr(operation, "multiplies_bfloat16", lambda: True)
     jax.clear_caches()
     given = drawn("bfloat16", 1)

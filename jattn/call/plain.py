@@ -36,9 +36,9 @@ def jaxpr_of(function, *scalars):
         closed = _open(closed, scalars)
     captured = [without_axes(x) for x in closed.consts]
     meshes = [jax.typeof(x).sharding.mesh for x in captured if isinstance(x, jax.Array)]
-    if all(mesh.empty for mesh in (*meshes, jax.sharding.get_abstract_mesh())):
-        return _without_arrays(closed.jaxpr), captured, result
-    return _without_arrays(_plain(closed.jaxpr)), captured, result
+    has_mesh = not all(x.empty for x in (*meshes, jax.sharding.get_abstract_mesh()))
+    jaxpr = _plain(closed.jaxpr) if has_mesh else closed.jaxpr
+    return _without_arrays(jaxpr), captured, result
 
 
 def _without_arrays(jaxpr):

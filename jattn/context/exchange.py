@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.arrays.shapes import wide_dtype
+from jattn.arrays.shapes import widened
 
 __all__ = ["copied", "heads_to_sequence", "sequence_to_heads"]
 
@@ -38,5 +38,4 @@ def copied(array, devices: int):
     """
     if (count := copies(array.shape[2], devices)) == 1:
         return array
-    wide = array.astype(wide_dtype(array.dtype))
-    return jnp.repeat(wide, count, axis=2).astype(array.dtype)
+    return jnp.repeat(widened(array), count, axis=2).astype(array.dtype)

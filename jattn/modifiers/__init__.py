@@ -1,9 +1,10 @@
 """What happens to a logit before the softmax: functions (logit, b, n, t, s) → logit.
 
 A modifier acts on the scaled product of one query and one key, before `bias` and `mask`.
-Any function of these scalars is a modifier, alone or composed left to right by `>>`:
-`SoftCap(50.0) >> ALiBi() >> (lambda logit, b, n, t, s: logit * heat[n])`. The arrays that
-it holds or closes over have gradients.
+A modifier is one of the classes below, or any function of these five scalars. The
+operator `>>` joins two: `SoftCap(50.0) >> ALiBi()` applies the soft cap first, and
+`>> (lambda logit, b, n, t, s: logit * heat[n])` adds a function. Gradients reach the
+arrays that a modifier holds, and those that a function reads from outside.
 
 Modifiers are frozen dataclasses and JAX pytrees. As with masks, `aligned` gives arrays
 that are read by row and column, and `modify` gets their elements for its pair.

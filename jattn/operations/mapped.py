@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from jattn.arrays.shapes import wide_dtype
+from jattn.arrays.shapes import wide_dtype, widened
 from jattn.operations.derivatives import Pullback, Pushforward
 from jattn.operations.operation import Around, Operation, choose, retype
 
@@ -97,14 +97,12 @@ class Mapped(Around):
             inner = inner.operation
         if not isinstance(inner, Pullback):
             return arrays
-        one = {i for i, flag in enumerate(inner.active) if flag and not self.mapped[i]}
-        one &= inner.operation.may_be_wide
-        return [
-            x.astype(wide_dtype(x.dtype)) if i in one else x for i, x in enumerate(arrays)
-        ]
+        shared = {i for i, flag in enumerate(inner.active) if flag and not self.mapped[i]}
+        shared &= inner.operation.may_be_wide
+        return [widened(x) if i in shared else x for i, x in enumerate(arrays)]
 
     def _unrounded(self, function, arrays, chunk):
-        """Gives the outputs, of which sums are wide."""
+        """Computes the outputs; sums over slices are left in float32 at least."""
         axes = [0 if mapped else None for mapped in self.mapped]
 
         def at_once(size, *arrays):

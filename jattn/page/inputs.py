@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jattn.arrays.checks import check_array
+from jattn.pictures.numbers import check_tokens
 
 __all__ = ["layers_of", "named_tokens", "options_of", "per_layer"]
 
@@ -54,15 +55,8 @@ def named_tokens(where: str, name: str, tokens, letter: str, length: int) -> lis
     Raises:
         ValueError: If there are more or fewer tokens than queries or keys.
     """
-    if tokens is None:
-        return [str(place) for place in range(length)]
-    if isinstance(tokens, str) or len(tokens) != length:
-        got = "one string" if isinstance(tokens, str) else str(len(tokens))
-        raise ValueError(
-            f"{where}: `{name}` must have {letter}={length} tokens, got {got}; give one "
-            f"string for each."
-        )
-    return [str(token) for token in tokens]
+    check_tokens(where, name, tokens, letter, length)
+    return [str(token) for token in (range(length) if tokens is None else tokens)]
 
 
 def per_layer(

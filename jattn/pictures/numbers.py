@@ -28,6 +28,7 @@ __all__ = [
     "bar",
     "by_layer",
     "cells",
+    "check_tokens",
     "grid",
     "heads_of",
     "lengths",
@@ -161,8 +162,8 @@ def shown_of(where: str, weights, query_tokens, key_tokens, heads):
     examples = [f"example {b}, " for b in range(len(drawn))] if len(drawn) > 1 else [""]
     names = [f"{example}head {head % N}" for example in examples for head in chosen]
     key_tokens = query_tokens if key_tokens is None and T == S else key_tokens
-    _check_tokens(where, "query_tokens", query_tokens, "T", T)
-    _check_tokens(where, "key_tokens", key_tokens, "S", S)
+    check_tokens(where, "query_tokens", query_tokens, "T", T)
+    check_tokens(where, "key_tokens", key_tokens, "S", S)
     names = names if array.ndim > 2 else [""]
     return drawn.reshape(-1, T, S), names, query_tokens, key_tokens
 
@@ -180,7 +181,7 @@ def heads_of(where: str, received, tokens, heads) -> tuple[np.ndarray, list[str]
             f"{array.shape}; take one example by its index."
         )
     S, N = array.shape[0], array.size // array.shape[0]
-    _check_tokens(where, "tokens", tokens, "S", S)
+    check_tokens(where, "tokens", tokens, "S", S)
     chosen = _chosen(where, heads, N)
     names = [f"head {head % N}" for head in chosen] if array.ndim == 2 else [""]
     return array.reshape(S, N).T[chosen], names
@@ -238,10 +239,9 @@ def _chosen(where: str, heads, N: int) -> list[int]:
     return chosen
 
 
-def _check_tokens(where: str, name: str, tokens, letter: str, length: int) -> None:
-    if tokens is None:
-        return
-    if isinstance(tokens, str) or len(tokens) != length:
+def check_tokens(where: str, name: str, tokens, letter: str, length: int) -> None:
+    """Checks that tokens, if there are any, are a string for each query or key."""
+    if tokens is not None and (isinstance(tokens, str) or len(tokens) != length):
         got = "one string" if isinstance(tokens, str) else str(len(tokens))
         raise ValueError(
             f"{where}: `{name}` must have {letter}={length} tokens, got {got}; give one "

@@ -200,7 +200,7 @@ def _backward_block(layout, head, queries: Rows, by_key, j, carry):
     """Adds everything that one block of keys contributes: loops over rows that see it."""
     d_rows, d_key, d_value, *others = carry
     keys = keys_of(layout, head, j)
-    zeros = [jnp.zeros(x.shape, layout.problem.wide) for x in keys]
+    zeros = [jnp.zeros(x.shape, layout.problem.wide) for x in keys[:2]]
     tile = functools.partial(add_tile, head, queries, layout.first_key(j))
     whole = lambda masked: lambda i, carry: tile(layout, masked, keys, (i, j), carry)
     strip = _strip(layout, head, tile)

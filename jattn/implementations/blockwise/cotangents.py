@@ -32,9 +32,16 @@ class Rows(NamedTuple):
 
 
 def keys_of(layout: Layout, head, j):
-    """Cuts the keys and values of one block, in the dtype of products."""
+    """Cuts the keys and values of one block, in the dtype of products.
+
+    Gives the keys a second time, without what they have in common, for d_query; see
+    `backward`.
+    """
     cut = lambda x: layout.narrowed(layout.cut(x, "BKS.", S=j))
-    return cut(head.key), cut(head.value)
+    key, value = cut(head.key), cut(head.value)
+    if head.centre is None:
+        return key, value, key
+    return key, value, layout.narrowed(key.astype(layout.problem.wide) - head.centre)
 
 
 def _pairs(layout: Layout, head, at, rows: Rows, key, masked):
@@ -68,7 +75,7 @@ def _d_weights(view: Tile, rows: Rows, value):
 
 def add_deltas(head, queries: Rows, layout, masked, keys, at, deltas):
     """Adds what one tile contributes to δ = Σₛ weightₛ vₛ · d_output of its rows."""
-    rows, (key, value) = queries.at(layout, at[0]), keys
+    rows, (key, value, _) = queries.at(layout, at[0]), keys
     view, allowed, products = _pairs(layout, head, at, rows, key, masked)
     logits = view.logits(products, view.active)
     weights = _weights(layout, logits, rows, allowed)
@@ -95,7 +102,7 @@ def add_tile(head, queries: Rows, first, layout, masked, keys, at, carry):
     isolated = masked and layout.problem.mask is not None
     row = lambda x: x[..., None, :]
     *sums, d_active, d_scale = carry
-    (i, j), (key, value) = at, keys
+    (i, j), (key, value, centred) = at, keys
     rows = queries.at(layout, i)
     view, allowed, products = _pairs(layout, head, at, rows, key, masked)
     keep_allowed = lambda x: x if allowed is None else jnp.where(allowed, x, 0)
@@ -106,7 +113,7 @@ def add_tile(head, queries: Rows, first, layout, masked, keys, at, carry):
     )
     clean = rows.d_output
     if isolated:  # the products below mix rows, and columns, and 0 · NaN is NaN
-        key = shared.isolate(key)[0]
+        centred = shared.isolate(centred)[0]
         clean, poison = shared.isolate(rows.d_output)
         # Through top, a NaN of d_output reaches the pairs of its row that count.
         top = rows.top + poison.astype(layout.problem.wide)
@@ -121,18 +128,11 @@ def add_tile(head, queries: Rows, first, layout, masked, keys, at, carry):
         d_products = keep_allowed(d_products)
     if d_scale is not None:  # products are scaled, so this sums up scale · d_scale
         d_scale = d_scale + shared.sum_all(keep_allowed(d_products * products))
-    given = rows.query, _centred(layout, head, key), clean
+    given = rows.query, centred, clean
     place = i, layout.first_key(j) - first
     sums = _add_products(layout, sums, given, place, d_products, view.drop(weights))
     d_active = _add_active(layout, d_active, d_chosen, T=i, S=j, **head.at)
     return *sums, d_active, d_scale
-
-
-def _centred(layout: Layout, head, key):
-    """Subtracts from keys what they have in common, for d_query; see `backward`."""
-    if head.centre is None:
-        return key
-    return layout.narrowed(key.astype(layout.problem.wide) - head.centre)
 
 
 def _add_products(layout, sums, given, place, d_products, weights):

@@ -85,7 +85,7 @@ def surprise_of_largest(rest):
     The logarithm of a weight near 1 is a small difference of large numbers, but `rest` has
     all its digits. Where no key has so much, the rest is 1, to the last places.
     """
-    rest = jnp.where(rest < 0.75, rest, 0)
+    rest = jnp.where(rest < 0.75, rest, 0)  # it is 1 − _MOST at most, or about 1
     return -(1 - rest) * jnp.log1p(-rest)
 
 
