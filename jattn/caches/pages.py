@@ -54,6 +54,10 @@ class Pages:
 
         return self.store.map(gather)
 
+    def whole(self) -> Store:
+        """Gives all slots, copied out of their pages."""
+        return self.cut(0, self.slots)
+
     def vectors(self, dtype):
         """Gives all keys and values, BSKH and BSKD."""
-        return self.cut(0, self.slots).vectors(dtype)
+        return self.whole().vectors(dtype)

@@ -24,11 +24,10 @@ class Products:
 
     def products(self: Any, rows, wide) -> jax.Array:
         """Multiplies rows BKRH by the keys, BKRS."""
-        products, first = jnp.zeros((*rows.shape[:3], self.slots), wide), 0
+        products, first = jnp.zeros((), wide), 0
         for keys in self.wide_keys(wide):  # parts of H
             part = rows[..., first : first + keys.shape[2]]
-            found = jnp.einsum("BKRH,BKHS->BKRS", part, keys)
-            products += found[..., : self.slots]  # not the keys: to cut them copies them
+            products += jnp.einsum("BKRH,BKHS->BKRS", part, keys)
             first += keys.shape[2]
         scales = self.scales(wide)
         return products if scales is None else products * scales[0][:, :, None]

@@ -11,9 +11,10 @@ in each step. `key` and `value` are views in the usual order.
 
 To append writes one number into each row of the keys. So that these do not share a few sets
 of the processor's cache, the rows are an odd number of cache lines apart there, see `_row`:
-they may be longer than the slots.
+there may be more slots than tokens have, and these hold nothing.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -37,13 +38,13 @@ from jattn.pytree import pytree
     "values",
     "key_scales",
     "value_scales",
-    static=("dtype", "head_dim", "value_dim"),
+    static=("dtype", "head_dim", "value_dim", "more"),
 )
 class Store(Products):
     """Keys `…KHS` and values `…KSD` in slots; scales `…KS` where they are rounded.
 
-    Without `values`, the first `value_dim` numbers of each key are its value. What the rows
-    of keys have beyond S is never read.
+    Without `values`, the first `value_dim` numbers of each key are its value. The arrays
+    have `more` slots at their end, which no token has.
     """
 
     keys: jax.Array
@@ -53,6 +54,7 @@ class Store(Products):
     dtype: str
     head_dim: int
     value_dim: int
+    more: int = 0
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -67,7 +69,7 @@ class Store(Products):
     @property
     def slots(self) -> int:
         """Gives S."""
-        return self.keys.shape[-1] if self.values is None else self.values.shape[-2]
+        return self.keys.shape[-1] - self.more
 
     @property
     def is_rounded(self) -> bool:
@@ -85,8 +87,8 @@ class Store(Products):
 
     def arrays(self) -> Slots:
         """Gives the arrays where they lie, as a kernel reads them."""
-        keys = self.keys[..., : self.slots]
-        return Slots(keys, self.values, self.key_scales, self.value_scales)
+        x = self.cut(0, self.slots)
+        return Slots(x.keys, x.values, x.key_scales, x.value_scales)
 
     def map(self, function: Callable) -> "Store":
         """Applies a function of an array and its axis of slots to each array."""
@@ -99,7 +101,7 @@ class Store(Products):
             apply(self.values, -2),
             apply(self.key_scales, -1),
             apply(self.value_scales, -1),
-            *(self.dtype, self.head_dim, self.value_dim),
+            *(self.dtype, self.head_dim, self.value_dim, self.more),
         )
 
     def flat(self) -> "Store":
@@ -109,9 +111,21 @@ class Store(Products):
 
     def cut(self, start, size: int) -> "Store":
         """Gives the slots from `start` on."""
-        if size == self.slots:
+        if size == self.keys.shape[-1]:
             return self
-        return self.map(lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis))
+        part = self.map(lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis))
+        return dataclasses.replace(part, more=0)
+
+    def longer(self, more: int) -> "Store":
+        """Gives the same with more slots at the end, which no token has."""
+        add = lambda x, axis: jnp.pad(
+            x, [(0, more if i == x.ndim + axis else 0) for i in range(x.ndim)]
+        )
+        return dataclasses.replace(self.map(add), more=self.more + more)
+
+    def whole(self) -> "Store":
+        """Gives all slots where they lie, with those that no token has."""
+        return dataclasses.replace(self, more=0)
 
     def wide_keys(self, wide) -> list[jax.Array]:
         """Gives the keys as they are multiplied, `…KHS` without scales, in parts of H."""
@@ -143,10 +157,11 @@ class Store(Products):
     def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
         """Gives the keys `…SKH` and the values `…SKD` in the usual order, scaled."""
         wide = wide_dtype(dtype) if self.is_rounded else dtype
-        keys = jnp.concatenate(self.wide_keys(wide), -2)[..., : self.slots]
+        keys = jnp.concatenate(self.wide_keys(wide), -2)
         values = jnp.concatenate(self.wide_values(wide), -1)[..., : self.value_dim]
         if (scales := self.scales(wide)) is not None:
             keys, values = keys * scales[0][..., None, :], values * scales[1][..., None]
+        keys, values = keys[..., : self.slots], values[..., : self.slots, :]
         keys, values = jnp.moveaxis(keys, -1, -3), jnp.moveaxis(values, -2, -3)
         return keys.astype(dtype), values.astype(dtype)
 
@@ -154,12 +169,11 @@ class Store(Products):
         """Gives a store of the same vectors without scales; for `apart` see `blank`."""
         keys, values = self.vectors(dtype)
         keys = jnp.moveaxis(keys, -3, -1)
-        apart = apart and self.values is not None  # keys that are values have no more
-        more = _row(self.slots, dtype) - self.slots if apart else 0
-        keys = jnp.pad(keys, [(0, 0)] * (keys.ndim - 1) + [(0, more)])
         own = None if self.values is None else jnp.moveaxis(values, -3, -2)
         sizes = jnp.dtype(dtype).name, self.head_dim, self.value_dim
-        return Store(keys, own, None, None, *sizes)
+        exact = Store(keys, own, None, None, *sizes)
+        apart = apart and own is not None  # keys that are values have no more
+        return exact.longer(_more(self.slots, dtype) if apart else 0)
 
 
 def blank(
@@ -172,30 +186,31 @@ def blank(
     """
     dtype = jnp.dtype(dtype).name
     kind = rounding.stored_type(dtype)
+    more = _more(slots, kind) if apart else 0
     H, D = (rounding.stored_size(dtype, x) for x in (head_dim, value_dim))
-    shape = (*batch, num_heads)
-    scales = lambda: jnp.zeros((*shape, slots), jnp.float32)
+    shape, length = (*batch, num_heads), slots + more
+    scales = lambda: jnp.zeros((*shape, length), jnp.float32)
     is_rounded = rounding.is_rounded(dtype)
     return Store(
-        jnp.zeros((*shape, H, _row(slots, kind) if apart else slots), kind),
-        None if shared else jnp.zeros((*shape, slots, D), kind),
+        jnp.zeros((*shape, H, length), kind),
+        None if shared else jnp.zeros((*shape, length, D), kind),
         scales() if is_rounded else None,
         scales() if is_rounded and not shared else None,
-        *(dtype, head_dim, value_dim),
+        *(dtype, head_dim, value_dim, more),
     )
 
 
-def _row(slots: int, kind) -> int:
-    """Says how long a row of keys is: on CPU an odd number of cache lines if it is long.
+def _more(slots: int, kind) -> int:
+    """Says how many slots to add, so that long rows of keys are an odd number of lines.
 
-    The lines of a column then lie in all sets of the cache. With rows of 2ᵏ lines they
-    share a few sets and push each other out: to append took 3 to 12 times as long on Zen 5
-    where rows had 1 kB or more.
+    The lines of a column then lie in all sets of the processor's cache. With rows of 2ᵏ
+    lines they share a few sets and push each other out: to append took 3 to 12 times as
+    long on Zen 5 where rows had 1 kB or more.
     """
     size, line = jnp.dtype(kind).itemsize * slots, 64  # bytes of a line of the cache
     if jax.default_backend() != "cpu" or size < 1024 or size % (2 * line):
-        return slots
-    return slots + line // jnp.dtype(kind).itemsize
+        return 0
+    return line // jnp.dtype(kind).itemsize
 
 
 def taken(where: str, store: Store, indices) -> Store:

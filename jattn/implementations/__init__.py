@@ -5,6 +5,7 @@
 `shared`        what they share: the logits of some queries by some keys
 `isolated`      the isolation of values, which JAX can transpose
 `source`        what has slots to attend to, and a call cut to some of them
+`bounded`       a few queries by all slots at once, in one pass of XLA:CPU
 `parts`         a few queries by the slots that count
 `joint`         what joins queries and keys, as kernels read it
 `nvidia`        what a kernel for NVIDIA GPUs asks of the device

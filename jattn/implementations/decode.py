@@ -67,6 +67,10 @@ class Buffer(NamedTuple):
         cut = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=1)
         return Buffer(cut(self.key), cut(self.value), self.mixes)
 
+    def whole(self) -> "Buffer":
+        """Gives itself."""
+        return self
+
     def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
         """Gives all keys and values."""
         return self.key.astype(dtype), self.value.astype(dtype)

@@ -24,8 +24,8 @@ from jax import lax
 
 from jattn.call.problem import Operands, Problem, index
 from jattn.dropout import keep
-from jattn.implementations import shared
-from jattn.implementations.source import Source, cut
+from jattn.implementations import bounded, shared
+from jattn.implementations.source import Source, cut, longer, scaled_products
 from jattn.operations.mapped import cond_any
 
 # How many slots the shortest part has. One of 128 takes 0.1 ms, mostly of starting threads;
@@ -161,14 +161,13 @@ def _finished(problem: Problem, sums: _Sums):
 
 
 def _step(problem, operands, source: Source, isolating, sums, first, size: int):
-    """Adds the slots from `first` on; those before it were added already, or are dead.
-
-    Without `sums` there were none before. XLA:CPU then makes weights and their sum in one
-    pass, which it does not where a maximum of before comes in.
-    """
+    """Adds the slots from `first` on; those before it were added already, or are dead."""
     start = first if size == source.slots else jnp.minimum(first, source.slots - size)
     call, of_part = cut(problem, operands, start, size)
-    part = source.cut(start, size)
+    is_whole = size == source.slots and not isolating
+    part = source.whole() if is_whole else source.cut(start, size)
+    if sums is None and not isolating and bounded.pays(call, of_part):
+        return _Sums(*bounded.sums(call, of_part, part))
     logits, allowed = _logits(call, of_part, part)
     if size < source.slots:  # the last chunk may begin before its place, to fit
         fresh = start + jnp.arange(size, dtype=jnp.int32)[None, None, None] >= first
@@ -180,7 +179,7 @@ def _step(problem, operands, source: Source, isolating, sums, first, size: int):
     top = top if sums is None else jnp.maximum(sums.top, top)
     weights = jnp.exp(logits - top[..., None])
     total = jnp.sum(weights, axis=-1)
-    dropped = _dropped(call, of_part, weights)
+    dropped = longer(_dropped(call, of_part, weights), part.slots, 0)
     added = _sums(call, part, dropped, allowed if isolating else None)
     if sums is None:
         return _Sums(top, total, added)
@@ -191,14 +190,9 @@ def _step(problem, operands, source: Source, isolating, sums, first, size: int):
 
 def _logits(problem: Problem, operands: Operands, part):
     """Gives the logits BNTS, and which of them count."""
-    B, N, T, S = problem.sizes.BNTS
-    at = index(problem, operands)
-    query = operands.query.astype(problem.wide)
-    K, H = part.num_heads, query.shape[-1]
-    rows = jnp.moveaxis(query.reshape(B, T, K, N // K, H), 1, 3)
-    rows = rows.reshape(B, K, N // K * T, H)  # H may be 0, so nothing is left to guess
-    products = part.products(rows, problem.wide)
-    products = operands.scale * products.reshape(B, N, T, S)
+    at, (B, N, T, S) = index(problem, operands), problem.sizes.BNTS
+    products = scaled_products(problem, operands, part)
+    products = products.reshape(B, N, T, part.slots)[..., :S]
     allowed = shared.allowed(problem, operands, at)
     return shared.logits(problem, operands, at, products), allowed
 
@@ -213,8 +207,8 @@ def _dropped(problem: Problem, operands: Operands, weights):
 
 def _sums(problem: Problem, part, weights, allowed):
     """Gives the values in proportion to weights, BKRD; `allowed` isolates NaN."""
-    B, N, T, S = problem.sizes.BNTS
-    rows = lambda x: jnp.broadcast_to(x, (B, N, T, S)).reshape(B, part.num_heads, -1, S)
+    shape, S = weights.shape, weights.shape[-1]
+    rows = lambda x: jnp.broadcast_to(x, shape).reshape(shape[0], part.num_heads, -1, S)
     weights = rows(weights)
     if allowed is None:
         return part.sums(weights, problem.wide)

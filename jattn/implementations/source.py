@@ -17,6 +17,10 @@ class Part(Protocol):
     """The keys and values of some slots, ready for the two products."""
 
     @property
+    def slots(self) -> int:
+        """Says how many slots these are."""
+
+    @property
     def num_heads(self) -> int:
         """Gives K."""
 
@@ -51,6 +55,9 @@ class Source(Protocol):
     def cut(self, start, size: int) -> Any:
         """Gives the slots from `start` on, a multiple of the unit, as a `Part`."""
 
+    def whole(self) -> Any:
+        """Gives all slots as a `Part`, which may have more at its end that hold nothing."""
+
     def vectors(self, dtype) -> tuple[jax.Array, jax.Array]:
         """Gives all keys and values, BSKH and BSKD."""
 
@@ -81,3 +88,20 @@ def cut(problem: Problem, operands: Operands, start, size: int):
     )
     sizes = dataclasses.replace(problem.sizes, S=size)
     return dataclasses.replace(problem, sizes=sizes), operands
+
+
+def scaled_products(problem: Problem, operands: Operands, part: Part) -> jax.Array:
+    """Gives the scaled products of queries and keys of all slots of a part, BKRS."""
+    B, N, T, _ = problem.sizes.BNTS
+    query = operands.query.astype(problem.wide)
+    K, H = part.num_heads, query.shape[-1]
+    rows = jnp.moveaxis(query.reshape(B, T, K, N // K, H), 1, 3)
+    rows = rows.reshape(B, K, N // K * T, H)  # H may be 0, so nothing is left to guess
+    return operands.scale * part.products(rows, problem.wide)
+
+
+def longer(array: jax.Array, slots: int, value) -> jax.Array:
+    """Gives an array with as many slots along its last axis, the new ones of one value."""
+    more = slots - array.shape[-1]
+    axes = [(0, 0)] * (array.ndim - 1) + [(0, more)]
+    return jnp.pad(array, axes, constant_values=value) if more else array
