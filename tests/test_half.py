@@ -65,6 +65,13 @@ def assert_rounded_once(got, want, dtype, each=True):
         assert np.max(error - rounding) <= 1e-4 * np.max(np.abs(x)), name
 
 
+def on_a_gpu(monkeypatch):
+    """Makes blockwise compute as it does on a GPU."""
+    on = operation.Attention.on
+    narrow = lambda self, _: dataclasses.replace(on(self, "cuda"), kernel=None)
+    monkeypatch.setattr(operation.Attention, "on", narrow)
+
+
 OPTIONS = {
     "plain": {},
     "causal": {"mask": Causal()},
@@ -81,10 +88,8 @@ def test_rounded_weights(where, name, monkeypatch):
     They are so in forward, as where the processor multiplies bfloat16; on a GPU their
     cotangents are rounded too. What keys have in common must not multiply these errors.
     """
-    on = operation.Attention.on
     if where == "GPU":
-        narrow = lambda self, _: dataclasses.replace(on(self, "cuda"), kernel=None)
-        monkeypatch.setattr(operation.Attention, "on", narrow)
+        on_a_gpu(monkeypatch)
     monkeypatch.setattr(operation, "multiplies_bfloat16", lambda: True)
     jax.clear_caches()
     given, options = drawn("bfloat16", 1), OPTIONS.get(name, {})
@@ -105,14 +110,24 @@ def test_rounded_weights(where, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_rounded_weights_of_values_with_an_offset(name, monkeypatch):
+@pytest.mark.parametrize("where", ["many", "few", "GPU", "dropout"])
+def test_rounded_weights_of_values_with_an_offset(where, name, monkeypatch):
     """Checks gradients where all values are near 16 and weights do not add up to 1."""
+    if where == "GPU":
+        on_a_gpu(monkeypatch)
     monkeypatch.setattr(operation, "multiplies_bfloat16", lambda: True)
     jax.clear_caches()
-    given = drawn("bfloat16", 1)
-    given |= {"key": given["key"] - OFFSET, "value": given["value"] + OFFSET}
-    attend = lambda *x: jattn.attention(*x, **OPTIONS[name], implementation="blockwise")
-    want = exactly(lambda *x: definition.attention(*x, **OPTIONS[name]), given)
+    given = drawn("bfloat16", 1, **({"T": 2, "S": 1024} if where == "few" else {}))
+    if where != "few":  # whose gradients of the query show it if keys are near 16 as well
+        given["key"] = given["key"] - OFFSET
+    given["value"] = given["value"] + OFFSET
+    options = OPTIONS[name]
+    if where == "few":
+        options = options | {"query_position": 1000}
+    if where == "dropout":
+        options = options | {"dropout": jattn.Dropout(0.1, jax.random.key(0))}
+    attend = lambda *x: jattn.attention(*x, **options, implementation="blockwise")
+    want = exactly(lambda *x: definition.attention(*x, **options), given)
     got = gradients(attend, given)
     for x in NAMES:
         error = np.max(np.abs(got[x] - want[x])) / np.max(np.abs(want[x]))

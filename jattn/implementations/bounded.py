@@ -27,8 +27,8 @@ LEAST = 2**15
 def pays(problem: Problem, operands: Operands) -> bool:
     """Says whether `sums` takes a call, and is faster than a pass for each step."""
     x = problem.sizes
-    # A modifier may give NaN for a pair that is hidden. A product of one row is none that
-    # XLA joins to anything.
+    # A modifier may give NaN for a pair that is hidden. And XLA joins nothing to a product
+    # of one row.
     takes = problem.mask is not None and problem.modifier is None and operands.rng is None
     return takes and x.are_known and x.G * x.T > 1 and x.B * x.N * x.T * x.S >= LEAST
 
@@ -52,7 +52,7 @@ def sums(problem: Problem, operands: Operands, part: Part):
     top = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - top)
     output = part.sums(weights, problem.wide)
-    # Begins after the output. If both were ready at once, XLA would wake a thread for one.
+    # It begins after the output: of two that are ready XLA gives one to another thread.
     total = lax.reduce(weights, _zero_after(output), lax.add, (weights.ndim - 1,))
     total = jnp.where(seen[..., 0], total, 0)
     top, total = (x.reshape(problem.sizes.BNTS[:3]) for x in (top, total))

@@ -161,7 +161,10 @@ def _finished(problem: Problem, sums: _Sums):
 
 
 def _step(problem, operands, source: Source, isolating, sums, first, size: int):
-    """Adds the slots from `first` on; those before it were added already, or are dead."""
+    """Adds the slots from `first` on; those before it were added already, or are dead.
+
+    Without `sums` there were none before, and no maximum of before comes in.
+    """
     start = first if size == source.slots else jnp.minimum(first, source.slots - size)
     call, of_part = cut(problem, operands, start, size)
     is_whole = size == source.slots and not isolating

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.arrays.shapes import wide_dtype
+from jattn.implementations import shared
 from jattn.implementations.blockwise.common import common
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.products import dot, products_of, sums_of
@@ -46,11 +47,9 @@ def _without_common(layout: Layout):
     These add up to 1 no more, and backward subtracts outputs from single values:
 
         Σₛ weightₛ vₛ = Σₛ weightₛ (vₛ − c) + c
-
-    Dropout changes the sum of the weights. A GPU would launch some kernels more.
     """
     problem, operands = layout.problem, layout.operands
-    if not layout.narrow or layout.narrow_logits or problem.rate:
+    if not layout.narrow or _evens(layout):
         return _forward(layout)
     c = common(operands.value, 1, problem.wide)
     value = (operands.value.astype(problem.wide) - c).astype(problem.dtype)
@@ -58,6 +57,22 @@ def _without_common(layout: Layout):
     output, top, total = _forward(Layout(problem, operands, layout.plan, wide=False))
     c = jnp.repeat(c, problem.sizes.G, axis=2)
     return jnp.where(total[..., None] == 0, 0, output + c), top, total
+
+
+def _evens(layout: Layout) -> bool:
+    """Says whether sums of rounded weights are made even by their own sum.
+
+    That does what `_without_common` does. It takes a pass over the weights, and no pass
+    over the values: less for a few queries and on a GPU. And it knows of dropout, which
+    changes the sum of the weights.
+    """
+    return layout.narrow and (layout.narrow_logits or bool(layout.problem.rate))
+
+
+def _evening(weights, rounded):
+    """Gives what makes the rounded weights of a tile as many as they were before."""
+    total, found = (jnp.sum(x, axis=-1, dtype=weights.dtype) for x in (weights, rounded))
+    return total * shared.inverse_of(found)
 
 
 def _forward(layout: Layout):
@@ -110,12 +125,15 @@ def _forward_tile(head, layout, query, i, masked):
         row_max = lax.stop_gradient(row_max)
         weights = jnp.exp(logits - row_max[..., None])
         row_sum = jnp.sum(weights, axis=-1)
-        weights = layout.narrowed(view.drop(weights))
+        weights = view.drop(weights)
+        rounded = layout.narrowed(weights)
         sums = (
-            _folded_sums(weights, value)
+            _folded_sums(rounded, value)
             if folded
-            else sums_of(weights, value, allowed, layout.plan.flat)
+            else sums_of(rounded, value, allowed, layout.plan.flat)
         )
+        if _evens(layout):
+            sums = sums * _evening(weights, rounded)[..., None]
         if carry is not None:
             shrink = jnp.exp(carry[0] - row_max)
             row_sum = carry[1] * shrink + row_sum
