@@ -88,6 +88,37 @@ def test_what_is_hidden_touches_nothing_and_what_is_seen_does(array, number):
     assert np.isfinite(got[1, :, 2:]).all()  # of the other key head
 
 
+def test_a_row_that_sees_nothing_may_begin_with_nan():
+    query, key, value = arrays()
+    key[0], lengths = np.nan, np.array([0, S, 9], np.int32)
+    kv = caches.empty(B, S, K, H, ragged=True).append(key, value, count=np.full(B, S))
+    got = kv.truncate(lengths).attend(query, mask=Causal())
+    assert_same(got, by_definition(query, key, value, lengths, Causal()))
+
+
+def test_a_hidden_key_touches_no_sum_where_values_have_no_numbers(ways):
+    ways.append("none")  # values show no NaN there, so this way is not taken
+    query, key, value = arrays()
+    kv = caches.empty(B, S, K, H, 0)
+    hidden = lambda b, n, t, s: s != 1
+    want = kv.append(key, value[..., :0]).attend_state(query, mask=hidden)
+    key[:, 1] = np.nan
+    assert_same(kv.append(key, value[..., :0]).attend_state(query, mask=hidden), want)
+    assert np.isfinite(want.logsumexp).all()
+
+
+def test_slots_that_no_token_has_hold_nothing(ways):
+    ways.append("none")  # attends to nothing
+    key = draw(0, B, 4, K, H)
+    key[:, 2:] = np.nan
+    ragged = caches.empty(B, S, K, H, ragged=True).append(key, key, count=np.full(B, 2))
+    full = caches.empty(B, S, K, H).append(*[draw(1, B, S - 2, K, H)] * 2)
+    over = jax.jit(lambda kv, key: kv.append(key, key))(full, draw(2, B, 4, K, H))
+    for kv in (ragged, over):
+        assert not kv.store.keys[..., S:].any()
+        assert not kv.store.values[..., S:, :].any()
+
+
 def test_a_bias_may_hide_all_that_a_mask_leaves():
     bias = np.zeros((1, N, T, S), "float32")
     bias[:, 1], bias[:, 2, 1, 3:] = -np.inf, 2.5

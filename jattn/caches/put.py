@@ -14,6 +14,7 @@ from jattn.caches.store import Store, blank
 def put_run(store: Store, key, value, start, count) -> Store:
     """Writes the first `count` of T tokens from slot `start` on, in all examples."""
     new = _as_stored(store, key, value)
+    count = jnp.minimum(count, store.slots - start)  # what no token has stays 0
 
     def put(array, axis):
         rows = jnp.moveaxis(next(new), len(store.batch), axis)  # …TKH to …KHT and so on
@@ -28,6 +29,8 @@ def put_at(store: Store, key, value, slots) -> Store:
     new, batch = _as_stored(store, key, value), store.batch
     count = math.prod(batch)  # not −1: no size follows from arrays without numbers
     slots = slots.reshape(count, slots.shape[-1])
+    # Dropped: not written where no token is either.
+    slots = jnp.where(slots < store.slots, slots, slots + store.more)
 
     def put(array, axis):
         rows = next(new)

@@ -27,10 +27,13 @@ LEAST = 2**15
 def pays(problem: Problem, operands: Operands) -> bool:
     """Says whether `sums` takes a call, and is faster than a pass for each step."""
     x = problem.sizes
-    # A modifier may give NaN for a pair that is hidden. And XLA joins nothing to a product
-    # of one row.
+    # A modifier may give NaN for a pair that is hidden, and no output would show one where
+    # values have no numbers.
     takes = problem.mask is not None and problem.modifier is None and operands.rng is None
-    return takes and x.are_known and x.G * x.T > 1 and x.B * x.N * x.T * x.S >= LEAST
+    if not takes or not x.are_known or x.D == 0:
+        return False
+    # XLA joins nothing to a product of one row.
+    return x.G * x.T > 1 and x.B * x.N * x.T * x.S >= LEAST
 
 
 def sums(problem: Problem, operands: Operands, part: Part):
@@ -51,12 +54,12 @@ def sums(problem: Problem, operands: Operands, part: Part):
     logits = jnp.minimum(logits, bound)
     top = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - top)
-    output = part.sums(weights, problem.wide)
+    output = jnp.where(seen, part.sums(weights, problem.wide), 0)
     # It begins after the output: of two that are ready XLA gives one to another thread.
     total = lax.reduce(weights, _zero_after(output), lax.add, (weights.ndim - 1,))
     total = jnp.where(seen[..., 0], total, 0)
     top, total = (x.reshape(problem.sizes.BNTS[:3]) for x in (top, total))
-    return top, total, jnp.where(seen, output, 0)
+    return top, total, output
 
 
 def _by_rows(problem: Problem, array):
@@ -70,7 +73,10 @@ def _by_rows(problem: Problem, array):
 
 @custom_vmap
 def _zero_after(array) -> jax.Array:
-    """Gives a 0 that is there only after an array is; NaN if its first number is."""
+    """Gives a 0 that is there only after an array is; NaN if its first number is.
+
+    So the array must be what `parts` looks for NaN in, or one row's would reach all sums.
+    """
     return jnp.sum(jnp.minimum(jnp.abs(array.ravel()[:1]), 0))
 
 
