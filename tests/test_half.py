@@ -7,6 +7,7 @@ leave little but their roundings.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,31 @@ def test_rounded_weights_of_values_with_an_offset(where, name, monkeypatch):
     for x in NAMES:
         error = np.max(np.abs(got[x] - want[x])) / np.max(np.abs(want[x]))
         assert error <= float(jnp.finfo("bfloat16").eps)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("sizes", [(2, 12), (16, 12), (64, 2), (64, 64)])
+def test_rows_of_one_key_with_rounded_weights(sizes, monkeypatch):
+    """Checks sharp rows of few keys, and of values with an offset of their own size.
+
+    The output is that key's value to the last digit, or large keys multiply the rest.
+    """
+    monkeypatch.setattr(operation, "multiplies_bfloat16", lambda: True)
+    jax.clear_caches()
+    queries, keys = sizes
+    for offset in (0, 1.5):
+        given = drawn("bfloat16", 8, T=queries, S=keys)
+        given = {name: x[..., :12] for name, x in given.items()}  # a scale that rounds
+        given["key"] = 1000 * (given["key"] - OFFSET)
+        given["value"] = given["value"] + jnp.bfloat16(offset)
+        want = exactly(definition.attention, given)
+        errors = {}
+        for way in ("dense", "blockwise"):
+            attend = functools.partial(jattn.attention, implementation=way)
+            got = gradients(attend, given)
+            errors[way] = [np.max(np.abs(got[x] - want[x])) for x in NAMES]
+        for got, dense in zip(errors["blockwise"], errors["dense"], strict=True):
+            assert got <= 1.5 * dense + 2e-3
     jax.clear_caches()
 
 

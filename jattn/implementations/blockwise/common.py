@@ -1,4 +1,4 @@
-"""What all keys, or all values, of a head have in common.
+"""What all keys of a head have in common.
 
 A sum of them, times numbers that were rounded to bfloat16, has errors in proportion to it.
 Where the numbers are known to add up to something, it is left out of the sum, and added

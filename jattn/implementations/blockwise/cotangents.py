@@ -49,7 +49,8 @@ def _pairs(layout: Layout, head, at, rows: Rows, key, masked):
     view = Tile(layout, head.aligned, *at, columns_first=True)
     allowed = view.allowed() if masked else None
     products = columns_of(rows.query, key, layout.problem.wide)
-    products = products * layout.operands.scale if layout.narrow else products
+    if layout.narrow:
+        products = shared.rounded(products * layout.operands.scale)
     if layout.problem.modifier is not None:
         products = shared.harmless(products, allowed)
     return view, allowed, products

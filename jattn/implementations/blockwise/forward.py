@@ -20,7 +20,6 @@ from jax import lax
 
 from jattn.arrays.shapes import wide_dtype
 from jattn.implementations import shared
-from jattn.implementations.blockwise.common import common
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.products import dot, products_of, sums_of
 from jattn.implementations.blockwise.rows import row_sums
@@ -31,7 +30,7 @@ from jattn.operations.mapped import cond_any
 def forward(layout: Layout):
     """Computes the output BTND in the wide precision; the maximum and the sum BTN."""
     if not layout.plan.folded:
-        return _without_common(layout)
+        return _forward(layout)
     # A folded product computes all heads together and separates them by zeros. That works
     # while everything is finite; if a NaN appears, heads are computed separately.
     folded = _forward(layout)
@@ -39,40 +38,6 @@ def forward(layout: Layout):
     plan = layout.plan._replace(folded=False)
     apart = Layout(layout.problem, layout.operands, plan, wide=not layout.narrow)
     return cond_any(spoiled, lambda: _forward(apart), lambda: folded)
-
-
-def _without_common(layout: Layout):
-    """Leaves what all values have in common, c, out of the sum, where weights are rounded.
-
-    These add up to 1 no more, and backward subtracts outputs from single values:
-
-        Σₛ weightₛ vₛ = Σₛ weightₛ (vₛ − c) + c
-    """
-    problem, operands = layout.problem, layout.operands
-    if not layout.narrow or _evens(layout):
-        return _forward(layout)
-    c = common(operands.value, 1, problem.wide)
-    value = (operands.value.astype(problem.wide) - c).astype(problem.dtype)
-    operands = operands._replace(value=value)
-    output, top, total = _forward(Layout(problem, operands, layout.plan, wide=False))
-    c = jnp.repeat(c, problem.sizes.G, axis=2)
-    return jnp.where(total[..., None] == 0, 0, output + c), top, total
-
-
-def _evens(layout: Layout) -> bool:
-    """Says whether sums of rounded weights are made even by their own sum.
-
-    That does what `_without_common` does. It takes a pass over the weights, and no pass
-    over the values: less for a few queries and on a GPU. And it knows of dropout, which
-    changes the sum of the weights.
-    """
-    return layout.narrow and (layout.narrow_logits or bool(layout.problem.rate))
-
-
-def _evening(weights, rounded):
-    """Gives what makes the rounded weights of a tile as many as they were before."""
-    total, found = (jnp.sum(x, axis=-1, dtype=weights.dtype) for x in (weights, rounded))
-    return total * shared.inverse_of(found)
 
 
 def _forward(layout: Layout):
@@ -125,15 +90,7 @@ def _forward_tile(head, layout, query, i, masked):
         row_max = lax.stop_gradient(row_max)
         weights = jnp.exp(logits - row_max[..., None])
         row_sum = jnp.sum(weights, axis=-1)
-        weights = view.drop(weights)
-        rounded = layout.narrowed(weights)
-        sums = (
-            _folded_sums(rounded, value)
-            if folded
-            else sums_of(rounded, value, allowed, layout.plan.flat)
-        )
-        if _evens(layout):
-            sums = sums * _evening(weights, rounded)[..., None]
+        sums = _sums(layout, view.drop(weights), value, allowed)
         if carry is not None:
             shrink = jnp.exp(carry[0] - row_max)
             row_sum = carry[1] * shrink + row_sum
@@ -141,6 +98,26 @@ def _forward_tile(head, layout, query, i, masked):
         return row_max, row_sum, sums
 
     return body
+
+
+def _sums(layout: Layout, weights, value, allowed):
+    """Sums up values, with as much weight in all where weights are rounded as before.
+
+        Σₛ weightₛ vₛ ≈ Σₛ roundedₛ vₛ · Σₛ weightₛ / Σₛ roundedₛ
+
+    Else the error would have in it what all values have in common, and backward subtracts
+    outputs from single values.
+    """
+    rounded = layout.narrowed(weights)
+    sums = (
+        _folded_sums(rounded, value)
+        if layout.plan.folded
+        else sums_of(rounded, value, allowed, layout.plan.flat)
+    )
+    if not layout.narrow:
+        return sums
+    total, found = (jnp.sum(x, axis=-1, dtype=weights.dtype) for x in (weights, rounded))
+    return sums * (total * shared.inverse_of(found))[..., None]
 
 
 def _folded_products(layout, query, key):
@@ -155,7 +132,8 @@ def _folded_products(layout, query, key):
     key = layout.narrowed(key).reshape(*key.shape[:2], K * H)
     products = dot("BSX,BYX->BSY", key, query, layout.problem.wide)
     products = jnp.swapaxes(products, 1, 2).reshape(B, K, R, -1)
-    return products * layout.operands.scale if layout.narrow else products
+    # Rounded, or XLA computes the maximum of other logits than the weights.
+    return shared.rounded(products * layout.operands.scale) if layout.narrow else products
 
 
 def _folded_sums(weights, value):

@@ -25,7 +25,10 @@ def products_of(layout, query, key):
     wide = layout.problem.wide
     key = key if layout.narrow_logits else key.astype(wide)
     products = _rows_of(query, key, wide)
-    return products * layout.operands.scale if layout.narrow_logits else products
+    if not layout.narrow_logits:
+        return products
+    # Else XLA computes the maximum of rounded logits, and the weights of others.
+    return shared.rounded(products * layout.operands.scale)
 
 
 def _rows_of(query, key, wide):
