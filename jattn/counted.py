@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jattn.arrays.checks import saturate
-from jattn.arrays.integers import check_whole
+from jattn.arrays.checks import known_number, saturate
+from jattn.arrays.integers import check_whole, known_whole
 from jattn.arrays.shapes import Sizes
 from jattn.blocks.block_table import BlockTable
 from jattn.dropout import Dropout, Numbered
@@ -60,6 +61,14 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
     """
     for name, number in (("b", b), ("n", n)):
         check_whole("counted_from", name, number)
+        if np.ndim(number):
+            raise ValueError(
+                f"counted_from: `{name}` must be one whole number, got shape "
+                f"{np.shape(number)}; give the number of the first."
+            )
+    for name, count in (("B", B), ("N", N)):
+        if count is not None:
+            known_whole("counted_from", name, count, least=0)
     if isinstance(rule, Dropout):
         if rule.shared:  # the same draw for all examples and heads: no numbers needed
             return rule
@@ -93,6 +102,8 @@ class _Counted:
 
     def aligned(self, sizes: Sizes) -> Any:
         """Cuts the rule's arrays to this device's part."""
+        _check_part("b", self.b, sizes.B, "B", self.B)
+        _check_part("n", self.n, sizes.N, "N", self.N)
         whole = sizes
         if self.B is not None:
             if len(sizes.batch) != 1:
@@ -128,6 +139,18 @@ class _CountedModifier(_Counted, Modifier):
         """Applies the modifier with the numbers of the whole call."""
         b, n = b + _int32(self.b), n + _int32(self.n)
         return self.rule.modify(logit, b, n, t, s, elements)
+
+
+def _check_part(name: str, first, size, letter: str, count: int | None) -> None:
+    """Raises where the whole has fewer examples or heads than the part counts."""
+    first = known_number(first)
+    least, end = (0, size) if first is None else (first, first + size)
+    if count is not None and (least < 0 or end > count):
+        shown = "" if first is None else f" from {name} = {first} on"
+        raise ValueError(
+            f"counted_from: `{letter}` must count all of the whole call, got {count} for a "
+            f"part of {size}{shown}; give `{name}` and `{letter}` of the whole."
+        )
 
 
 def _int32(number):

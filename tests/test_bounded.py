@@ -144,3 +144,19 @@ def test_a_gradient_is_that_of_the_definition():
     loss = lambda way: lambda *x: jnp.sum(jnp.sin(way(*x, lengths, mask=Causal())))
     got = jax.grad(loss(by_cache), argnums=(0, 1, 2))(*inputs)
     assert_same(got, jax.grad(loss(by_definition), argnums=(0, 1, 2))(*inputs))
+
+
+def test_slots_beyond_the_capacity_stay_empty():
+    query, key, value = arrays()
+    key[1, 9:], value[1, 9:] = np.nan, np.nan  # padding
+    lengths = np.array([S, 9, 11], np.int32)
+    ragged = caches.empty(B, S, K, H, ragged=True).append(key, value, count=lengths)
+    assert np.isfinite(ragged.attend(query)).all()
+    flat = caches.empty(B, S, K, H).append(key, value)
+    over = jax.jit(lambda kv: kv.append(key[:, :2], value[:, :2]))(flat)
+    late = jax.jit(lambda kv: kv.truncate(S - 1).append(key[:, :2], value[:, :2]))(flat)
+    for kv in (ragged, flat, over, late):
+        assert kv.store.more > 0
+        assert not np.any(kv.store.keys[..., S:])
+        assert not np.any(kv.store.values[..., S:, :])
+    np.testing.assert_array_equal(late.value[:, S - 1], value[:, 0])

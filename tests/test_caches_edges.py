@@ -181,6 +181,22 @@ def test_what_is_not_rounded_has_the_shapes_of_a_new_cache(make, capacity, dtype
     assert shapes(kv.dequantize()) == shapes(plain)
 
 
+@pytest.mark.parametrize("dtype", ["int8", int, bool, "float8_e4m3fn", "half precision"])
+@pytest.mark.parametrize(
+    "kv",
+    [
+        caches.empty(2, 4, 1, 8, dtype="int8"),
+        caches.rolling(2, 4, 1, 8),
+        caches.latent(2, 4, 8, 0, dtype="int4"),
+        caches.paged(4, 4, 1, 8, batch_size=2, max_pages=2),
+    ],
+    ids=["empty", "rolling", "latent", "paged"],
+)
+def test_what_is_not_rounded_is_floating(kv, dtype):
+    with pytest.raises(ValueError, match=r"caches\.dequantize: `dtype` must be one of"):
+        kv.dequantize(dtype)
+
+
 MAKE = {
     "empty": lambda: caches.empty(2, 8, 2, 0, 3),
     "rolling": lambda: caches.rolling(2, 8, 2, 0, 3),

@@ -73,6 +73,13 @@ CACHES = {
     "short ring": lambda: SHORT.extend(Q, K, V, sink=jnp.zeros(2))[0],
     "gradient": lambda: jax.grad(lambda q: jnp.sum(PAGED.attend(q) ** 2))(Q),
 }
+MODIFIED = {
+    "appended": lambda: FLAT.truncate(0).append(K, V).store.value_scales,
+    "pieces": lambda: PAGED.append(K[:, :2], V[:, :2]).attend(Q),
+    "capped": lambda: jattn.attention_weights(Q, K, modifier=SoftCap(3.0)),
+    "logits": lambda: jattn.attention_logits(Q, K, modifier=ALiBi()),
+    "dense": lambda: CALLS["lambda"](implementation="dense"),
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -89,6 +96,14 @@ def test_calls_run_in_every_mode(name, mode, implementation):
 def test_views_and_caches_run_in_every_mode(name, mode):
     run = (VIEWS | CACHES)[name]
     with MODES[mode]():
+        got = run()
+    np.testing.assert_allclose(got, run(), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", VIEWS | CACHES | MODIFIED)
+def test_debug_nans_without_jit(name):
+    run = (VIEWS | CACHES | MODIFIED)[name]
+    with jax.disable_jit(), jax.debug_nans(True):
         got = run()
     np.testing.assert_allclose(got, run(), atol=2e-5)
 

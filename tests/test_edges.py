@@ -46,6 +46,7 @@ REFUSALS |= {
     "`mesh` must be a jax.sharding.Mesh": lambda: jattn.Context("x", mesh="x"),
     "`state` must be a `jattn.State`": lambda: merged(STATE.output, "x"),
     "`axis` must name a mesh axis of": lambda: merged(STATE, "y"),
+    "a mesh axis .* got 0": lambda: merged(STATE, 0),
     "got 'x'; call it inside one": lambda: jattn.merge_over(STATE, "x"),
 }
 

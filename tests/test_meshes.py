@@ -488,6 +488,23 @@ def test_counting_needs_a_rule():
         jattn.attention(query, query, query, mask=counted)
 
 
+def test_what_is_counted_lies_within_the_whole():
+    query = QUERY[:2]
+    attend = lambda **rule: jattn.attention(query, query, query, **rule)
+    for b, count in ((B - 1, B), (-1, B), (0, 1), (jnp.int32(B), B)):
+        counted = counted_from(masks.Lengths(LENGTHS), b=b, B=count)
+        with pytest.raises(ValueError, match="`B` must count all of the whole call"):
+            attend(mask=counted)
+    traced = lambda n: attend(modifier=counted_from(modifiers.ALiBi(), n=n, N=N - 1))
+    with pytest.raises(ValueError, match=r"`N` must count all .* for a part of"):
+        jax.jit(traced)(0)
+    for count in (True, 4.0, "a", -1):
+        with pytest.raises(ValueError, match="counted_from: `N` must be a whole number"):
+            counted_from(modifiers.ALiBi(), N=count)
+    with pytest.raises(ValueError, match="`b` must be one whole number, got shape"):
+        counted_from(masks.Causal(), b=jnp.arange(2))
+
+
 def test_an_unknown_way_of_lowering_is_named():
     from jattn.operations import lowering
 

@@ -222,7 +222,8 @@ def _attend(where, problem, operands, sink, context, implementation, form: Form)
         chosen = settled(where, *asked)
         found = _across(problem, *chosen, names, operands, sink, form)
     else:
-        found = _on_one(problem, names, operands, sink, form)
+        with jax.disable_jit(False):  # as `compiled` does, see there
+            found = _on_one(problem, names, operands, sink, form)
     unflatten = lambda x: unflatten_batch(x, problem.sizes)
     return jax.tree.map(unflatten, found)
 

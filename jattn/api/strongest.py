@@ -1,6 +1,5 @@
 """The strongest keys of each query."""
 
-import functools
 from typing import NamedTuple, Unpack
 
 import jax
@@ -14,6 +13,7 @@ from jattn.arrays.shapes import unflatten_batch
 from jattn.call.options import WeightOptions
 from jattn.call.problem import Problem, apart
 from jattn.implementations.blockwise.strongest import strongest
+from jattn.operations.compiled import compiled
 from jattn.operations.varying import locally
 
 
@@ -79,7 +79,7 @@ def strongest_keys(
     return StrongestKeys(*(unflatten_batch(x, problem.sizes) for x in found))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
+@compiled(static=(0, 1, 2, 4))
 def _strongest(problem: Problem, k: int, average: bool, arrays, tile=None):
     return locally(_found, (problem, k, average, tile), _without_derivative(arrays))
 

@@ -1,6 +1,5 @@
 """The logits and the weights in full, T × S of them, or in some rows."""
 
-import functools
 from typing import Unpack
 
 import jax
@@ -16,6 +15,7 @@ from jattn.call.pose import check_sink, pose
 from jattn.call.problem import Operands, Problem, apart, select_rows
 from jattn.implementations import dense
 from jattn.implementations.sums import Sums, with_sink
+from jattn.operations.compiled import compiled
 
 __all__ = ["attention_logits", "attention_weights"]
 
@@ -93,7 +93,7 @@ def attention_weights(
     return unflatten_batch(_weights(problem, operands, sink, rows), problem.sizes)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static=(0,))
 def _logits(problem: Problem, operands: Operands, rows) -> jax.Array:
     if rows is not None:
         problem, operands = select_rows(problem, operands, rows)
@@ -101,7 +101,7 @@ def _logits(problem: Problem, operands: Operands, rows) -> jax.Array:
     return spoil(dense.attention_logits(problem, operands))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static=(0,))
 def _weights(problem: Problem, operands: Operands, sink, rows) -> jax.Array:
     if rows is not None:
         problem, operands = select_rows(problem, operands, rows)

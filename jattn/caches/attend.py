@@ -20,6 +20,7 @@ from jattn.call.pose import check_sink
 from jattn.call.problem import apart
 from jattn.implementations.sums import Form, Sums, given_as
 from jattn.masks import Lengths
+from jattn.operations.compiled import compiled
 from jattn.state import State
 
 # Up to so many queries the part that is filled is looked at without skipping more of it.
@@ -101,15 +102,16 @@ def from_last(where: str, source, length, query, count, options, form: Form) -> 
     return attend(where, query, source, end, options, form)
 
 
-def spoiled(state: State, overflowed) -> State:
-    """Gives the state with NaN for examples that were appended more than fits.
+@compiled()
+def spoiled(state, overflowed):
+    """Gives a tree of arrays with NaN for examples that were appended more than fits.
 
     A compiled program cannot raise, and must not be wrong in silence.
     """
 
     def spoil(x):
         over = overflowed.reshape(*overflowed.shape, *[1] * (x.ndim - overflowed.ndim))
-        return jnp.where(over, jnp.nan, x)  # no array of NaN, which `debug_nans` reports
+        return jnp.where(over, jnp.nan, x)
 
     return jax.tree.map(spoil, state)
 
@@ -130,7 +132,7 @@ def sizes_of(query, source) -> Sizes:
     return Sizes(tuple(batch), T=T, S=S, N=N, K=K, H=H, D=D)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+@compiled(static=(0, 5, 6))
 def _decoded(problem, operands, source, end, sink, form, kernel=decode.KERNEL) -> Any:
     """Attends from posed queries, in one program."""
     operands, spoil = apart(operands)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from jattn.caches import rounding, write
 from jattn.caches.store import Store, blank
+from jattn.operations.compiled import compiled
 
 
-@jax.jit  # one program where it is called outside of one
+@compiled()
 def put_run(store: Store, key, value, start, count) -> Store:
     """Writes the first `count` of T tokens from slot `start` on, in all examples."""
     new = _as_stored(store, key, value)
@@ -23,7 +24,7 @@ def put_run(store: Store, key, value, start, count) -> Store:
     return store.map(put)
 
 
-@jax.jit  # one program where it is called outside of one
+@compiled()
 def put_at(store: Store, key, value, slots) -> Store:
     """Writes each of T tokens of each example into its own slot, BT."""
     new, batch = _as_stored(store, key, value), store.batch
@@ -50,7 +51,7 @@ def stored_vectors(store: Store, key, value, dtype) -> tuple[jax.Array, jax.Arra
     return put_at(alone, key, value, slots).vectors(dtype)
 
 
-@jax.jit  # one program where it is called outside of one
+@compiled()
 def put_pairs(store: Store, key, value, pages, slots) -> Store:
     """Writes each of T tokens of each example into a slot of a page, BT and BT."""
     new = _as_stored(store, key, value)

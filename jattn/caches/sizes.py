@@ -43,11 +43,10 @@ def check_vectors(where: str, num_kv_heads, head_dim, value_head_dim, dtype):
     return value_dim, check_dtype(where, dtype)
 
 
-def check_dtype(where: str, dtype) -> str:
-    """Gives the name of a dtype that a cache can have."""
+def check_dtype(where: str, dtype, known=(*FLOATS, *LARGEST)) -> str:
+    """Gives the name of a dtype that a cache can have, one of `known`."""
     name = "None" if dtype is None else dtype  # NumPy takes None for float64
     name = str(name) if isinstance(name, str) else jnp.dtype(name).name
-    known = (*FLOATS, *LARGEST)
     if name == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             f"{where}: `dtype` float64 needs JAX's `jax_enable_x64`, which is off; switch "

@@ -26,9 +26,10 @@ import numpy as np
 from jax import lax
 
 from jattn.arrays.checks import check_integers, is_known
-from jattn.arrays.shapes import wide_dtype
+from jattn.arrays.shapes import FLOATS, wide_dtype
 from jattn.caches import rounding
 from jattn.caches.products import Products
+from jattn.caches.sizes import check_dtype
 from jattn.implementations.tpu.decode.slots import Slots
 from jattn.pytree import pytree
 
@@ -167,10 +168,11 @@ class Store(Products):
 
     def exact(self, dtype, apart: bool = False) -> "Store":
         """Gives a store of the same vectors without scales; for `apart` see `blank`."""
+        dtype = check_dtype("caches.dequantize", dtype, FLOATS)
         keys, values = self.vectors(dtype)
         keys = jnp.moveaxis(keys, -3, -1)
         own = None if self.values is None else jnp.moveaxis(values, -3, -2)
-        sizes = jnp.dtype(dtype).name, self.head_dim, self.value_dim
+        sizes = dtype, self.head_dim, self.value_dim
         exact = Store(keys, own, None, None, *sizes)
         apart = apart and own is not None  # keys that are values have no more
         return exact.longer(_more(self.slots, dtype) if apart else 0)

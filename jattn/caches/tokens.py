@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jattn.api.attention import attention
 from jattn.caches import asked
-from jattn.caches.attend import dtype_of
+from jattn.caches.attend import dtype_of, spoiled
 from jattn.caches.examples import check_owners
 from jattn.masks import Mask
 from jattn.modifiers import Modifier, as_modifier
@@ -87,7 +87,7 @@ def attend(where: str, cache, query, example, position, options) -> jax.Array:
     placed = {"query_position": position, "key_position": _slot_positions(cache)}
     output = attention(query.astype(dtype), key, value, **options | ways | placed)
     over = (example >= 0) & jnp.take(cache.over, example, mode="clip") | (example >= B)
-    return jnp.where(over[:, None, None], jnp.nan, output.astype(query.dtype))
+    return spoiled(output.astype(query.dtype), over)
 
 
 def _of_tokens(where: str, cache, example, options):

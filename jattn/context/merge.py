@@ -69,7 +69,7 @@ def _check(state, axis) -> None:
         )
     for name in axis if isinstance(axis, tuple | list) else (axis,):
         try:
-            lax.axis_size(name)
+            lax.axis_size(None if isinstance(name, int) else name)  # no axis of an array
         except (NameError, KeyError, AssertionError, TypeError):
             raise ValueError(
                 f"merge_over: `axis` must name a mesh axis of the `jax.shard_map` around "

@@ -1,5 +1,6 @@
 """Functions with hand-written derivatives that JAX can still transform in every way.
 
+`compiled`      functions that stay one program in every debugging mode
 `operation`     a function of arrays, as an object, and the primitive that runs it
 `join`          how the slices of a mapped axis become one call
 `derivatives`   tangents and cotangents of an operation, as operations
