@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.arrays.checks import known_number, saturate
-from jattn.arrays.integers import check_whole, known_whole
+from jattn.arrays.integers import check_whole, known_whole, one_number
 from jattn.arrays.shapes import Sizes
 from jattn.blocks.block_table import BlockTable
 from jattn.dropout import Dropout, Numbered
@@ -101,7 +101,11 @@ class _Counted:
     N: int | None = None
 
     def aligned(self, sizes: Sizes) -> Any:
-        """Cuts the rule's arrays to this device's part."""
+        """Gives the two numbers, and the rule's arrays cut to this device's part.
+
+        As operands, for a rule that captured a number from `lax.axis_index` would be traced
+        with types of that mesh, and so would the derivatives that its functions define.
+        """
         _check_part("b", self.b, sizes.B, "B", self.B)
         _check_part("n", self.n, sizes.N, "N", self.N)
         whole = sizes
@@ -123,22 +127,28 @@ class _Counted:
                     array = jax.lax.dynamic_slice_in_dim(array, _int32(first), size, axis)
             return array
 
-        return jax.tree.map(part, self.rule.aligned(whole))
+        firsts = [one_number("counted_from", x, getattr(self, x)) for x in ("b", "n")]
+        return firsts, jax.tree.map(part, self.rule.aligned(whole))
 
 
 @pytree("rule", "b", "n", static=("B", "N"))
 class _CountedMask(_Counted, Mask):
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """Says what the mask allows for the numbers of the whole call."""
-        return self.rule.allows(b + _int32(self.b), n + _int32(self.n), t, s, elements)
+        (first_b, first_n), elements = elements
+        return self.rule.allows(b + first_b, n + first_n, t, s, elements)
+
+    def __call__(self, b, n, t, s):
+        """Says the same as `allows`, for a mask that reads positions only."""
+        return self.rule(b + _int32(self.b), n + _int32(self.n), t, s)
 
 
 @pytree("rule", "b", "n", static=("B", "N"))
 class _CountedModifier(_Counted, Modifier):
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
         """Applies the modifier with the numbers of the whole call."""
-        b, n = b + _int32(self.b), n + _int32(self.n)
-        return self.rule.modify(logit, b, n, t, s, elements)
+        (first_b, first_n), elements = elements
+        return self.rule.modify(logit, b + first_b, n + first_n, t, s, elements)
 
 
 def _check_part(name: str, first, size, letter: str, count: int | None) -> None:
