@@ -1,8 +1,7 @@
-"""What all keys of a head have in common.
+"""What all keys, or all values, of a head have in common.
 
 A sum of them, times numbers that were rounded to bfloat16, has errors in proportion to it.
-Where the numbers are known to add up to something, it is left out of the sum, and added
-after it.
+Where it is known what the numbers add up to, that is made good apart from the sum.
 """
 
 import jax

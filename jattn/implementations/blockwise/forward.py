@@ -20,6 +20,7 @@ from jax import lax
 
 from jattn.arrays.shapes import wide_dtype
 from jattn.implementations import shared
+from jattn.implementations.blockwise.common import common
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.products import dot, products_of, sums_of
 from jattn.implementations.blockwise.rows import row_sums
@@ -42,6 +43,8 @@ def forward(layout: Layout):
 
 def _forward(layout: Layout):
     def of_head(head):
+        head = head._replace(centre=_centre(layout, head))
+
         def block(i):
             query = layout.scaled(layout.rows(layout.query, T=i, **head.at))
             return functools.partial(_forward_tile, head), query
@@ -90,7 +93,7 @@ def _forward_tile(head, layout, query, i, masked):
         row_max = lax.stop_gradient(row_max)
         weights = jnp.exp(logits - row_max[..., None])
         row_sum = jnp.sum(weights, axis=-1)
-        sums = _sums(layout, view.drop(weights), value, allowed)
+        sums = _sums(layout, head, view.drop(weights), value, allowed)
         if carry is not None:
             shrink = jnp.exp(carry[0] - row_max)
             row_sum = carry[1] * shrink + row_sum
@@ -100,13 +103,14 @@ def _forward_tile(head, layout, query, i, masked):
     return body
 
 
-def _sums(layout: Layout, weights, value, allowed):
-    """Sums up values, with as much weight in all where weights are rounded as before.
+def _sums(layout: Layout, head, weights, value, allowed):
+    """Sums up values, and adds what weights lose where they are rounded, times c.
 
-        Σₛ weightₛ vₛ ≈ Σₛ roundedₛ vₛ · Σₛ weightₛ / Σₛ roundedₛ
+        Σₛ weightₛ vₛ ≈ Σₛ roundedₛ vₛ + Σₛ (weightₛ − roundedₛ) c
 
-    Else the error would have in it what all values have in common, and backward subtracts
-    outputs from single values.
+    Else the error would have in it what all values have in common, c, and backward
+    subtracts outputs from single values. On a GPU, where c would be some kernels more, it
+    is the mean of the row.
     """
     rounded = layout.narrowed(weights)
     sums = (
@@ -116,8 +120,20 @@ def _sums(layout: Layout, weights, value, allowed):
     )
     if not layout.narrow:
         return sums
-    total, found = (jnp.sum(x, axis=-1, dtype=weights.dtype) for x in (weights, rounded))
-    return sums * (total * shared.inverse_of(found))[..., None]
+    centre = head.centre
+    if centre is None:
+        centre = sums * shared.inverse_of(jnp.sum(weights, axis=-1))[..., None]
+    lost = jnp.sum(weights - rounded.astype(weights.dtype), axis=-1)
+    return sums + lost[..., None] * centre
+
+
+def _centre(layout: Layout, head):
+    """Gives c of each head, BK1D, if it is to be added: what its values have in common."""
+    if not layout.narrow or layout.plan.flat:
+        return None
+    if layout.plan.folded:  # whose values are BSKD
+        return jnp.moveaxis(common(head.value, 1, layout.problem.wide), 1, 2)
+    return common(head.value, 2, layout.problem.wide)
 
 
 def _folded_products(layout, query, key):

@@ -92,7 +92,8 @@ class Head(NamedTuple):
     key: jax.Array  # BKSH
     value: jax.Array  # BKSD
     aligned: Aligned
-    centre: jax.Array | None = None  # BK1H, what keys have in common: see `backward`
+    # What keys have in common, BK1H, in `backward`; values, BK1D, in `forward`.
+    centre: jax.Array | None = None
 
 
 def over_heads(layout: Layout, body, carry, folded=False, joined: int = 1):
