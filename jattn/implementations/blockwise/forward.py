@@ -109,22 +109,21 @@ def _sums(layout: Layout, head, weights, value, allowed):
         Σₛ weightₛ vₛ ≈ Σₛ roundedₛ vₛ + Σₛ (weightₛ − roundedₛ) c
 
     Else the error would have in it what all values have in common, c, and backward
-    subtracts outputs from single values. On a GPU, where c would be some kernels more, it
-    is the mean of the row.
+    subtracts outputs from single values. A GPU would launch some kernels more.
     """
     rounded = layout.narrowed(weights)
+    if head.centre is not None:
+        # Else XLA may leave out the rounding in one use of it and not in the other.
+        rounded = lax.optimization_barrier(rounded)
     sums = (
         _folded_sums(rounded, value)
         if layout.plan.folded
         else sums_of(rounded, value, allowed, layout.plan.flat)
     )
-    if not layout.narrow:
+    if head.centre is None:
         return sums
-    centre = head.centre
-    if centre is None:
-        centre = sums * shared.inverse_of(jnp.sum(weights, axis=-1))[..., None]
     lost = jnp.sum(weights - rounded.astype(weights.dtype), axis=-1)
-    return sums + lost[..., None] * centre
+    return sums + lost[..., None] * head.centre
 
 
 def _centre(layout: Layout, head):
