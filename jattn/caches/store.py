@@ -10,7 +10,7 @@ On CPU that takes half the time of keys that lie as `BSKH`, for XLA would rearra
 in each step. `key` and `value` are views in the usual order.
 
 To append writes one number into each row of the keys. So that these do not share a few sets
-of the processor's cache, the rows are an odd number of cache lines apart there, see `_row`:
+of the processor's cache, rows are an odd number of cache lines apart there, see `_more`:
 there may be more slots than tokens have, and these hold nothing.
 """
 

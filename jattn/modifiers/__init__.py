@@ -1,7 +1,8 @@
 """What happens to a logit before the softmax: functions (logit, b, n, t, s) → logit.
 
 A modifier acts on the scaled product of one query and one key, before `bias` and `mask`.
-A modifier is one of the classes below, or any function of these five scalars. The
+It is one of the classes that this package exports, or any function of five scalars: the
+product `logit`, and the numbers of its example `b`, head `n`, query `t` and key `s`. The
 operator `>>` joins two: `SoftCap(50.0) >> ALiBi()` applies the soft cap first, and
 `>> (lambda logit, b, n, t, s: logit * heat[n])` adds a function. Gradients reach the
 arrays that a modifier holds, and those that a function reads from outside.
