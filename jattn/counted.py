@@ -103,8 +103,7 @@ class _Counted:
     def aligned(self, sizes: Sizes) -> Any:
         """Gives the two numbers, and the rule's arrays cut to this device's part.
 
-        As operands, for a rule that captured a number from `lax.axis_index` would be traced
-        with types of that mesh, and so would the derivatives that its functions define.
+        The numbers are operands, so that the parts of a whole share one program.
         """
         _check_part("b", self.b, sizes.B, "B", self.B)
         _check_part("n", self.n, sizes.N, "N", self.N)

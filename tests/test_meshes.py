@@ -437,6 +437,70 @@ def test_programs_do_not_know_where_arrays_lie():
     assert hash(found[0]) == hash(found[1])
 
 
+@jax.custom_jvp
+def scaled_sine(x, y):
+    return jnp.sin(x) * y
+
+
+@scaled_sine.defjvp
+def _(primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    return scaled_sine(x, y), jnp.cos(x) * y * dx + jnp.sin(x) * dy
+
+
+@jax.custom_vjp
+def product(x, y):
+    return x * y
+
+
+product.defvjp(lambda x, y: (x * y, (x, y)), lambda kept, g: (g * kept[1], g * kept[0]))
+
+# Functions with their own derivatives, of a logit and a number that a device made.
+OWN = {
+    "relu": lambda x, far: jax.nn.relu(x + far / 8),
+    "logaddexp": jnp.logaddexp,
+    "gelu": lambda x, far: jax.nn.gelu(x + far / 8),
+    "jvp": lambda x, far: scaled_sine(x, far / 8),
+    "vjp": lambda x, far: product(x, far / 8),
+    "vjp in jit": lambda x, far: jax.jit(product)(x, far / 8),
+    "jvp in scan": lambda x, far: lax.scan(
+        lambda x, y: (scaled_sine(x, y + far / 8), None), x, jnp.array([0.5, 0.7])
+    )[0],
+    "jvp in remat": lambda x, far: jax.checkpoint(scaled_sine)(x, far / 8),
+}
+
+
+@pytest.mark.parametrize("function", ["blockwise", "dense"])
+@pytest.mark.parametrize("name", OWN)
+def test_own_derivatives_of_numbers_that_a_device_made(name, function):
+    call = LOCALS[function]
+    block = lambda b, n, t, s: t // (T // 4) == s // (T // 4)
+
+    def loss(inputs, local):
+        def modifier(x, b, n, t, s):
+            return OWN[name](x, (t - 3 * s).astype(x.dtype)) * inputs["slopes"][n]
+
+        def part(query):
+            options = {"modifier": modifier, "mask": lambda b, n, t, s: t >= s - 2}
+            return call(query, options | places("array"))
+
+        if local:
+            return jnp.sum(jnp.sin(sharded(part)(inputs["query"])))
+        options = {
+            "modifier": modifier,
+            "mask": block & masks.as_mask(lambda b, n, t, s: t >= s - 2),
+        }
+        return jnp.sum(jnp.sin(call(inputs["query"], options)))
+
+    inputs = {"query": QUERY, "slopes": SLOPES}
+    first = lambda local: jax.grad(functools.partial(loss, local=local))
+    squares = lambda tree: sum(jnp.sum(x**2) for x in jax.tree.leaves(tree))
+    second = lambda local: jax.grad(lambda x: squares(first(local)(x)))
+    # A second derivative takes seconds to compile, and its rules are traced alike.
+    order = second if function == "dense" else first
+    close(jax.jit(order(True))(inputs), jax.jit(order(False))(inputs), 3e-4)
+
+
 # Examples and heads of a device, counted as in the whole.
 
 COUNTED = {
