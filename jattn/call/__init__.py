@@ -1,7 +1,7 @@
 """What is asked: one call, as data.
 
 `jaxprs`        one list of the calls in jaxprs, and one walk over their equations
-`reading`       traces a function that reads arrays with explicit mesh axes
+`reading`       a trace of a function that reads arrays with explicit mesh axes
 `plain`         a function of scalars as a jaxpr that says nothing of devices
 `concrete`      the error of a rule that asks for a number while it is traced
 `keys`          keys of traced functions: two functions with one key compute the same
