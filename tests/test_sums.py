@@ -4,6 +4,8 @@ The logits are exact in float32: whole numbers, at 1e8 all the same. What is the
 more than a few roundings, a rounded logsumexp has spoiled; at 1e8 it is off by up to 4.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +135,51 @@ def test_devices_that_see_unlike_many_keys(strategy, size):
             lambda *x: jattn.attention(*x, sink=sink, scale=1.0, context=context, **options)
         )(query, key, value)
     assert_near(got, exact(with_sink, query, key, value, sink, **options))
+
+
+def by_devices(strategy):
+    mesh = jax.make_mesh((4,), ("context",))
+    context = jattn.Context("context", strategy=strategy, mesh=mesh)
+    return functools.partial(jattn.attention, context=context)
+
+
+def by_rolling_cache(query, key, value, **options):
+    kv = caches.rolling(1, S, N, H, D)
+    _, kv = kv.extend(*(x[:, : S - T] for x in (key, key, value)), **options)
+    tokens = (x[:, S - T :] for x in (key, value))
+    return kv.extend(query, *tokens, **options)[0]
+
+
+PARTS = {
+    "ring": by_devices("ring"),
+    "merge": by_devices("merge"),
+    "rolling": by_rolling_cache,
+    "merged states": lambda q, k, v, **o: (
+        jattn.merge(
+            *(
+                jattn.attention_state(q, *part, **o)
+                for part in zip(
+                    jnp.split(k, 4, axis=1), jnp.split(v, 4, axis=1), strict=True
+                )
+            )
+        ).output
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [1e4, 1e6])
+@pytest.mark.parametrize("way", [*WAYS, *PARTS])
+def test_tangents_where_one_key_has_all_the_weight(way, size):
+    """Tangents of logits are large, and all that they change is 0 to the last place."""
+    rng = np.random.default_rng(1)
+    query, key, value = inputs(1.0)
+    key[:, ::3, :, 0] += 0.5 * size
+    key[:, 30, :, 0] += size
+    tangents = [np.float32(rng.standard_normal(x.shape)) for x in (query, key, value)]
+    tangents[1] *= size
+    call = functools.partial((WAYS | PARTS)[way], scale=1.0)
+    _, got = jax.jit(lambda *x: jax.jvp(call, *x))((query, key, value), tuple(tangents))
+    assert_near(got, np.broadcast_to(tangents[2][:, [30]], got.shape))
 
 
 def test_a_rolling_cache_says_which_sink_does_not_fit():

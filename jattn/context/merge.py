@@ -3,7 +3,7 @@
     top    = max over devices of own top
     share  = own total · exp(own top − top)
     total  = Σ share
-    output = Σ share · output / total
+    output = Σ share / total · own output
 
 One maximum and two sums, D + 2 numbers for each query and head, whatever the number of
 keys. The maximum is a constant to derivatives: what it adds, the sums take away.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.arrays.shapes import wide_dtype
-from jattn.implementations.sums import Sums, finish, of_state, own_top, state_of
+from jattn.implementations.sums import Sums, finish, of_state, own_top, share_of, state_of
 from jattn.state import State
 
 __all__ = ["combined_over", "merge_over"]
@@ -56,8 +56,9 @@ def combined_over(part: Sums, axis) -> Sums:
     top = lax.pmax(own, axis)
     # As in `merge`: a sink of ∞ has all the weight, unless another is ∞ too.
     share = part.total * jnp.exp(jnp.where(own == jnp.inf, 0, own - top))
-    total, output = lax.psum((share, share[..., None] * part.output), axis)
+    total = lax.psum(share, axis)
     total = jnp.where((top == jnp.inf) & (total > 1), jnp.nan, total)
+    output = lax.psum(share_of(share, total)[..., None] * part.output, axis)
     return finish(Sums(output, top, total))
 
 

@@ -96,18 +96,39 @@ def nothing(like: Sums) -> Sums:
 
 
 def join(so_far: Sums, part: Sums) -> Sums:
-    """Adds a part; the output of the result is a sum, not divided by the total yet.
+    """Adds a part, from the averages and totals of both.
 
-        top = max(a.top, b.top)      total = Σ total · exp(own top − top), likewise output
+        top   = max(a.top, b.top)                share = own total · exp(own top − top)
+        total = a.share + b.share               output = Σ share / total · own output
 
     Neither part is rounded to the dtype of the inputs: only the end is.
     """
     own = own_top(part)
     top = jnp.maximum(so_far.top, own)
-    before, share = jnp.exp(so_far.top - top), part.total * jnp.exp(own - top)
-    total = so_far.total * before + share
-    output = so_far.output * before[..., None] + share[..., None] * part.output
-    return Sums(output, top, total)
+    shares = so_far.total * jnp.exp(so_far.top - top), part.total * jnp.exp(own - top)
+    total = sum(shares)
+    before, added = (share_of(x, total)[..., None] for x in shares)
+    return Sums(before * so_far.output + added * part.output, top, total)
+
+
+@jax.custom_jvp
+def share_of(part: jax.Array, total: jax.Array) -> jax.Array:
+    """Computes part / total, 0 where both are 0.
+
+    Where logits are large, so are the tangents of the sums, and what they have in common
+    has to go before anything is multiplied by it:
+
+        share′ = (part′ − share · total′) / total
+    """
+    return part / jnp.where(total == 0, 1, total)
+
+
+@share_of.defjvp
+def _(primals, tangents):
+    part, total = primals
+    d_part, d_total = tangents
+    share = share_of(part, total)
+    return share, share_of(d_part - share * d_total, total)
 
 
 def own_top(part: Sums) -> jax.Array:
@@ -117,10 +138,8 @@ def own_top(part: Sums) -> jax.Array:
 
 
 def finish(sums: Sums) -> Sums:
-    """Divides by the total: the sums of all keys, 0 where there was none."""
-    empty = sums.total == 0
-    output = sums.output / jnp.where(empty, 1, sums.total)[..., None]
-    return Sums(output, jnp.where(empty, 0, sums.top), sums.total)
+    """Gives rows that see nothing the maximum 0."""
+    return sums._replace(top=jnp.where(sums.total == 0, 0, sums.top))
 
 
 @jax.jit
