@@ -30,6 +30,7 @@ from jattn.arrays.shapes import FLOATS, wide_dtype
 from jattn.caches import rounding
 from jattn.caches.products import Products
 from jattn.caches.sizes import check_dtype
+from jattn.implementations.source import longer
 from jattn.implementations.tpu.decode.slots import Slots
 from jattn.pytree import pytree
 
@@ -119,9 +120,7 @@ class Store(Products):
 
     def longer(self, more: int) -> "Store":
         """Gives the same with more slots at the end, which no token has."""
-        add = lambda x, axis: jnp.pad(
-            x, [(0, more if i == x.ndim + axis else 0) for i in range(x.ndim)]
-        )
+        add = lambda x, axis: longer(x, x.shape[axis] + more, axis=axis)
         return dataclasses.replace(self.map(add), more=self.more + more)
 
     def whole(self) -> "Store":

@@ -50,7 +50,7 @@ def sums(problem: Problem, operands: Operands, part: Part):
     bound = lax.optimization_barrier(longer(bound, part.slots, -jnp.inf))
     logits = scaled_products(problem, operands, part)
     if operands.bias is not None:
-        logits += longer(_by_rows(problem, operands.bias), part.slots, 0)
+        logits += longer(_by_rows(problem, operands.bias), part.slots)
     logits = jnp.minimum(logits, bound)
     top = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - top)

@@ -182,7 +182,7 @@ def _step(problem, operands, source: Source, isolating, sums, first, size: int):
     top = top if sums is None else jnp.maximum(sums.top, top)
     weights = jnp.exp(logits - top[..., None])
     total = jnp.sum(weights, axis=-1)
-    dropped = longer(_dropped(call, of_part, weights), part.slots, 0)
+    dropped = longer(_dropped(call, of_part, weights), part.slots)
     added = _sums(call, part, dropped, allowed if isolating else None)
     if sums is None:
         return _Sums(top, total, added)

@@ -100,8 +100,9 @@ def scaled_products(problem: Problem, operands: Operands, part: Part) -> jax.Arr
     return operands.scale * part.products(rows, problem.wide)
 
 
-def longer(array: jax.Array, slots: int, value) -> jax.Array:
-    """Gives an array with as many slots along its last axis, the new ones of one value."""
-    more = slots - array.shape[-1]
-    axes = [(0, 0)] * (array.ndim - 1) + [(0, more)]
+def longer(array: jax.Array, slots: int, value=0, axis: int = -1) -> jax.Array:
+    """Gives an array with as many slots along an axis, the new ones of one value."""
+    more = slots - array.shape[axis]
+    axes = [(0, 0)] * array.ndim
+    axes[axis] = 0, more
     return jnp.pad(array, axes, constant_values=value) if more else array

@@ -105,9 +105,10 @@ def join(so_far: Sums, part: Sums) -> Sums:
     """
     own = own_top(part)
     top = jnp.maximum(so_far.top, own)
-    shares = so_far.total * jnp.exp(so_far.top - top), part.total * jnp.exp(own - top)
-    total = sum(shares)
-    before, added = (share_of(x, total)[..., None] for x in shares)
+    before = so_far.total * jnp.exp(so_far.top - top)
+    added = part.total * jnp.exp(own - top)
+    total = before + added
+    before, added = (share_of(x, total)[..., None] for x in (before, added))
     return Sums(before * so_far.output + added * part.output, top, total)
 
 
