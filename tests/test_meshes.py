@@ -455,7 +455,8 @@ def product(x, y):
 
 product.defvjp(lambda x, y: (x * y, (x, y)), lambda kept, g: (g * kept[1], g * kept[0]))
 
-# Functions with their own derivatives, of a logit and a number that a device made.
+# Functions with their own derivatives, or others that JAX traces by themselves, of a
+# logit and a number that a device made.
 OWN = {
     "relu": lambda x, far: jax.nn.relu(x + far / 8),
     "logaddexp": jnp.logaddexp,
@@ -466,6 +467,11 @@ OWN = {
     "jvp in scan": lambda x, far: lax.scan(
         lambda x, y: (scaled_sine(x, y + far / 8), None), x, jnp.array([0.5, 0.7])
     )[0],
+    "solve": lambda x, far: lax.custom_linear_solve(
+        lambda y: y * (9 + far / 8), x, lambda _, x: x / (9 + far / 8), symmetric=True
+    ),
+    "branches": lambda x, far: lax.cond(x > 0, jax.nn.relu, lambda x: x * far / 8, x),
+    "grad inside": lambda x, far: jax.grad(lambda x: jax.nn.gelu(x) * far / 8)(x),
     "jvp in remat": lambda x, far: jax.checkpoint(scaled_sine)(x, far / 8),
 }
 

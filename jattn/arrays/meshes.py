@@ -20,6 +20,7 @@ import inspect
 import math
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
 
@@ -153,6 +154,22 @@ def without_axes(array):
     uncut = PartitionSpec(*[None] * array.ndim)
     with use_abstract_mesh(mesh):
         return jax.sharding.reshard(array, NamedSharding(mesh, uncut))
+
+
+def axes_that_vary(*arrays) -> frozenset[str]:
+    """Gives the axes of `jax.shard_map` along which the numbers of any array differ."""
+    arrays = [x for x in arrays if isinstance(x, jax.Array)]
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+
+
+def varying(arrays, axes: frozenset[str]) -> list[jax.Array]:
+    """Makes arrays vary over these axes and over all that any of them varies over."""
+    union = axes | axes_that_vary(*arrays)
+    missing = [tuple(union - axes_that_vary(x)) for x in arrays]
+    return [
+        lax.pcast(x, names, to="varying") if names else x
+        for x, names in zip(arrays, missing, strict=True)
+    ]
 
 
 def _explicit_mesh(leaves):

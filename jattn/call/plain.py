@@ -1,5 +1,6 @@
 """A function of scalars as a jaxpr whose types say nothing of devices."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -8,7 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.linear_util import wrap_init
 from jax.sharding import NamedSharding, use_abstract_mesh
 
-from jattn.arrays.meshes import without_axes
+from jattn.arrays.meshes import axes_that_vary, varying, without_axes
 from jattn.call.jaxprs import CALLS, called, walk
 from jattn.call.reading import is_of_meshes, traced_reading
 
@@ -20,12 +21,7 @@ def jaxpr_of(function, *scalars):
     whose arrays lie on different devices have one program. The captured arrays also have
     their explicit mesh axes left to XLA.
     """
-    try:
-        closed, result = jax.make_jaxpr(function, return_shape=True)(*scalars)
-    except Exception as error:
-        if not is_of_meshes(error):
-            raise
-        closed, result = traced_reading(function, scalars)
+    closed, result = _traced(function, scalars)
     if _has_inner_arrays(closed.jaxpr):
         closed = _open(closed, scalars)
     captured = [without_axes(x) for x in closed.consts]
@@ -33,6 +29,27 @@ def jaxpr_of(function, *scalars):
     has_mesh = not all(x.empty for x in (*meshes, jax.sharding.get_abstract_mesh()))
     jaxpr = _plain(closed.jaxpr) if has_mesh else closed.jaxpr
     return _without_arrays(jaxpr), captured, result
+
+
+def _traced(function, scalars):
+    """Traces a function, on any mesh.
+
+    Where it reads numbers of one device, its scalars are such numbers too. Otherwise its
+    own derivatives by them would add up those of all devices, and JAX would refuse
+    branches of which some read such a number.
+    """
+    trace = lambda function: jax.make_jaxpr(function, return_shape=True)(*scalars)
+    found, axes = None, frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    try:
+        found = trace(function)
+        axes = axes_that_vary(*found[0].consts)
+    except Exception as error:
+        if not is_of_meshes(error):
+            raise
+    if axes:
+        with contextlib.suppress(Exception):
+            return trace(lambda *scalars: function(*varying(scalars, axes)))
+    return found or traced_reading(function, scalars)
 
 
 def _without_arrays(jaxpr):
@@ -161,6 +178,8 @@ def _plain_param(value):
         return value.replace(jaxpr=_plain(value.jaxpr))
     if isinstance(value, Jaxpr):
         return _plain(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_plain_param, value))
     if type(value) in (tuple, list):
         return type(value)(map(_plain_param, value))
     return value

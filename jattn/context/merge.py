@@ -9,7 +9,6 @@ One maximum and two sums, D + 2 numbers for each query and head, whatever the nu
 keys. The maximum is a constant to derivatives: what it adds, the sums take away.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -76,13 +75,3 @@ def _check(state, axis) -> None:
                 f"merge_over: `axis` must name a mesh axis of the `jax.shard_map` around "
                 f"it, got {name!r}; call it inside one over that axis."
             ) from None
-
-
-def varying(arrays, axes: frozenset[str]) -> list[jax.Array]:
-    """Makes arrays vary over these axes and over all that any of them varies over."""
-    own = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    union = axes.union(*own)
-    return [
-        lax.pcast(x, tuple(union - mine), to="varying") if union - mine else x
-        for x, mine in zip(arrays, own, strict=True)
-    ]

@@ -15,7 +15,7 @@ import dataclasses
 import jax
 from jax import lax
 
-from jattn.context.merge import varying
+from jattn.arrays.meshes import varying
 from jattn.context.ways import CUT
 from jattn.operations.operation import Around
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jattn.arrays.meshes import axes_that_vary
 from jattn.operations.operation import Operation, retype
 
 _NOTHING: tuple[frozenset[int], frozenset[int]] = frozenset(), frozenset()
@@ -28,7 +29,7 @@ def locally(function: Callable, statics: tuple[Hashable, ...], *trees, linear=_N
     and the results that do not depend on them.
     """
     leaves, tree = jax.tree.flatten(trees)
-    if not any(_varies(x) for x in leaves):
+    if not axes_that_vary(*leaves):
         return function(*statics, *trees)
     # Random keys pass through the operation as the integers that they are made of.
     keys = [_key_impl(x) for x in leaves]
@@ -117,10 +118,6 @@ class Local(Operation):
         # This is traced after the caller's `jax.default_matmul_precision` may have ended.
         with jax.default_matmul_precision(self.precision):
             return self.function(*self.statics, *self.tree.unflatten(arrays))
-
-
-def _varies(x) -> bool:
-    return isinstance(x, jax.Array) and bool(jax.typeof(x).manual_axis_type.varying)
 
 
 def _key_impl(x):
