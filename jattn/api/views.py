@@ -168,7 +168,7 @@ def _read_twice(problem: Problem, operands: Operands, tile):
 def _normalizer(problem: Problem, operands: Operands, sink, logsumexp) -> Normalizer:
     """Computes what the logits are lowered by, the sink counted."""
     if logsumexp is None:
-        sums = attend(problem, operands)
+        sums = attend(problem, operands, apart=True)  # log weights are of single heads
         top, rest = lax.stop_gradient(sums.top), log_total(sums)
     else:  # the constant part of it, and 0 with the slope of it
         finite = jnp.isfinite(logsumexp)

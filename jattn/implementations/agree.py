@@ -1,4 +1,4 @@
-"""What makes a kernel's results and blockwise ones fit together."""
+"""What makes the results of a kernel, or of folded heads, and of blockwise fit together."""
 
 import functools
 
@@ -64,3 +64,14 @@ def ratio(outputs, own):
     """
     total = own[2]
     return outputs[2] / jnp.where(total == 0, 1, total)
+
+
+def chosen(tree, active, primals, results: Operands) -> list[jax.Array]:
+    """Picks the cotangents of the active leaves of a tree, each in its leaf's dtype."""
+    leaves = tree.flatten_up_to(results)
+    # A leaf for which the results have None has the cotangent 0.
+    return [
+        jnp.zeros(x.shape, x.dtype) if result is None else result.astype(x.dtype)
+        for x, result, flag in zip(primals, leaves, active, strict=True)
+        if flag
+    ]

@@ -16,10 +16,9 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jattn.call.problem import VECTORS, Operands, Problem, with_narrow_vectors
-from jattn.implementations.agree import is_felt_wide, precise, ratio, unspoiled
+from jattn.implementations.agree import chosen, is_felt_wide, precise, ratio, unspoiled
 from jattn.implementations.blockwise.backward import backward
 from jattn.implementations.blockwise.forward import forward
 from jattn.implementations.blockwise.join import join
@@ -57,6 +56,7 @@ class Attention(Operation):
             float32 products too; and its sums, where precise products are asked for, the
             processor is slow in bfloat16, or a cotangent that starts from its output may
             be float32.
+        apart: Whether each head is multiplied apart, as it is in all derivatives.
     """
 
     problem: Problem
@@ -66,6 +66,7 @@ class Attention(Operation):
     flat: int | None = None
     kernel: Any = dataclasses.field(default=None, kw_only=True)
     widens: bool = dataclasses.field(default=False, kw_only=True)
+    apart: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def outputs(self) -> int:
@@ -147,7 +148,7 @@ class Attention(Operation):
     @precise
     def push(self, active, primals, outputs, tangents, spread):
         """Computes the tangents of the outputs tile by tile."""
-        if self.kernel is not None:
+        if not self._fits(spread):
             return self._push_own(active, primals, outputs, tangents, spread)
         # As wide as in `pull`: the logits are those of forward, to the last bit.
         operands, widths = self._operands(primals), (self.widens, self.widens)
@@ -160,8 +161,9 @@ class Attention(Operation):
     def _push_own(self, active, primals, outputs, tangents, spread):
         """Computes the tangents tile by tile, after a blockwise forward pass of its own.
 
-        The kernel and blockwise round their products differently. So the kernel's maximum
-        and sum do not fit the logits that blockwise computes again.
+        The kernel and blockwise round their products differently, and so do folded heads
+        and single ones. So the maximum and the sum that were computed do not fit the logits
+        that blockwise computes again.
         """
         blockwise = self._blockwise(spread)
         own = outputs if spread else blockwise.fast(*primals, spread=spread)
@@ -175,13 +177,15 @@ class Attention(Operation):
         JAX cannot differentiate the kernel, so it differentiates the blockwise cotangents
         for derivatives of higher order.
         """
+        otherwise = functools.partial(self._pull_own, active, spread)
         if self.kernel is None:
+            if not self._fits(spread):
+                return otherwise(primals, outputs, cotangents)
             operands, wanted = self._operands(primals), self.tree.unflatten(active)
             widths = self.widens, self.widens  # the logits of forward, to the last bit
             layout = Layout(self.problem, operands, self._plan(spread), *widths)
             results = backward(layout, outputs, cotangents, wanted)
-            return self._chosen(active, primals, results)
-        otherwise = functools.partial(self._pull_own, active, spread)
+            return chosen(self.tree, active, primals, results)
         if spread:
             return otherwise(primals, outputs, cotangents)
         # JAX differentiates `otherwise` in place of the kernel.
@@ -196,7 +200,7 @@ class Attention(Operation):
         results = self.kernel.backward(self.problem, operands, *sums, wanted)
         if results is None:
             return otherwise(primals, outputs, cotangents)
-        results = self._chosen(active, primals, check_cotangents(operands, results))
+        results = chosen(self.tree, active, primals, check_cotangents(operands, results))
         mend = functools.partial(self._frugal()._pull_own, active, False)
         arrays = primals, outputs, cotangents
         return unspoiled(self.problem, self.kernel, results, mend, arrays)
@@ -224,25 +228,23 @@ class Attention(Operation):
     def _blockwise(self, spread: bool) -> "Attention":
         """Gives the same operation without the kernel, in products as precise as its own.
 
-        A part of a call starts from the sums of kernels, which its logits have to fit.
+        No heads are folded, so derivatives start from its sums. A part of a call starts
+        from the sums of kernels, which its logits have to fit.
         """
         problem = self.problem
-        if not spread and self.kernel.exact and problem.precision is None:
+        exact = self.kernel is not None and self.kernel.exact
+        if not spread and exact and problem.precision is None:
             problem = dataclasses.replace(problem, precision="highest")
-        return dataclasses.replace(self, problem=problem, kernel=None)
+        return dataclasses.replace(self, problem=problem, kernel=None, apart=True)
+
+    def _fits(self, spread: bool) -> bool:
+        """Says whether derivatives compute the logits of forward, to the last bit."""
+        return self.kernel is None and not self._plan(spread).folded
 
     def _operands(self, leaves) -> Operands:
         return with_narrow_vectors(self.problem, self.tree.unflatten(leaves))
 
     def _plan(self, spread: bool):
-        return plan(self.problem, spread, self.tile, self.flat or 0)
-
-    def _chosen(self, active, primals, results: Operands) -> list[jax.Array]:
-        """Picks the cotangents of the active arguments, each in its argument's dtype."""
-        leaves = self.tree.flatten_up_to(results)
-        # An argument for which the results have None has the cotangent 0.
-        return [
-            jnp.zeros(x.shape, x.dtype) if result is None else result.astype(x.dtype)
-            for x, result, flag in zip(primals, leaves, active, strict=True)
-            if flag
-        ]
+        found = plan(self.problem, spread, self.tile, self.flat or 0)
+        # The derivatives of a part start from the sums of all parts.
+        return found._replace(folded=False) if self.apart or self.problem.part else found

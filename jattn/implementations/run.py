@@ -41,13 +41,15 @@ def attend(
     kernels: tuple[Kernel, ...] = (),
     tile: tuple[int, int] | None = None,
     flat: int | None = None,
+    apart: bool = False,
 ) -> Sums:
     """Computes the output BTND and the sums of each row BTN, in the wide precision.
 
     The first of `kernels` that accepts the platform of compilation runs; blockwise runs if
     none does. `tile` gives the number of queries and of keys in a blockwise tile; it
     replaces the measured rule. `flat` asks for the loop of a GPU on every platform, with so
-    many logits in a tile at most; 0 for the loops of a CPU.
+    many logits in a tile at most; 0 for the loops of a CPU. With `apart` no heads are
+    folded, for who computes the logits again, which have to fit the sums.
     """
     if problem.sizes.are_nothing:
         return _nothing(problem)
@@ -55,7 +57,7 @@ def attend(
     blocks = next((x.block_sizes(problem, None, here) for x in own), None)
     problem, operands = prepare(problem, operands, tile, blocks)
     leaves, tree = jax.tree.flatten(operands)
-    return Sums(*Attention(problem, tree, tile, kernels, flat)(*leaves))
+    return Sums(*Attention(problem, tree, tile, kernels, flat, apart=apart)(*leaves))
 
 
 def _nothing(problem: Problem) -> Sums:
