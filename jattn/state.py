@@ -26,6 +26,7 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jattn.arrays.meshes import across
 from jattn.arrays.shapes import wide_dtype
@@ -85,22 +86,62 @@ def merge(state: State, *states: State) -> State:
 def _merged(query, key, parts) -> State:
     """Merges states; the result lies on the mesh as `query`, one of the outputs, does."""
     del query, key
+    count = sum(jnp.ndim(part.output) > 0 for part in parts)
+    types = {tuple(jnp.result_type(x) for x in part) for part in parts[:count]}
+    if count > _FEW and len(types) == 1:
+        parts = (_merge_many(parts[:count]), *parts[count:])
     return functools.reduce(_merge, parts)
+
+
+# As long expressions, merges of n parts compile in time n² or more, in a loop in one time.
+_FEW = 8
+
+
+@jax.jit
+def _merge_many(parts) -> State:
+    """Merges states of the same shapes and dtypes in a loop.
+
+    Shares come first and outputs then, in which the second loop is linear, as
+    `jax.linear_transpose` asks.
+    """
+    wide = wide_dtype(parts[0].output.dtype)
+    stacked = lambda name, dtype: jnp.stack([getattr(x, name) for x in parts]).astype(dtype)
+    sums = stacked("logsumexp", wide)
+    outputs = stacked("output", parts[0].output.dtype)
+
+    def step(output, given):
+        return _mixed(output, *given), None
+
+    logsumexp, shares = lax.scan(_shares, sums[0], sums[1:])
+    output, _ = lax.scan(step, outputs[0], (outputs[1:], shares))
+    return State(output, logsumexp)
 
 
 @jax.jit
 def _merge(a: State, b: State) -> State:
-    dtype = jnp.result_type(a.output, b.output)
-    wide = wide_dtype(dtype)
-    a, b = jax.tree.map(lambda x: jnp.asarray(x).astype(wide), (a, b))
+    wide = wide_dtype(jnp.result_type(a.output, b.output))
+    a, b = (part._replace(logsumexp=_as(part.logsumexp, wide)) for part in (a, b))
     a, b = _spread(a, b.logsumexp.shape), _spread(b, a.logsumexp.shape)
-    # The state with the larger sum comes first, and the outputs are combined as
-    #     output = low_share (a + b) + (high_share − low_share) high.
-    # So the order of the arguments changes no bit of the result, even where the compiler
-    # fuses a multiplication and an addition.
-    swap = a.logsumexp < b.logsumexp
-    high = jnp.where(swap, b.logsumexp, a.logsumexp)
-    low = jnp.where(swap, a.logsumexp, b.logsumexp)
+    logsumexp, shares = _shares(a.logsumexp, b.logsumexp)
+    return State(_mixed(a.output, b.output, shares), logsumexp)
+
+
+def _as(array, dtype) -> jax.Array:
+    return jnp.asarray(array).astype(dtype)
+
+
+def _shares(a, b):
+    """Gives the logsumexp of two, and how the outputs of both are combined.
+
+    The state with the larger sum comes first, and the outputs are combined as
+
+        output = low_share (a + b) + (high_share − low_share) high.
+
+    So the order of the arguments changes no bit of the result, even where the compiler
+    fuses a multiplication and an addition.
+    """
+    swap = a < b
+    high, low = jnp.where(swap, b, a), jnp.where(swap, a, b)
     # −∞ − −∞ is NaN. With a sink of ∞, which has all the weight, low − top is −∞; it is NaN
     # if the other sum is ∞ too.
     empty = high == -jnp.inf
@@ -110,12 +151,16 @@ def _merge(a: State, b: State) -> State:
     power = jnp.exp(low - top)
     low_share = power / (1 + power)
     high_share = jnp.where(empty, 0, 1 / (1 + power))
-    per_output = lambda x: x[..., None] if x.ndim else x
-    high_output = jnp.where(per_output(swap), b.output, a.output)
-    output = per_output(low_share) * (a.output + b.output)
-    output += per_output(high_share - low_share) * high_output
     logsumexp = jnp.where(empty, -jnp.inf, top + jnp.log1p(power))
-    return State(output.astype(dtype), logsumexp)
+    return logsumexp, (swap, low_share, high_share - low_share)
+
+
+def _mixed(a, b, shares) -> jax.Array:
+    """Combines two outputs by what `_shares` gives, in the dtype of both."""
+    dtype = jnp.result_type(a, b)
+    a, b = (_as(x, wide_dtype(dtype)) for x in (a, b))
+    swap, low, more = (x[..., None] if x.ndim else x for x in shares)
+    return (low * (a + b) + more * jnp.where(swap, b, a)).astype(dtype)
 
 
 def _spread(state: State, shape) -> State:
