@@ -9,11 +9,10 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays.checks import known_number, saturate
-from jattn.arrays.integers import check_whole, known_whole, one_number
+from jattn.arrays.checks import check_arguments, known_number
+from jattn.arrays.integers import as_int32, check_whole, known_whole, one_number
 from jattn.arrays.shapes import Sizes
 from jattn.blocks.block_table import BlockTable
 from jattn.dropout import Dropout, Numbered
@@ -73,10 +72,13 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
         if rule.shared:  # the same draw for all examples and heads: no numbers needed
             return rule
         own = rule.rng if isinstance(rule.rng, Numbered) else Numbered(rule.rng, 0, 0)
-        rng: Any = Numbered(own.rng, own.b + _int32(b), own.n + _int32(n))
+        rng: Any = Numbered(own.rng, _sum("b", own.b, b), _sum("n", own.n, n))
         return dataclasses.replace(rule, rng=rng)
     if isinstance(rule, BlockTable):
         rule = rule.mask
+    if isinstance(rule, _CountedFunction):
+        firsts = _sum("b", rule.b, b), _sum("n", rule.n, n)
+        return _CountedFunction(rule.rule, *firsts, B, N)
     if isinstance(rule, Modifier):
         return _CountedModifier(rule, b, n, B, N)
     if isinstance(rule, Mask) or not callable(rule):
@@ -86,8 +88,7 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
             f"counted_from: `rule` must be a mask, a modifier or a dropout, got the class "
             f"{rule.__name__}; call it."
         )
-    # A function of (b, n, t, s), or of (logit, b, n, t, s): b is the fourth from the end.
-    return lambda *x: rule(*x[:-4], x[-4] + _int32(b), x[-3] + _int32(n), *x[-2:])
+    return _CountedFunction(rule, b, n, B, N)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,16 +118,17 @@ class _Counted:
             whole = dataclasses.replace(whole, batch=(self.B,))
         if self.N is not None:
             whole = dataclasses.replace(whole, N=self.N)
+        firsts = [one_number("counted_from", x, getattr(self, x)) for x in ("b", "n")]
         # For examples and heads: the axis, its length in the whole, and this part of it.
-        cuts = ((0, self.B, self.b, sizes.B), (1, self.N, self.n, sizes.N))
+        b, n = (x.reshape(()) for x in firsts)
+        cuts = ((0, self.B, b, sizes.B), (1, self.N, n, sizes.N))
 
         def part(array):
             for axis, count, first, size in cuts:
                 if count is not None and array.shape[axis] == count and count != 1:
-                    array = jax.lax.dynamic_slice_in_dim(array, _int32(first), size, axis)
+                    array = jax.lax.dynamic_slice_in_dim(array, first, size, axis)
             return array
 
-        firsts = [one_number("counted_from", x, getattr(self, x)) for x in ("b", "n")]
         return firsts, jax.tree.map(part, self.rule.aligned(whole))
 
 
@@ -139,7 +141,7 @@ class _CountedMask(_Counted, Mask):
 
     def __call__(self, b, n, t, s):
         """Says the same as `allows`, for a mask that reads positions only."""
-        return self.rule(b + _int32(self.b), n + _int32(self.n), t, s)
+        return self.rule(b + _int32("b", self.b), n + _int32("n", self.n), t, s)
 
 
 @pytree("rule", "b", "n", static=("B", "N"))
@@ -148,6 +150,32 @@ class _CountedModifier(_Counted, Modifier):
         """Applies the modifier with the numbers of the whole call."""
         (first_b, first_n), elements = elements
         return self.rule.modify(logit, b + first_b, n + first_n, t, s, elements)
+
+
+@pytree("b", "n", static=("rule", "B", "N"))
+class _CountedFunction(_Counted, Mask, Modifier):
+    """A function of a mask or a modifier, whichever it is given as."""
+
+    def aligned(self, sizes: Sizes) -> Any:
+        """Gives the two numbers; a function has no arrays to be cut."""
+        _check_part("b", self.b, sizes.B, "B", self.B)
+        _check_part("n", self.n, sizes.N, "N", self.N)
+        return [one_number("counted_from", x, getattr(self, x)) for x in ("b", "n")]
+
+    def allows(self, b, n, t, s, elements) -> jax.Array:
+        """Says what the function allows for the numbers of the whole call."""
+        check_arguments("counted_from", "rule", self.rule, "b, n, t, s")
+        return self.rule(b + elements[0], n + elements[1], t, s)
+
+    def modify(self, logit, b, n, t, s, elements) -> jax.Array:
+        """Modifies by the function with the numbers of the whole call."""
+        check_arguments("counted_from", "rule", self.rule, "logit, b, n, t, s")
+        return self.rule(logit, b + elements[0], n + elements[1], t, s)
+
+    def __call__(self, *at):
+        """Calls the function with the numbers of the whole call."""
+        *logit, b, n, t, s = at
+        return self.rule(*logit, b + _int32("b", self.b), n + _int32("n", self.n), t, s)
 
 
 def _check_part(name: str, first, size, letter: str, count: int | None) -> None:
@@ -162,5 +190,9 @@ def _check_part(name: str, first, size, letter: str, count: int | None) -> None:
         )
 
 
-def _int32(number):
-    return saturate(jnp.asarray(number))
+def _int32(name: str, number):
+    return as_int32("counted_from", name, number)
+
+
+def _sum(name: str, first, more):
+    return _int32(name, first) + _int32(name, more)

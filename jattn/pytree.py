@@ -77,7 +77,10 @@ def _value(instance) -> Hashable:
 
 def _field(value) -> Hashable:
     if isinstance(value, np.generic):
-        return value.item()
+        value = value.item()
+    # −0 is not 0, and equals itself, and so does a number that is none.
+    if isinstance(value, float) and (value != value or str(value) == "-0.0"):
+        return bits(value)
     if isinstance(value, np.ndarray | jax.Array):
         return by_content(value)
     if isinstance(value, list | tuple | dict):

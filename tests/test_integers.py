@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jattn
+from jattn.counted import counted_from
 from jattn.masks import Causal, Lengths, Prefix, Segments, Window
 from tests.helpers.draws import normal
 
@@ -217,6 +218,34 @@ def test_a_prefix_called_with_positions_does_not_wrap():
     mask = lambda b, n, t, s: Prefix(lengths)(b, n, t, s)
     got = jattn.attention_weights(x, x, mask=mask)[0, :, 0, 0]
     np.testing.assert_array_equal(got, [[1, 0], [0.5, 0.5]])
+
+
+NARROW = [np.int8(1), np.array(1, np.int16), *(jnp.asarray(1, f"int{x}") for x in (2, 8))]
+
+
+@pytest.mark.parametrize("one", NARROW)
+def test_narrow_integers_of_masks_that_are_called(one):
+    for mask in (Causal, Prefix, lambda x: Window(x, x), lambda x: counted_from(Causal(x))):
+        called = lambda x, mask=mask: weights(lambda *at: mask(x)(*at))
+        np.testing.assert_array_equal(called(one), weights(mask(1)))
+    for by in (Causal(), lambda b, n, t, s: b + n + s <= 2):
+        np.testing.assert_array_equal(
+            weights(counted_from(by, b=one, n=one)), weights(counted_from(by, b=1, n=1))
+        )
+
+
+def test_wide_integers_of_masks_that_are_called():
+    calls = {"offset": (Causal, ()), "length": (Prefix, (1,))}
+    for name, (mask, shape) in calls.items():
+        number = np.full(shape, FAR + 1)
+        called = lambda mask=mask, x=number: weights(lambda *at: mask(x)(*at))
+        with pytest.raises(ValueError, match=f"`{name}` must hold integers of 32 bits"):
+            called()
+        with jax.enable_x64(True):
+            np.testing.assert_array_equal(called(), BOTH)
+    with jax.enable_x64(True):
+        got = weights(lambda *at: Window(2**40, None)(*at))
+    np.testing.assert_array_equal(got, BOTH)
 
 
 def test_known_lengths_of_64_bits_are_read_inside_jit():

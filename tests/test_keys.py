@@ -13,6 +13,7 @@ from jax.scipy.special import xlogy
 
 import jattn
 from jattn.call.pose import pose
+from jattn.counted import counted_from
 from jattn.masks import Causal, Lengths, Prefix, Segments, Window
 from jattn.modifiers import RelativeBias, SoftCap, distance, log_bucket
 from tests.helpers.draws import normal
@@ -154,6 +155,12 @@ ALIKE = {
     "distance": lambda i: {"modifier": RelativeBias(jnp.ones((1, 5)) * i, distance(2))},
     "position": lambda i: {"mask": Causal(), "query_position": i},
     "scale": lambda i: {"scale": float(i)},
+    "counted": lambda i: {"mask": counted_from(lambda b, n, t, s: s <= t + b, b=i)},
+    "counted_numpy": lambda i: {
+        "modifier": counted_from(
+            lambda x, b, n, t, s: jnp.where(n > 2, x, 2 * x), n=np.int8(i)
+        )
+    },
 }
 
 
@@ -171,7 +178,9 @@ def _shared(problem):
     return dataclasses.replace(problem, named=None)
 
 
-@pytest.mark.parametrize("name", ["relu", "vjp", "causal", "window", "prefix", "cap"])
+@pytest.mark.parametrize(
+    "name", ["relu", "vjp", "causal", "window", "prefix", "cap", "counted"]
+)
 def test_alike_calls_compile_once(name):
     before = jattn.api.attention._on_one._cache_size()
     results = [jattn.attention(QUERY, KEY, KEY, **ALIKE[name](i)) for i in range(1, 6)]

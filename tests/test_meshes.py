@@ -552,6 +552,10 @@ def test_examples_and_heads_can_be_counted_as_in_the_whole(name, implementation)
 def test_counting_needs_a_rule():
     with pytest.raises(ValueError, match="got the class Causal; call it"):
         counted_from(masks.Causal)
+    for kind in ("mask", "modifier"):
+        given = {kind: counted_from(lambda t, s: t >= s)}
+        with pytest.raises(ValueError, match=r"`rule` must be a function of .*, got one"):
+            jattn.attention(QUERY, QUERY, QUERY, **given)
     query = QUERY.reshape(2, 2, T, N, H)
     counted = counted_from(masks.Lengths(LENGTHS), B=B)
     with pytest.raises(ValueError, match="one batch axis"):

@@ -11,6 +11,7 @@ import pytest
 
 import jattn
 from jattn import modifiers
+from jattn.counted import counted_from
 from jattn.masks import Causal, Explicit, Lengths, Prefix, Segments, Window, as_mask
 from jattn.modifiers import ALiBi, Bias, RelativeBias, SoftCap, log_bucket
 
@@ -56,6 +57,13 @@ VALUES = {
     "distance": lambda: RelativeBias(jnp.ones((2, 5)), modifiers.distance(2)),
     "chain": lambda: SoftCap(3.0) >> ALiBi() >> Bias(jnp.ones((2, 2))),
     "dropout": lambda: jattn.Dropout(0.1, jax.random.key(0)),
+    "no_number": lambda: Bias(float("nan")),
+    "no_numbers": lambda: ALiBi([1.0, float("nan")]),
+    "minus_0": lambda: Bias(np.float32(-0.0)),
+    "0": lambda: Bias(0.0),
+    "counted": lambda: counted_from(rule, b=1),
+    "counted_mask": lambda: counted_from(counted_from(rule, b=1) & Causal(), n=2),
+    "counted_dropout": lambda: counted_from(jattn.Dropout(0.1, jax.random.key(0)), b=1),
     "bucket": lambda: log_bucket(8, 16),
     "distance_alone": lambda: modifiers.distance(3),
 }
@@ -97,6 +105,10 @@ def test_content_and_kind_tell_values_apart():
     assert Segments(jnp.array([1, 2])) == Segments(np.array([1, 2], np.int32))
     assert Segments(jnp.array([1, 2])) != Segments(jnp.array([1, 3]))
     assert Segments(jnp.array([1, 2])) != Segments(jnp.array([[1, 2]]))
+    assert Bias(np.float32("nan")) == Bias(float("nan"))
+    assert SoftCap(2) == SoftCap(np.float16(2))
+    assert counted_from(rule, b=1) == counted_from(counted_from(rule), b=np.int8(1))
+    assert counted_from(rule, b=1) != counted_from(rule, b=2)
     assert as_mask(rule) != as_mask(lambda b, n, t, s: t >= s)
     assert log_bucket(8, 16) != log_bucket(8, 17)
 

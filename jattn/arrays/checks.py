@@ -70,6 +70,22 @@ def known_number(value) -> int | float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def check_flag(where: str, name: str, value) -> bool:
+    """Gives an argument that is True or False, also of NumPy or JAX, as a `bool`.
+
+    Raises:
+        ValueError: If it is anything else: a text such as "no" would count as true.
+    """
+    is_one = getattr(value, "dtype", None) == jnp.bool_ and value.size == 1
+    if isinstance(value, bool) or (is_one and is_known(value)):
+        return bool(value)
+    got = "a traced array" if isinstance(value, jax.core.Tracer) else repr(value)
+    raise ValueError(
+        f"{where}: `{name}` must be True or False, known before a program runs, got {got}; "
+        f"give a `bool`."
+    )
+
+
 def _is_real(dtype) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
 
@@ -145,6 +161,8 @@ def saturate(array: jax.Array) -> jax.Array:
     if array.dtype == jnp.int32:
         return array
     ends = jnp.iinfo(jnp.int32)
+    if jnp.iinfo(array.dtype).bits < ends.bits:  # which cannot be compared with the ends
+        return array.astype(jnp.int32)
     unsigned = jnp.issubdtype(array.dtype, jnp.unsignedinteger)
     return array.clip(0 if unsigned else ends.min, ends.max).astype(jnp.int32)
 

@@ -19,9 +19,13 @@ def is_number(value) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def as_int32(x):
-    """Gives an integer that combines with positions under strict type promotion."""
-    return int(x) if is_number(x) else saturate(jnp.asarray(x))
+def as_int32(where: str, name: str, value):
+    """Gives integers that combine with positions under strict type promotion, in int32.
+
+    Raises:
+        ValueError: As `check_integers` does.
+    """
+    return saturate(check_integers(where, name, value))
 
 
 def one_number(where: str, name: str, value):
@@ -31,7 +35,7 @@ def one_number(where: str, name: str, value):
     A known number becomes a NumPy array, so that the blocks that it hides are found before
     the call runs.
     """
-    number = saturate(check_integers(where, name, value))
+    number = as_int32(where, name, value)
     if number.size != 1:
         raise ValueError(
             f"{where}: `{name}` must be one whole number, got shape {number.shape}; for "
@@ -110,7 +114,7 @@ def check_whole(where: str, name: str, value, signed: bool = True) -> None:
 
 def per_example(where: str, name: str, array, sizes: Sizes) -> jax.Array:
     """Gives one integer for all examples, or one for each, as B111 or 1111 in int32."""
-    array = saturate(check_integers(where, name, array))
+    array = as_int32(where, name, array)
     if array.shape not in ((), sizes.batch, (1,) * len(sizes.batch)):
         raise ValueError(
             f"{where}: `{name}` must have shape () or B = {sizes.batch}, got "

@@ -48,7 +48,7 @@ class Causal(Mask):
 
     def __call__(self, b, n, t, s):
         """Says the same as `allows`, with the offset itself."""
-        return self.allows(b, n, t, s, as_int32(self.offset))
+        return self.allows(b, n, t, s, as_int32("masks.Causal", "offset", self.offset))
 
 
 @pytree("left", "right")
@@ -99,7 +99,10 @@ class Window(Mask):
 
     def __call__(self, b, n, t, s):
         """Says the same as `allows`, with the widths themselves."""
-        sides = [None if x is None else as_int32(x) for x in (self.left, self.right)]
+        sides = [
+            None if side is None else as_int32("masks.Window", name, side)
+            for name, side in (("left", self.left), ("right", self.right))
+        ]
         return self.allows(b, n, t, s, sides)
 
 
@@ -127,7 +130,7 @@ class Prefix(Mask):
 
     def __call__(self, b, n, t, s):
         """Says the same as `allows`, with the length itself."""
-        length: Any = as_int32(self.length)
+        length: Any = as_int32("masks.Prefix", "length", self.length)
         # b counts the examples of all batch axes.
         length = jnp.ravel(length)[b] if jnp.ndim(length) else length
         return self.allows(b, n, t, s, length)
