@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays.checks import known_number
+from jattn.arrays.checks import check_flag, known_number
 from jattn.pytree import pytree
 
 __all__ = ["Dropout", "Numbered", "keep", "words"]
@@ -47,6 +47,8 @@ class Dropout:
                 f"Dropout: `rate` must be a Python number in [0, 1), got {self.rate!r}."
             )
         object.__setattr__(self, "rate", float(rate))
+        shared = check_flag("Dropout", "shared", self.shared)
+        object.__setattr__(self, "shared", shared)
 
 
 class Numbered(NamedTuple):

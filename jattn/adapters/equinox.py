@@ -111,8 +111,9 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
                 )
             heads = processed
         heads = _alike(heads)
-        inference = inference if deterministic is None else deterministic
-        inference = self.dropout.inference if inference is None else inference
+        # Of both names, the older one counts, as in equinox.
+        choices = deterministic, inference, self.dropout.inference
+        inference = layer.flag(WHERE, "inference", *choices)
         output = layer.attend(
             WHERE,
             *heads,

@@ -5,7 +5,7 @@ import numpy as np
 
 from jattn.adapters import pairs
 from jattn.api.attention import attention, attention_state
-from jattn.arrays.checks import check_array
+from jattn.arrays.checks import check_array, check_flag
 from jattn.masks import Causal, Lengths, Mask, Window, as_mask
 
 __all__ = ["dot_product_attention"]
@@ -83,6 +83,8 @@ def dot_product_attention(
         <BLANKLINE>
                [[0.5, 4. ]]], dtype=float32)
     """
+    is_causal = check_flag(WHERE, "is_causal", is_causal)
+    return_residual = check_flag(WHERE, "return_residual", return_residual)
     query = check_array(WHERE, "query", query)
     key, value = (check_array(WHERE, *pair) for pair in (("key", key), ("value", value)))
     arrays = [_batched(x) for x in (query, key, value)]

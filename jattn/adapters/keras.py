@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jattn import caches
 from jattn.adapters import layer, pairs
+from jattn.arrays.checks import check_flag
 from jattn.masks import Causal, Window
 
 WHERE = "jattn.adapters.keras"
@@ -139,6 +140,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         """Computes the output BT…ND, and the weights BNT…S… if they are asked for."""
         masks = attention_mask if isinstance(attention_mask, list) else [attention_mask]
         masks = masks + self._ordered(use_causal_mask, None)
+        is_asked = check_flag(WHERE, "return_attention_scores", return_attention_scores)
         heads = layer.one_batch(*(self._flatten(x) for x in (query, key, value)))
         lengths = [tuple(x.shape[i] for i in self._axes) for x in (query, key)]
         rank, weights = heads[0].ndim + 2 * len(self._axes) - 2, []
@@ -147,7 +149,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
             *heads,
             mask=pairs.joined(WHERE, [self._align(x, lengths, rank) for x in masks]),
             dropout=self._draw(training),
-            sow=weights.append if return_attention_scores else None,
+            sow=weights.append if is_asked else None,
             options={},
         )
         batch, N = output.shape[:-3], output.shape[-2]
@@ -165,6 +167,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
     def _ordered(self, is_causal: bool, window: int | None) -> list:
         """Makes the masks that need an order of positions, and so a single axis."""
+        is_causal = check_flag(WHERE, "use_causal_mask", is_causal)
         if (is_causal or window is not None) and len(self._axes) > 1:
             raise ValueError(
                 f"{WHERE}: `use_causal_mask` and `sliding_window` need one attention axis, "
@@ -176,7 +179,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
     def _draw(self, training):
         """Makes the dropout of this call, from the seeds of the layer's dropout."""
-        if not training or self._dropout == 0:
+        if not layer.flag(WHERE, "training", training) or self._dropout == 0:
             return None
         seed = self._dropout_layer.seed_generator.next()
         return layer.dropout(WHERE, self._dropout, seed, deterministic=False)

@@ -12,7 +12,7 @@ from jax import lax
 from jattn.adapters import pairs
 from jattn.api.attention import attention
 from jattn.api.weights import attention_weights
-from jattn.arrays.checks import known_number
+from jattn.arrays.checks import check_flag, known_number
 from jattn.dropout import Dropout
 from jattn.masks import Causal
 
@@ -87,6 +87,12 @@ def decoding(where: str, attention_fn, ours, mask) -> tuple[Any, dict[str, Any]]
     return mask, {k: x for k, x in added.items() if k not in left_out}
 
 
+def flag(where: str, name: str, *values) -> bool | None:
+    """Gives the first of several settings that is not None, which is True or False."""
+    given = [x for x in values if x is not None]
+    return check_flag(where, name, given[0]) if given else None
+
+
 def check_count(where: str, count) -> None:
     """Raises for a `count` outside of decoding, where it would do nothing."""
     if count is not None:
@@ -106,7 +112,8 @@ def one_batch(*heads: jax.Array) -> list[jax.Array]:
 
 def dropout(where: str, rate, rng, deterministic, shared=False) -> Dropout | None:
     """Makes the dropout of a layer; None if it is off."""
-    if deterministic or known_number(rate) == 0:
+    shared = check_flag(where, "broadcast_dropout", shared)
+    if check_flag(where, "deterministic", deterministic) or known_number(rate) == 0:
         return None
     if rng is None:
         raise ValueError(

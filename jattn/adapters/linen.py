@@ -10,6 +10,7 @@ from flax.linen import dtypes
 
 from jattn import caches
 from jattn.adapters import layer, pairs
+from jattn.arrays.checks import check_flag
 from jattn.arrays.shapes import wide_dtype
 
 __all__ = ["MultiHeadDotProductAttention", "attention"]
@@ -90,6 +91,7 @@ def attention(
             single query decodes with `modifier` or `and_mask`, and no option gives its
             position.
     """
+    is_wide = check_flag(WHERE, "force_fp32_for_softmax", force_fp32_for_softmax)
     _refuse_products(einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum)
     query, key, value = dtypes.promote_dtype(query, key, value, dtype=dtype)
     layer.check_step(WHERE, query, key, and_mask, options)
@@ -105,7 +107,7 @@ def attention(
         dropout=layer.dropout(WHERE, *drawn),
         precision=precision,
         sow=None if module is None else sow,
-        sown_dtype=wide_dtype(query.dtype) if force_fp32_for_softmax else None,
+        sown_dtype=wide_dtype(query.dtype) if is_wide else None,
         options=options,
     )
 
@@ -189,21 +191,22 @@ class MultiHeadDotProductAttention(linen.MultiHeadDotProductAttention):
         Raises:
             ValueError: If an argument does not fit; the message says what to do.
         """
+        decodes = layer.flag(WHERE_LAYER, "decode", self.decode)
         others = inputs_k, inputs_v, options.get("inputs_kv")
-        if self.decode and any(x is not None for x in others):
+        if decodes and any(x is not None for x in others):
             raise ValueError(
                 f"{WHERE_LAYER}: in decoding, queries, keys and values must be of the same "
                 f"tokens, got `inputs_k` or `inputs_v`; give `inputs_q` alone."
             )
 
-        if not self.decode:
+        if not decodes:
             layer.check_count(WHERE_LAYER, count)
 
         def extend(query, key, value, mask=None, precision=None, module=None):
             del module  # given where weights are to be sown
             return self._extend(query, key, value, mask, count, precision)
 
-        inner: Any = self._inner(extend if self.decode else self.attention_fn)
+        inner: Any = self._inner(extend if decodes else self.attention_fn)
         linen.share_scope(self, inner)  # so its parameters are this layer's own
         return inner(inputs_q, inputs_k, inputs_v, mask=mask, **options)
 

@@ -93,7 +93,7 @@ def attention(
     layer.check_step(WHERE, query, key, and_mask, options)
     # In decoding the mask already says which keys of the cache are filled.
     decodes = query.shape[-3] == 1 < key.shape[-3] and mask is not None
-    causal = pairs.causal(options) if is_causal and not decodes else None
+    causal = pairs.causal(WHERE, is_causal, options)
     drawn = dropout_rate, dropout_rng, deterministic, broadcast_dropout
     sow = lambda weights: module.sow(nnx.Intermediate, "attention_weights", weights)
     return layer.attend(
@@ -102,7 +102,7 @@ def attention(
         key,
         value,
         bias=bias,
-        mask=pairs.joined(WHERE, (causal, mask, and_mask), query, key),
+        mask=pairs.joined(WHERE, (None if decodes else causal, mask, and_mask), query, key),
         dropout=layer.dropout(WHERE, *drawn),
         precision=precision,
         sow=None if module is None else sow,
@@ -204,7 +204,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         Raises:
             ValueError: If an argument does not fit; the message says what to do.
         """
-        if not (self.decode if decode is None else decode):
+        if not layer.flag(WHERE_LAYER, "decode", decode, self.decode):
             layer.check_count(WHERE_LAYER, count)
             given: Any = {"mask": mask, "decode": decode, **options}
             return super().__call__(inputs_q, inputs_k, inputs_v, **given)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.arrays.checks import check_array
+from jattn.arrays.checks import check_array, check_flag
 from jattn.arrays.shapes import wide_dtype
 from jattn.masks import Causal, Mask, as_mask
 from jattn.masks.mask import is_function
@@ -83,10 +83,12 @@ class CausalRows(Mask):
         return column <= row
 
 
-def causal(options: dict[str, Any]) -> Mask:
+def causal(where: str, is_causal, options: dict[str, Any]) -> Mask | None:
     """Makes the lower triangle from the top left corner, which layers mean by causal.
 
     If positions are given, `Causal` would compare them; so rows and columns are compared.
     """
+    if not check_flag(where, "is_causal", is_causal):
+        return None
     placed = any(options.get(f"{side}_position") is not None for side in ("query", "key"))
     return CausalRows() if placed else Causal()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jattn.api.views import _normalizer, _pose
+from jattn.arrays.checks import check_flag
 from jattn.arrays.integers import is_number
 from jattn.arrays.meshes import across
 from jattn.arrays.shapes import unflatten_batch
@@ -74,8 +75,9 @@ def strongest_keys(
     where = "strongest_keys"
     if not is_number(k) or k < 1:
         raise ValueError(f"{where}: `k` must be a Python integer above 0, got {k!r}.")
+    average = check_flag(where, "average", average)
     problem, arrays = _pose(where, query, key, logsumexp, options)
-    found = _strongest(problem, int(k), bool(average), arrays)
+    found = _strongest(problem, int(k), average, arrays)
     return StrongestKeys(*(unflatten_batch(x, problem.sizes) for x in found))
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jattn.arrays.checks import check_array
+from jattn.arrays.checks import check_array, check_flag
 from jattn.arrays.meshes import across
 from jattn.arrays.shapes import flatten_batch, unflatten_batch
 from jattn.call.options import WeightOptions, checked
@@ -72,9 +72,9 @@ def attention_entropy(
     Reference:
         Zhai et al., 2023, arXiv:2303.06296: the entropy collapses before training diverges.
     """
-    _warn_of("attention_entropy", average)
+    average = _checked("attention_entropy", average)
     problem, arrays = _pose("attention_entropy", query, key, logsumexp, options)
-    return unflatten_batch(_entropy(problem, bool(average), arrays), problem.sizes)
+    return unflatten_batch(_entropy(problem, average, arrays), problem.sizes)
 
 
 @across("BSN")
@@ -114,19 +114,21 @@ def attention_received(
         Array([[1.5],
                [0.5]], dtype=float32)
     """
-    _warn_of("attention_received", average)
+    average = _checked("attention_received", average)
     problem, arrays = _pose("attention_received", query, key, logsumexp, options)
-    return unflatten_batch(_received(problem, bool(average), arrays), problem.sizes)
+    return unflatten_batch(_received(problem, average, arrays), problem.sizes)
 
 
-def _warn_of(where: str, average: bool) -> None:
-    """Warns of `average`, which will go: it changes the rank, as `.mean(-1)` does."""
+def _checked(where: str, average) -> bool:
+    """Checks `average`, and warns of it: it will go, for `.mean(-1)` does the same."""
+    average = check_flag(where, "average", average)
     if average:
         warnings.warn(
             f"{where}: `average=True` will go in the next version; write `.mean(-1)`.",
             DeprecationWarning,
             stacklevel=4,  # the caller of the view: past this, the view, and `across`
         )
+    return average
 
 
 def _pose(where, query, key, logsumexp, options):

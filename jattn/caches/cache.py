@@ -15,7 +15,7 @@ import numpy as np
 from jattn.arrays.checks import is_known
 from jattn.arrays.meshes import methods_across
 from jattn.caches import asked, attend, put, write
-from jattn.caches.sizes import batch_axes, check_sizes, check_vectors
+from jattn.caches.sizes import batch_axes, check_sizes, check_vectors, no_tokens
 from jattn.caches.store import Store, blank, taken
 from jattn.implementations.sums import Form
 from jattn.pytree import pytree
@@ -213,7 +213,7 @@ def empty(
     vectors = num_kv_heads, head_dim, value_head_dim, dtype
     value_dim, dtype = check_vectors(where, *vectors)
     store = blank(batch, capacity, num_kv_heads, head_dim, value_dim, dtype, apart=True)
-    return Cache(store, jnp.zeros(batch if ragged else (), jnp.int32))
+    return Cache(store, no_tokens(where, batch, ragged))
 
 
 def _check_room(where: str, length, count, T: int, capacity: int) -> None:

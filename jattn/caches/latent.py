@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jattn.arrays.meshes import methods_across
 from jattn.caches import asked
 from jattn.caches.cache import Cache
-from jattn.caches.sizes import batch_axes, check_dtype, check_sizes
+from jattn.caches.sizes import batch_axes, check_dtype, check_sizes, no_tokens
 from jattn.caches.store import blank
 from jattn.pytree import pytree
 from jattn.state import State
@@ -168,5 +168,4 @@ def latent(
     check_sizes(where, rope_dim=(rope_dim, 0))
     dtype = check_dtype(where, dtype)
     store = blank(batch, capacity, 1, latent_dim + rope_dim, latent_dim, dtype, shared=True)
-    length = jnp.zeros(batch if ragged else (), jnp.int32)
-    return LatentCache(Cache(store, length))
+    return LatentCache(Cache(store, no_tokens(where, batch, ragged)))

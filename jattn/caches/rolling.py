@@ -22,7 +22,7 @@ from jattn.arrays.meshes import methods_across
 from jattn.arrays.shapes import wide_dtype
 from jattn.caches import asked, attend, put
 from jattn.caches.asked import of_each
-from jattn.caches.sizes import batch_axes, check_sizes, check_vectors
+from jattn.caches.sizes import batch_axes, check_sizes, check_vectors, no_tokens
 from jattn.caches.store import Store, blank, taken
 from jattn.call.pose import check_sink
 from jattn.implementations.sums import Form, combined, with_sink
@@ -246,5 +246,4 @@ def rolling(
     value_dim, dtype = check_vectors(where, *vectors)
     sizes = window + sinks, num_kv_heads, head_dim, value_dim
     store = blank(batch, *sizes, dtype, apart=True)
-    length = jnp.zeros(batch if ragged else (), jnp.int32)
-    return RollingCache(store, length, window, sinks)
+    return RollingCache(store, no_tokens(where, batch, ragged), window, sinks)

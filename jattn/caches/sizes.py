@@ -5,6 +5,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
+from jattn.arrays.checks import check_flag
 from jattn.arrays.integers import is_number
 from jattn.arrays.shapes import FLOATS
 from jattn.caches.rounding import LARGEST
@@ -33,6 +34,11 @@ def check_sizes(where: str, **sizes) -> None:
                 f"{size!r}; memory is laid out before a program runs, so give a number "
                 f"of Python."
             )
+
+
+def no_tokens(where: str, batch: tuple[int, ...], ragged) -> jax.Array:
+    """Gives the length of a new cache: one number, or one of each example."""
+    return jnp.zeros(batch if check_flag(where, "ragged", ragged) else (), jnp.int32)
 
 
 def check_vectors(where: str, num_kv_heads, head_dim, value_head_dim, dtype):

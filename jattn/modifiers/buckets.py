@@ -5,6 +5,7 @@ import functools
 
 import jax.numpy as jnp
 
+from jattn.arrays.checks import check_flag
 from jattn.arrays.integers import known_whole
 
 
@@ -62,7 +63,8 @@ def log_bucket(num_buckets: int = 32, max_distance: int = 128, bidirectional: bo
     where = "modifiers.log_bucket"
     num_buckets = known_whole(where, "num_buckets", num_buckets, 1)
     max_distance = known_whole(where, "max_distance", max_distance, 1)
-    return LogBucket(num_buckets, max_distance, bidirectional)
+    both = check_flag(where, "bidirectional", bidirectional)
+    return LogBucket(num_buckets, max_distance, both)
 
 
 @functools.cache

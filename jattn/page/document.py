@@ -15,6 +15,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jattn.arrays.checks import check_flag
+
 __all__ = ["Page", "document", "replacing"]
 
 _SAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
@@ -65,6 +67,7 @@ class Page:
             FileExistsError: If the file exists and `replace` is False, or it is a device, a
                 pipe or a folder.
         """
+        replace = check_flag("Page.save", "replace", replace)
         path = os.fspath(path)
         if os.path.exists(path) and not replace:
             raise FileExistsError(

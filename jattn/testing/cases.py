@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.arrays.checks import check_flag
 from jattn.arrays.shapes import Sizes
 from jattn.dropout import Dropout
 from jattn.masks import Causal, Explicit, Lengths, Prefix, Segments, Window
@@ -39,6 +40,9 @@ class Case:
     sizes: Sizes = SMALL
     adjust: Callable[[Inputs], Inputs] = lambda inputs: inputs
     smooth: bool = True
+
+    def __post_init__(self):
+        check_flag("testing.Case", "smooth", self.smooth)
 
     def call(self, function: Callable, inputs: Inputs):
         """Calls a function of `attention`'s signature."""
