@@ -253,3 +253,13 @@ def test_known_lengths_of_64_bits_are_read_inside_jit():
         lengths = jnp.array([1], jnp.int64)
         got = jax.jit(lambda: jattn.attention_weights(KEY, KEY, mask=Lengths(lengths)))()
     np.testing.assert_array_equal(got[0, 0], [[1, 0], [1, 0]])
+
+
+def test_what_has_no_number_of_its_own_is_refused():
+    with pytest.raises(
+        ValueError, match="`scale` must be given, for the cache cannot know"
+    ):
+        _latent().attend(jnp.zeros((2, 1, 1, 5)), scale=None)
+    for count in (-1, np.array([0, -1])):
+        with pytest.raises(ValueError, match=r"caches.reserve: `count` must be at least 0"):
+            CACHES["paged"]().reserve(count)

@@ -100,11 +100,11 @@ class LatentCache:
         Returns:
             Sums of latent vectors, `BTNC`, for W_v to make outputs of.
         """
-        return self.cache.attend(query, count=count, scale=scale, **options)
+        return self.cache.attend(query, count=count, scale=_given(scale), **options)
 
     def attend_state(self, query, *, scale, count=None, **options) -> State:
         """Attends like `attend`, and also gives the logsumexp."""
-        return self.cache.attend_state(query, count=count, scale=scale, **options)
+        return self.cache.attend_state(query, count=count, scale=_given(scale), **options)
 
     def extend(self, query, latent, rotary, *, scale, count=None, **options):
         """Appends tokens and attends from them; see `append` and `attend`.
@@ -122,7 +122,7 @@ class LatentCache:
         """
         after = self.append(latent, rotary, count=count)
         asked.check_rows("caches.extend", query, jnp.shape(latent)[len(self.batch)])
-        return after.attend(query, count=count, scale=scale, **options), after
+        return after.attend(query, count=count, scale=_given(scale), **options), after
 
     def truncate(self, length) -> "LatentCache":
         """Forgets all tokens after the first `length`; see `Cache.truncate`."""
@@ -135,6 +135,15 @@ class LatentCache:
     def dequantize(self, dtype="float32") -> "LatentCache":
         """Gives the same tokens without rounding."""
         return LatentCache(self.cache.dequantize(dtype))
+
+
+def _given(scale):
+    if scale is None:
+        raise ValueError(
+            "caches.attend: `scale` must be given, for the cache cannot know it, got None; "
+            "give 1/√ of the head size before it was absorbed."
+        )
+    return scale
 
 
 def latent(

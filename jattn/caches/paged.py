@@ -93,7 +93,7 @@ class PagedCache:
         Raises:
             ValueError: If there are too few, as far as that is known.
         """
-        count = asked.check_whole("caches.reserve", "count", count, self.batch)
+        count = asked.check_whole("caches.reserve", "count", count, self.batch, 0)
         count = jnp.minimum(count, self.capacity + 1)  # int32 holds no length far beyond
         grown, granted = sharing.grown(self, count)
         grown = dataclasses.replace(grown, length=sharing.marked(self.length, granted))
