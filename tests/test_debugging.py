@@ -52,6 +52,12 @@ VIEWS = {
     "weights": lambda: jattn.attention_weights(Q, K, mask=Causal(-3)),
     "entropy": lambda: jattn.attention_entropy(Q, K, mask=Causal()),
     "received": lambda: jattn.attention_received(Q, K, mask=Causal()),
+    "entropy gradient": lambda: jax.grad(
+        lambda q: jnp.sum(jattn.attention_entropy(q, K, mask=Causal(-3)))
+    )(Q),
+    "received gradient": lambda: jax.grad(
+        lambda q: jnp.sum(jattn.attention_received(q, K, mask=Causal(-3)) ** 2)
+    )(Q),
     "strongest": lambda: jattn.strongest_keys(Q, K, 2, mask=Causal()).weights,
     "table": lambda: jattn.block_table(Causal(), Q, K).kinds,
     "merge": lambda: jattn.merge(jattn.EMPTY, jattn.attention_state(Q, K, V)).output,

@@ -182,8 +182,9 @@ def _normalizer(problem: Problem, operands: Operands, sink, logsumexp) -> Normal
         nothing = (rest == -jnp.inf) & (excess == -jnp.inf)
         both = jnp.logaddexp(jnp.where(nothing, 0, rest), excess)
         rest = jnp.where(nothing, -jnp.inf, both)
-    # A query that sees nothing has weights of 0.
-    return Normalizer(top, jnp.where(rest == -jnp.inf, jnp.inf, rest))
+    # A query that sees nothing has weights of 0. A gradient keeps this number, and
+    # `jax.debug_infs` would report ∞ in it.
+    return Normalizer(top, jnp.where(rest == -jnp.inf, jnp.finfo(rest.dtype).max, rest))
 
 
 def _of_rows(sink, rows):
