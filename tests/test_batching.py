@@ -415,3 +415,27 @@ def test_slices_on_several_devices(kind):
             got = f(*(jax.device_put(x, sharding) for x in arrays))
         close = functools.partial(np.testing.assert_allclose, atol=1e-5)
         jax.tree.map(close, jax.tree.map(np.asarray, got), want)
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "dense"])
+def test_rules_may_ask_for_the_slice(implementation):
+    def call(query, key, value, i):
+        return jattn.attention(
+            query,
+            key,
+            value,
+            mask=lambda b, n, t, s: s <= t + i(),
+            modifier=lambda logit, b, n, t, s: logit * jnp.asarray(1 + i(), logit.dtype),
+            implementation=implementation,
+        )
+
+    def asking(*arrays):
+        return call(*arrays, lambda: jax.lax.axis_index("slice"))
+
+    loss = lambda *arrays: jnp.sum(jnp.sin(jax.vmap(asking, axis_name="slice")(*arrays)))
+    each = lambda i, *arrays: jnp.sum(jnp.sin(call(*arrays, lambda: i)))
+    got = jax.grad(loss, (0, 1, 2))(QUERY, KEY, VALUE)
+    for i in range(SLICES):
+        want = jax.grad(each, (1, 2, 3))(i, QUERY[i], KEY[i], VALUE[i])
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a[i], b, atol=1e-12)

@@ -507,6 +507,45 @@ def test_own_derivatives_of_numbers_that_a_device_made(name, function):
     close(jax.jit(order(True))(inputs), jax.jit(order(False))(inputs), 3e-4)
 
 
+# Masks that ask where they are, so that the call needs no positions.
+ASKING = {
+    "index": lambda ids: lambda b, n, t, s: s <= t + lax.axis_index("x") * (T // 4),
+    "in jit": lambda ids: jax.jit(
+        lambda b, n, t, s: jax.jit(lambda t: t + lax.axis_index("x") * (T // 4))(t) >= s
+    ),
+    "gathered": lambda ids: (
+        lambda b, n, t, s: (
+            lax.all_gather(ids + 1, "x").reshape(-1)[t + lax.axis_index("x") * (T // 4)] > s
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("function", ["blockwise", "dense"])
+@pytest.mark.parametrize("name", ASKING)
+def test_masks_may_ask_for_the_device(name, function):
+    def loss(query, mask, place):
+        call = lambda query, ids: jattn.attention(
+            query,
+            QUERY,
+            QUERY,
+            mask=mask(ids),
+            modifier=lambda x, b, n, t, s: jax.nn.gelu(x + 0.1 * place()),
+            implementation=function,
+        )
+        cuts = P(None, "x"), P("x")
+        if mask is ASKING[name]:
+            call = jax.shard_map(call, mesh=MANUAL, in_specs=cuts, out_specs=cuts[0])
+        return jnp.sum(jnp.sin(call(query, jnp.arange(T))))
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
+    alone = lambda ids: masks.Causal()
+    want = gradient(QUERY, alone, lambda: jnp.float32(1))
+    # A quarter of each of four devices.
+    got = gradient(QUERY, ASKING[name], lambda: lax.psum(jnp.float32(0.25), "x"))
+    close(got, want)
+
+
 # Examples and heads of a device, counted as in the whole.
 
 COUNTED = {

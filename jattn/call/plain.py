@@ -5,11 +5,17 @@ import functools
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import (
+    ClosedJaxpr,
+    Jaxpr,
+    Literal,
+    set_current_trace,
+    take_current_trace,
+)
 from jax.extend.linear_util import wrap_init
 from jax.sharding import NamedSharding, use_abstract_mesh
 
-from jattn.arrays.meshes import axes_that_vary, varying, without_axes
+from jattn.arrays.meshes import varying, without_axes
 from jattn.call.jaxprs import CALLS, called, walk
 from jattn.call.reading import is_of_meshes, traced_reading
 
@@ -22,7 +28,7 @@ def jaxpr_of(function, *scalars):
     their explicit mesh axes left to XLA.
     """
     closed, result = _traced(function, scalars)
-    if _has_inner_arrays(closed.jaxpr):
+    if _has_inner_arrays(closed.jaxpr) or _asks_devices(closed.jaxpr):
         closed = _open(closed, scalars)
     captured = [without_axes(x) for x in closed.consts]
     meshes = [jax.typeof(x).sharding.mesh for x in captured if isinstance(x, jax.Array)]
@@ -42,7 +48,7 @@ def _traced(function, scalars):
     found, axes = None, frozenset(jax.sharding.get_abstract_mesh().manual_axes)
     try:
         found = trace(function)
-        axes = axes_that_vary(*found[0].consts)
+        axes = _axes_inside(found[0].jaxpr)
     except Exception as error:
         if not is_of_meshes(error):
             raise
@@ -50,6 +56,15 @@ def _traced(function, scalars):
         with contextlib.suppress(Exception):
             return trace(lambda *scalars: function(*varying(scalars, axes)))
     return found or traced_reading(function, scalars)
+
+
+def _axes_inside(jaxpr) -> frozenset[str]:
+    """Gives the axes of `jax.shard_map` along which any number of a jaxpr differs."""
+    found = (x for equation in jaxpr.eqns for x in equation.outvars)
+    types = (x.aval for x in (*jaxpr.constvars, *found))
+    return frozenset().union(
+        *(x.manual_axis_type.varying for x in types if hasattr(x, "manual_axis_type"))
+    )
 
 
 def _without_arrays(jaxpr):
@@ -70,12 +85,19 @@ def _has_inner_arrays(jaxpr) -> bool:
     return any(consts or _has_inner_arrays(jaxpr) for jaxpr, consts in inner)
 
 
+def _asks_devices(jaxpr) -> bool:
+    """Says whether it has a `lax.axis_index`, or sums something up over devices."""
+    return any(type(x).__name__ == "NamedAxisEffect" for x in jaxpr.effects)
+
+
 def _open(closed, scalars):
     """Gives the same jaxpr, which captures the arrays of its inner `jit`s itself.
 
-    Then a new array is another operand, and not another program.
+    Then a new array is another operand, and not another program. What devices are asked
+    for is computed outside, where there are any, and captured too.
     """
-    opened = functools.partial(_opened, closed.jaxpr, closed.consts)
+    outer = _current_trace() if _asks_devices(closed.jaxpr) else None
+    opened = functools.partial(_opened, outer, closed.jaxpr, closed.consts)
     try:
         return jax.make_jaxpr(lambda *x: opened(x)[0])(*scalars)
     except Exception as error:
@@ -84,17 +106,29 @@ def _open(closed, scalars):
         return closed  # arrays that a primitive may not read here stay where they are
 
 
-def _opened(jaxpr, consts, inputs):
-    """Evaluates a jaxpr, and what its inner `jit`s do, without these."""
+def _opened(outer, jaxpr, consts, inputs):
+    """Evaluates a jaxpr, and what its inner `jit`s do, without these.
+
+    By the `outer` trace, if there is one, what depends on no scalar.
+    """
+    own = _current_trace()
 
     def step(equation, operands):
         if (inner := called(equation, _JITS)) is not None:
-            return _opened(*inner, operands)
+            return _opened(outer, *inner, operands)
         primitive = equation.primitive
-        results = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
+        of_scalars = any(getattr(x, "_trace", None) is own for x in operands)
+        with set_current_trace(own if outer is None or of_scalars else outer):
+            params = primitive.get_bind_params(equation.params)
+            results = primitive.bind(*operands, **params)
         return results if primitive.multiple_results else [results]
 
     return walk(jaxpr, consts, inputs, step, lambda literal: literal.val)
+
+
+def _current_trace():
+    with take_current_trace() as trace:
+        return trace
 
 
 # Equations that say where an array lies and compute nothing: their output is their input.
