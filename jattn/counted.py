@@ -51,6 +51,7 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
 
     Example:
         >>> from jattn import attention_weights
+        >>> import jax.numpy as jnp
         >>> query = jnp.zeros((1, 2, 1, 4))
         >>> lengths = jnp.array([2, 1])
         >>> second = counted_from(lambda b, n, t, s: s < lengths[b], b=1)
