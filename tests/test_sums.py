@@ -13,6 +13,7 @@ import pytest
 
 import jattn
 from jattn import caches, definition
+from jattn.implementations import sums
 from jattn.masks import Causal
 from tests.helpers import emulated_tpu, flat, small_tiles
 
@@ -215,3 +216,24 @@ def test_gradients_of_narrow_sinks_are_rounded_once(way, dtype, shape):
         want = np.asarray(gradient(definition.attention, sink.astype(float), *wide))
     error = np.abs(np.asarray(got).astype(np.float64) - want)
     assert np.max(error) <= float(jnp.finfo(dtype).eps) * np.max(np.abs(want))
+
+
+@pytest.mark.parametrize("logits", [(25.0, 0.5), (0.5, 25.0)])
+def test_shares_of_one_part_with_nearly_all_weight(logits):
+    """What one share gains the other loses, also where it is less than a rounding of 1."""
+
+    def output(logits):
+        top = jax.lax.stop_gradient(logits)
+        totals, values = jnp.exp(logits - top), jnp.eye(2, dtype=logits.dtype)[1]
+        parts = [sums.Sums(values[i][None], top[i], totals[i]) for i in (0, 1)]
+        return sums.combined(*parts).output[0]
+
+    logits = np.float32(logits)
+    slope = np.exp(-24.5) / (1 + np.exp(-24.5)) ** 2
+    want = np.array([-slope, slope])
+    np.testing.assert_allclose(jax.grad(output)(logits), want, rtol=1e-5)
+    steps = jnp.eye(2, dtype=jnp.float32)
+    tangents = [jax.jvp(output, (logits,), (step,))[1] for step in steps]
+    np.testing.assert_allclose(tangents, want, rtol=1e-5)
+    tie = jnp.zeros(2, jnp.float32)  # the second derivative of a sigmoid is 0 there
+    np.testing.assert_allclose(jax.hessian(output)(tie), np.zeros((2, 2)), atol=1e-6)

@@ -108,28 +108,35 @@ def join(so_far: Sums, part: Sums) -> Sums:
     before = so_far.total * jnp.exp(so_far.top - top)
     added = part.total * jnp.exp(own - top)
     total = before + added
-    before, added = (share_of(x, total)[..., None] for x in (before, added))
+    before, added = (x[..., None] for x in shares_of(before, added))
     return Sums(before * so_far.output + added * part.output, top, total)
 
 
 @jax.custom_jvp
-def share_of(part: jax.Array, total: jax.Array) -> jax.Array:
-    """Computes part / total, 0 where both are 0.
+def shares_of(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes the shares of two sums, 0 where both are 0.
 
-    Where logits are large, so are the tangents of the sums, and what they have in common
-    has to go before anything is multiplied by it:
+    What one gains the other loses, and where one has nearly everything that is little:
 
-        share′ = (part′ − share · total′) / total
+        a.share′ = (b.share · a′ − a.share · b′) / (a + b)
+
+    As a difference of a′ and a.share · (a + b)′ it would be lost where logits are large,
+    for so are the tangents of the sums.
     """
-    return part / jnp.where(total == 0, 1, total)
+    total = _divisor(a + b)
+    return a / total, b / total
 
 
-@share_of.defjvp
+@shares_of.defjvp
 def _(primals, tangents):
-    part, total = primals
-    d_part, d_total = tangents
-    share = share_of(part, total)
-    return share, share_of(d_part - share * d_total, total)
+    (a, b), (d_a, d_b) = primals, tangents
+    shares = shares_of(a, b)
+    change = (shares[1] * d_a - shares[0] * d_b) / _divisor(a + b)
+    return shares, (change, -change)
+
+
+def _divisor(total):
+    return jnp.where(total == 0, 1, total)
 
 
 def own_top(part: Sums) -> jax.Array:
