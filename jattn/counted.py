@@ -107,8 +107,7 @@ class _Counted:
 
         The numbers are operands, so that the parts of a whole share one program.
         """
-        _check_part("b", self.b, sizes.B, "B", self.B)
-        _check_part("n", self.n, sizes.N, "N", self.N)
+        firsts = self._firsts(sizes)
         whole = sizes
         if self.B is not None:
             if len(sizes.batch) != 1:
@@ -119,7 +118,6 @@ class _Counted:
             whole = dataclasses.replace(whole, batch=(self.B,))
         if self.N is not None:
             whole = dataclasses.replace(whole, N=self.N)
-        firsts = [one_number("counted_from", x, getattr(self, x)) for x in ("b", "n")]
         # For examples and heads: the axis, its length in the whole, and this part of it.
         b, n = (x.reshape(()) for x in firsts)
         cuts = ((0, self.B, b, sizes.B), (1, self.N, n, sizes.N))
@@ -131,6 +129,12 @@ class _Counted:
             return array
 
         return firsts, jax.tree.map(part, self.rule.aligned(whole))
+
+    def _firsts(self, sizes: Sizes) -> list:
+        """Gives the two numbers as operands, checked."""
+        _check_part("b", self.b, sizes.B, "B", self.B)
+        _check_part("n", self.n, sizes.N, "N", self.N)
+        return [one_number("counted_from", x, getattr(self, x)) for x in ("b", "n")]
 
 
 @pytree("rule", "b", "n", static=("B", "N"))
@@ -159,9 +163,7 @@ class _CountedFunction(_Counted, Mask, Modifier):
 
     def aligned(self, sizes: Sizes) -> Any:
         """Gives the two numbers; a function has no arrays to be cut."""
-        _check_part("b", self.b, sizes.B, "B", self.B)
-        _check_part("n", self.n, sizes.N, "N", self.N)
-        return [one_number("counted_from", x, getattr(self, x)) for x in ("b", "n")]
+        return self._firsts(sizes)
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """Says what the function allows for the numbers of the whole call."""

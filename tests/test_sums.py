@@ -151,27 +151,24 @@ def by_rolling_cache(query, key, value, **options):
     return kv.extend(query, *tokens, **options)[0]
 
 
+def by_merged_states(query, key, value, **options):
+    parts = zip(*(jnp.split(x, 4, axis=1) for x in (key, value)), strict=True)
+    states = [jattn.attention_state(query, *part, **options) for part in parts]
+    return jattn.merge(*states).output
+
+
 PARTS = {
     "ring": by_devices("ring"),
     "merge": by_devices("merge"),
     "rolling": by_rolling_cache,
-    "merged states": lambda q, k, v, **o: (
-        jattn.merge(
-            *(
-                jattn.attention_state(q, *part, **o)
-                for part in zip(
-                    jnp.split(k, 4, axis=1), jnp.split(v, 4, axis=1), strict=True
-                )
-            )
-        ).output
-    ),
+    "merged states": by_merged_states,
 }
 
 
 @pytest.mark.parametrize("size", [1e4, 1e6])
 @pytest.mark.parametrize("way", [*WAYS, *PARTS])
 def test_tangents_where_one_key_has_all_the_weight(way, size):
-    """Tangents of logits are large, and all that they change is 0 to the last place."""
+    """Checks that large tangents of logits change nothing, to the last place."""
     rng = np.random.default_rng(1)
     query, key, value = inputs(1.0)
     key[:, ::3, :, 0] += 0.5 * size
@@ -220,7 +217,7 @@ def test_gradients_of_narrow_sinks_are_rounded_once(way, dtype, shape):
 
 @pytest.mark.parametrize("logits", [(25.0, 0.5), (0.5, 25.0)])
 def test_shares_of_one_part_with_nearly_all_weight(logits):
-    """What one share gains the other loses, also where it is less than a rounding of 1."""
+    """Checks that one share loses what the other gains, also less than a rounding of 1."""
 
     def output(logits):
         top = jax.lax.stop_gradient(logits)

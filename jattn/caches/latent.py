@@ -122,7 +122,7 @@ class LatentCache:
         """
         after = self.append(latent, rotary, count=count)
         asked.check_rows("caches.extend", query, jnp.shape(latent)[len(self.batch)])
-        return after.attend(query, count=count, scale=_given(scale), **options), after
+        return after.attend(query, count=count, scale=scale, **options), after
 
     def truncate(self, length) -> "LatentCache":
         """Forgets all tokens after the first `length`; see `Cache.truncate`."""

@@ -5,19 +5,13 @@ import functools
 from typing import Any
 
 import jax
-from jax.extend.core import (
-    ClosedJaxpr,
-    Jaxpr,
-    Literal,
-    set_current_trace,
-    take_current_trace,
-)
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, set_current_trace
 from jax.extend.linear_util import wrap_init
 from jax.sharding import NamedSharding, use_abstract_mesh
 
 from jattn.arrays.meshes import varying, without_axes
 from jattn.call.jaxprs import CALLS, called, walk
-from jattn.call.reading import is_of_meshes, traced_reading
+from jattn.call.reading import current_trace, is_of_meshes, traced_reading
 
 
 def jaxpr_of(function, *scalars):
@@ -40,9 +34,10 @@ def jaxpr_of(function, *scalars):
 def _traced(function, scalars):
     """Traces a function, on any mesh.
 
-    Where it reads numbers of one device, its scalars are such numbers too. Otherwise its
-    own derivatives by them would add up those of all devices, and JAX would refuse
-    branches of which some read such a number.
+    Inside `jax.shard_map`, JAX says of each number whether it may differ from device to
+    device. Where the function reads one that may, its scalars are made such numbers too.
+    Otherwise JAX would add up over all devices what the function differentiates by a
+    scalar, and would refuse a `lax.cond` in which only one branch reads such a number.
     """
     trace = lambda function: jax.make_jaxpr(function, return_shape=True)(*scalars)
     found, axes = None, frozenset(jax.sharding.get_abstract_mesh().manual_axes)
@@ -93,10 +88,10 @@ def _asks_devices(jaxpr) -> bool:
 def _open(closed, scalars):
     """Gives the same jaxpr, which captures the arrays of its inner `jit`s itself.
 
-    Then a new array is another operand, and not another program. What devices are asked
-    for is computed outside, where there are any, and captured too.
+    Then a new array is another operand, and not another program. What the function asks
+    the devices for, such as `lax.axis_index`, is computed outside of it and captured too.
     """
-    outer = _current_trace() if _asks_devices(closed.jaxpr) else None
+    outer = current_trace() if _asks_devices(closed.jaxpr) else None
     opened = functools.partial(_opened, outer, closed.jaxpr, closed.consts)
     try:
         return jax.make_jaxpr(lambda *x: opened(x)[0])(*scalars)
@@ -109,9 +104,9 @@ def _open(closed, scalars):
 def _opened(outer, jaxpr, consts, inputs):
     """Evaluates a jaxpr, and what its inner `jit`s do, without these.
 
-    By the `outer` trace, if there is one, what depends on no scalar.
+    If there is an `outer` trace, it computes everything that depends on no scalar.
     """
-    own = _current_trace()
+    own = current_trace()
 
     def step(equation, operands):
         if (inner := called(equation, _JITS)) is not None:
@@ -124,11 +119,6 @@ def _opened(outer, jaxpr, consts, inputs):
         return results if primitive.multiple_results else [results]
 
     return walk(jaxpr, consts, inputs, step, lambda literal: literal.val)
-
-
-def _current_trace():
-    with take_current_trace() as trace:
-        return trace
 
 
 # Equations that say where an array lies and compute nothing: their output is their input.
@@ -193,8 +183,11 @@ def _plain_backward(rule):
 
 
 # The rules of a function with its own derivatives, by their names in its equation.
-_RULES = {"jvp_jaxpr_fun": _plain_rule, "fwd_jaxpr_thunk": _plain_rule}
-_RULES |= {"bwd": _plain_backward}
+_RULES = {
+    "jvp_jaxpr_fun": _plain_rule,
+    "fwd_jaxpr_thunk": _plain_rule,
+    "bwd": _plain_backward,
+}
 
 
 def _plain_type(aval):
@@ -204,8 +197,6 @@ def _plain_type(aval):
 
 
 def _plain_param(value):
-    if isinstance(value, jax.core.ShapedArray):
-        return _plain_type(value)
     if isinstance(value, NamedSharding):
         return None
     if isinstance(value, ClosedJaxpr):
@@ -216,4 +207,4 @@ def _plain_param(value):
         return type(value)(*map(_plain_param, value))
     if type(value) in (tuple, list):
         return type(value)(map(_plain_param, value))
-    return value
+    return _plain_type(value)

@@ -19,8 +19,14 @@ def is_of_meshes(error) -> bool:
     """
     if type(error).__name__ == "ShardingTypeError":
         return True
-    kinds = TypeError, ValueError, NotImplementedError
-    return isinstance(error, kinds) and not jax.sharding.get_abstract_mesh().empty
+    is_common = isinstance(error, TypeError | ValueError | NotImplementedError)
+    return is_common and not jax.sharding.get_abstract_mesh().empty
+
+
+def current_trace():
+    """Gives the trace that primitives are bound in here."""
+    with take_current_trace() as trace:
+        return trace
 
 
 def traced_reading(function, scalars):
@@ -34,16 +40,13 @@ def traced_reading(function, scalars):
     `shard_map` a primitive checks the mesh before it calls its trace: then it runs with the
     caller's mesh, and `_Reading` restores its own.
     """
-    with take_current_trace() as outer:
-        pass  # only to know the trace outside the function; `inner` below likewise
+    outer = current_trace()
     own = jax.sharding.get_abstract_mesh()
     caller = own if _CALLER.get() is None else _CALLER.get()
 
     def trace(mesh, jits_are_off):
         def reading(*scalars):
-            with take_current_trace() as inner:
-                pass
-            reads = _Reading(inner, outer, own)
+            reads = _Reading(current_trace(), outer, own)
             with set_current_trace(reads), use_abstract_mesh(mesh):
                 return function(*scalars)
 

@@ -9,12 +9,11 @@ One maximum and two sums, D + 2 numbers for each query and head, whatever the nu
 keys. The maximum is a constant to derivatives: what it adds, the sums take away.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jattn.arrays.shapes import wide_dtype
-from jattn.implementations.sums import Sums, finish, of_state, own_top, state_of
+from jattn.implementations.sums import Sums, finish, of_state, own_top, quotient, state_of
 from jattn.state import State
 
 __all__ = ["combined_over", "merge_over"]
@@ -58,28 +57,8 @@ def combined_over(part: Sums, axis) -> Sums:
     share = part.total * jnp.exp(jnp.where(own == jnp.inf, 0, own - top))
     total = lax.psum(share, axis)
     total = jnp.where((top == jnp.inf) & (total > 1), jnp.nan, total)
-    output = lax.psum(_share_of(share, total)[..., None] * part.output, axis)
+    output = lax.psum(quotient(share, total)[..., None] * part.output, axis)
     return finish(Sums(output, top, total))
-
-
-@jax.custom_jvp
-def _share_of(part: jax.Array, total: jax.Array) -> jax.Array:
-    """Computes part / total, 0 where both are 0.
-
-    Where logits are large, so are the tangents of the sums, and what they have in common
-    has to go before anything is multiplied by it:
-
-        share′ = (part′ − share · total′) / total
-    """
-    return part / jnp.where(total == 0, 1, total)
-
-
-@_share_of.defjvp
-def _(primals, tangents):
-    part, total = primals
-    d_part, d_total = tangents
-    share = _share_of(part, total)
-    return share, _share_of(d_part - share * d_total, total)
 
 
 def _check(state, axis) -> None:

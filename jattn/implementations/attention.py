@@ -178,15 +178,13 @@ class Attention(Operation):
         for derivatives of higher order.
         """
         otherwise = functools.partial(self._pull_own, active, spread)
-        if self.kernel is None:
-            if not self._fits(spread):
-                return otherwise(primals, outputs, cotangents)
+        if self._fits(spread):
             operands, wanted = self._operands(primals), self.tree.unflatten(active)
             widths = self.widens, self.widens  # the logits of forward, to the last bit
             layout = Layout(self.problem, operands, self._plan(spread), *widths)
             results = backward(layout, outputs, cotangents, wanted)
             return chosen(self.tree, active, primals, results)
-        if spread:
+        if spread or self.kernel is None:
             return otherwise(primals, outputs, cotangents)
         # JAX differentiates `otherwise` in place of the kernel.
         pull = jax.custom_jvp(functools.partial(self._pull, active, otherwise))

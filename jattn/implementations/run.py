@@ -49,7 +49,7 @@ def attend(
     none does. `tile` gives the number of queries and of keys in a blockwise tile; it
     replaces the measured rule. `flat` asks for the loop of a GPU on every platform, with so
     many logits in a tile at most; 0 for the loops of a CPU. With `apart` no heads are
-    folded, for who computes the logits again, which have to fit the sums.
+    folded, for callers that compute the logits again: these have to fit the sums.
     """
     if problem.sizes.are_nothing:
         return _nothing(problem)

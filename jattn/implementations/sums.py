@@ -98,8 +98,8 @@ def nothing(like: Sums) -> Sums:
 def join(so_far: Sums, part: Sums) -> Sums:
     """Adds a part, from the averages and totals of both.
 
-        top   = max(a.top, b.top)                share = own total · exp(own top − top)
-        total = a.share + b.share               output = Σ share / total · own output
+        top   = max(a.top, b.top)        sum    = own total · exp(own top − top)
+        total = a.sum + b.sum            output = Σ sum / total · own output
 
     Neither part is rounded to the dtype of the inputs: only the end is.
     """
@@ -123,20 +123,35 @@ def shares_of(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     As a difference of a′ and a.share · (a + b)′ it would be lost where logits are large,
     for so are the tangents of the sums.
     """
-    total = _divisor(a + b)
-    return a / total, b / total
+    return quotient(a, a + b), quotient(b, a + b)
 
 
 @shares_of.defjvp
 def _(primals, tangents):
     (a, b), (d_a, d_b) = primals, tangents
     shares = shares_of(a, b)
-    change = (shares[1] * d_a - shares[0] * d_b) / _divisor(a + b)
+    change = quotient(shares[1] * d_a - shares[0] * d_b, a + b)
     return shares, (change, -change)
 
 
-def _divisor(total):
-    return jnp.where(total == 0, 1, total)
+@jax.custom_jvp
+def quotient(part: jax.Array, total: jax.Array) -> jax.Array:
+    """Computes part / total, 0 where both are 0.
+
+    Where logits are large, so are the tangents of sums, and what they have in common has
+    to go before anything is multiplied by it. And a total may be 1e-30: JAX's rule has the
+    square of it. So
+
+        quotient′ = (part′ − quotient · total′) / total
+    """
+    return part / jnp.where(total == 0, 1, total)
+
+
+@quotient.defjvp
+def _(primals, tangents):
+    (part, total), (d_part, d_total) = primals, tangents
+    found = quotient(part, total)
+    return found, quotient(d_part - found * d_total, total)
 
 
 def own_top(part: Sums) -> jax.Array:

@@ -25,6 +25,7 @@ from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.products import dot, products_of, sums_of
 from jattn.implementations.blockwise.rows import row_sums
 from jattn.implementations.blockwise.tiles import Active, Tile, exponentials
+from jattn.implementations.sums import quotient
 
 
 def tangent(layout: Layout, outputs, tangents: Operands):
@@ -156,7 +157,7 @@ def _add(view: Tile, old: Sums, weights, d_logits, values, allowed) -> Sums:
     sums = lambda x, value: sums_of(view.drop(x), value, allowed, unasked=flat)
     total = old.total + jnp.sum(weights, axis=-1)
     # step = Σₛ eₛ (logitₛ′ − mean) / total: how far this tile moves the running mean.
-    step = _quotient(jnp.sum(weights * d_logits, axis=-1), jnp.where(total == 0, 1, total))
+    step = quotient(jnp.sum(weights * d_logits, axis=-1), total)
     # With the new mean: by_logits = Σₛ eₛ (logitₛ′ − mean − step) vₛ.
     d_weights = weights * (d_logits - step[..., None])
     by_logits = old.by_logits - step[..., None] * old.output + sums(d_weights, value)
@@ -165,19 +166,6 @@ def _add(view: Tile, old: Sums, weights, d_logits, values, allowed) -> Sums:
         by_values = by_values + sums(weights, d_value)
     output = old.output + sums(weights, value)
     return Sums(total, old.mean + step, by_logits, by_values, output)
-
-
-@jax.custom_jvp
-def _quotient(x, y):
-    return x / y
-
-
-@_quotient.defjvp
-def _(primals, tangents):
-    # The total of a row's first tiles may be 1e-30, and JAX's rule has the square of it.
-    (x, y), (d_x, d_y) = primals, tangents
-    quotient = _quotient(x, y)
-    return quotient, _quotient(d_x - quotient * d_y, y)
 
 
 def _cut_active(layout: Layout, active: Active, **at) -> Active:
