@@ -35,15 +35,15 @@ def _traced(function, scalars):
     """Traces a function, on any mesh.
 
     Inside `jax.shard_map`, JAX says of each number whether it may differ from device to
-    device. Where the function reads one that may, its scalars are made such numbers too.
-    Otherwise JAX would add up over all devices what the function differentiates by a
-    scalar, and would refuse a `lax.cond` in which only one branch reads such a number.
+    device. Scalars may not, unless JAX then refuses the function, as it refuses a
+    `lax.cond` in which only one branch reads a number of one device; or unless derivatives
+    are in it: JAX would add up over all devices what it differentiates by a scalar.
     """
     trace = lambda function: jax.make_jaxpr(function, return_shape=True)(*scalars)
     found, axes = None, frozenset(jax.sharding.get_abstract_mesh().manual_axes)
     try:
         found = trace(function)
-        axes = _axes_inside(found[0].jaxpr)
+        axes = _axes_inside(found[0].jaxpr) if _has_derivatives(found[0].jaxpr) else ()
     except Exception as error:
         if not is_of_meshes(error):
             raise
@@ -60,6 +60,15 @@ def _axes_inside(jaxpr) -> frozenset[str]:
     return frozenset().union(
         *(x.manual_axis_type.varying for x in types if hasattr(x, "manual_axis_type"))
     )
+
+
+def _has_derivatives(jaxpr) -> bool:
+    """Says whether it may have taken derivatives, or has functions with their own."""
+    names = {equation.primitive.name for equation in jaxpr.eqns}
+    own = any(name.startswith("custom_") or name == "call_hi_primitive" for name in names)
+    params = jax.tree.leaves([list(equation.params.values()) for equation in jaxpr.eqns])
+    inner = [x for x in (getattr(x, "jaxpr", x) for x in params) if hasattr(x, "eqns")]
+    return own or _asks_devices(jaxpr) or any(map(_has_derivatives, inner))
 
 
 def _without_arrays(jaxpr):
