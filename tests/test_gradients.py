@@ -193,3 +193,23 @@ def test_a_key_with_all_the_weight_and_a_small_value_has_its_slope(
         error = lambda x, exact=exact: np.max(np.abs(np.asarray(x, np.float64) - exact))
         # Of a sum of up to 64 products, in each of the two terms that are subtracted.
         assert error(x) <= 1.5 * error(y) + 64 * eps * np.max(np.abs(exact))
+
+
+@pytest.mark.parametrize("way", IN_TILES)
+@pytest.mark.parametrize("beside", ["nothing", "a sink"])
+@pytest.mark.parametrize("copies", [2, 3, 5])
+def test_equal_tokens_that_share_a_row_leave_no_slope(way, beside, copies):
+    """Whatever share each one has, the output is their value; large queries show less."""
+    rng = np.random.default_rng(copies)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    query, key, value = draw(1, 5, 1, 16), draw(1, 40, 1, 16), draw(1, 40, 1, 64)
+    key[:, 7 : 7 + copies], value[:, 7 : 7 + copies] = 3 * key[:, :1], value[:, :1]
+    query = 1e4 * (query + key[:, 7:8])
+    d_output = draw(1, 5, 1, 64)
+
+    def loss(query, key):
+        output = IN_TILES[way](query, key, value, **ALONE[beside]).output
+        return jnp.sum(output * d_output)
+
+    for gradient in jax.grad(loss, (0, 1))(query, key):
+        assert not np.any(gradient)

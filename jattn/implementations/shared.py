@@ -148,13 +148,15 @@ def inverse_of(total):
 
 
 def doubts(total, output, d_output, eps):
-    """Computes how far rounding may part v · d_output and δ; −1 where total is not 1.
+    """Computes how far rounding may part v · d_output and δ; −1 where no keys share a row.
 
-    Where total = 1, one key has all the weight of the row, to the last place. Its
-    v · d_output − δ is what the other keys have of δ: mostly far less than the rounding of
-    the two products, and then callers set it to 0. It is more where v is 0, or far smaller
-    than the other values. The sums of D products differ by up to √D / 2 roundings where all
-    have one sign, as measured for D from 1 to 512; twice that and one for the output make
+    Where total = 1, one key has all the weight of the row, to the last place; where it is
+    2, 3 …, as many keys tie, such as a token that is there twice. If they have one value,
+    their v · d_output − δ is what the other keys have of δ: mostly far less than the
+    rounding of the two products, and then callers set it to 0. It is more where v is 0, or
+    far smaller than the other values, or where tied keys have different values. The sums of
+    D products differ by up to √D / 2 roundings where all have one sign, as measured for D
+    from 1 to 512; twice that and one for the output make
 
         doubt = (√D + 1) · eps · Σ |output · d_output|
 
@@ -166,14 +168,14 @@ def doubts(total, output, d_output, eps):
     """
     sizes = inner(jnp.abs(output), jnp.abs(d_output))
     doubt = (math.sqrt(output.shape[-1]) + 1) * eps * sizes
-    return jax.lax.stop_gradient(jnp.where(total == 1, doubt, -1))
+    return jax.lax.stop_gradient(jnp.where(total == jnp.round(total), doubt, -1))
 
 
 def without_doubt(d_weights, delta, doubt):
     """Gives the cotangents of weights; δ where the difference is less than the doubt.
 
-    That counts for the key with all the weight of its row; those of the others are
-    multiplied by weights of a rounding.
+    That counts for the keys that have all the weight of their row; the cotangents of others
+    are multiplied by weights of a rounding.
     """
     return jnp.where(jnp.abs(d_weights - delta) <= doubt, delta, d_weights)
 
