@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jattn.arrays.integers import known_whole
 from jattn.pictures.numbers import (
     by_layer,
     cells,
@@ -58,7 +59,7 @@ def weights(
         The lines, as one string.
 
     Raises:
-        ValueError: If `weights` has another shape, or tokens or heads do not fit it.
+        ValueError: If `weights` has another shape, or another argument does not fit it.
 
     Example:
         >>> print(weights([[1.0, 0.0], [0.25, 0.75]], query_tokens=["to", "be"]))
@@ -68,6 +69,7 @@ def weights(
         to ██
         be ░░██
     """
+    width = known_whole("terminal.weights", "width", width, 1)
     given = (weights, query_tokens, key_tokens, heads)
     drawn, names, query_tokens, key_tokens = shown_of("terminal.weights", *given)
     T, S = drawn.shape[1:]
@@ -104,7 +106,7 @@ def mask(mask, length: int, key_length: int | None = None, *, width: int = 80) -
         The lines, as one string.
 
     Raises:
-        ValueError: If the mask does not fit these lengths.
+        ValueError: If the mask does not fit these lengths, or a number is below 1.
 
     Example:
         >>> print(mask(lambda b, n, t, s: t >= s, 3))
@@ -114,6 +116,7 @@ def mask(mask, length: int, key_length: int | None = None, *, width: int = 80) -
         1 ████··
         2 ██████
     """
+    width = known_whole("terminal.mask", "width", width, 1)
     length, key_length = lengths("terminal.mask", length, key_length)
     most = max(min(width - len(str(length)) - 1, _MOST_CELLS), 1)
     block = math.ceil(max(length, key_length) / most)
@@ -140,7 +143,7 @@ def entropy(entropies: Sequence, *, width: int = 80) -> str:
         The lines, as one string.
 
     Raises:
-        ValueError: If there is no layer, or a layer has no head.
+        ValueError: If there is no layer, a layer has no head, or `width` is below 1.
 
     Example:
         >>> print(entropy([[3.0, 1.5], [0.5, 2.0]]))
@@ -149,6 +152,7 @@ def entropy(entropies: Sequence, *, width: int = 80) -> str:
         layer 0 ██ 3.00 ▓▓ 1.50
         layer 1 ░░ 0.50 ▓▓ 2.00
     """
+    width = known_whole("terminal.entropy", "width", width, 1)
     means = by_layer(entropies)
     labels = [f"layer {layer}" for layer in range(len(means))]
     # A column is 8 letters wide with its number, ` ██ 3.00`, and 3 without it, ` ██`.
@@ -192,7 +196,7 @@ def received(
         The lines, as one string.
 
     Raises:
-        ValueError: If `received` has another shape, or tokens or heads do not fit it.
+        ValueError: If `received` has another shape, or another argument does not fit it.
 
     Example:
         >>> print(received([2.0, 0.5, 1.0], ["to", "be", "or"]))
@@ -200,6 +204,7 @@ def received(
         to be or
         ██ ▂▂ ▄▄
     """
+    width = known_whole("terminal.received", "width", width, 1)
     drawn, names = heads_of("terminal.received", received, tokens, heads)
     labels = labels_of(tokens, drawn.shape[1])
     margin = max(map(len, names)) + 1 if any(names) else 0

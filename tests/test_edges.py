@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jattn
-from jattn import caches, page
+from jattn import caches, page, plot
 from jattn.masks import Causal
 
 SHAPE = jax.ShapeDtypeStruct((8, 1, 4), "float32")
@@ -25,7 +25,7 @@ REFUSALS = {
     "`block` be at least 1": lambda: jattn.balanced(8, 2, Causal(), 0),
     "all whole numbers": lambda: jattn.balanced(8, 2.0),
     "above 0 and below 2³¹": lambda: jattn.block_table(Causal(), SHAPE, SHAPE, block=2**31),
-    "`megabytes` must be above 0": lambda: page.weights(
+    "`megabytes` must be a number above 0": lambda: page.weights(
         *2 * [jnp.ones((2, 1, 4))], megabytes=float("nan")
     ),
     "must be shared": lambda: tokens_with(jattn.Dropout(0.5, jax.random.key(0))),
@@ -60,6 +60,7 @@ def test_it_is_refused_in_a_sentence(sentence):
 def test_what_is_shared_or_names_itself_is_taken():
     tokens_with(jattn.Dropout(0.5, jax.random.key(0), shared=True))
     assert page.received([2.0, 0.5], title=7).title == "7"
+    assert plot.entropy([[1.0]], title=7).get_suptitle() == "7"
     assert jattn.balanced(8, 2, TABLE, 2).shape == (8,)
     assert jattn.Context(["x", "y"]) == jattn.Context(("x", "y"))
     np.testing.assert_allclose(merged(STATE, ("x",)).output, STATE.output)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn import definition
+from jattn import caches, definition, page, terminal
 from jattn.masks import Causal, Segments
 
 X = np.random.default_rng(0).standard_normal((1, 3, 2, 4)).astype(np.float32)
@@ -82,3 +82,34 @@ def test_an_infinite_sink_takes_all_weight_when_it_is_merged():
 def test_an_infinite_sink_takes_all_weight_from_large_logits_in_the_definition():
     weights = definition.softmax(jnp.array([100.0, 200.0, -jnp.inf]), jnp.inf)
     np.testing.assert_array_equal(weights, np.zeros(3))
+
+
+WEIGHTS = np.ones((1, 2, 2), np.float32) / 2
+CALLS = {
+    "width": {
+        "terminal.weights": lambda bad: terminal.weights(WEIGHTS, width=bad),
+        "terminal.mask": lambda bad: terminal.mask(Causal(), 4, width=bad),
+        "terminal.entropy": lambda bad: terminal.entropy([[1.0]], width=bad),
+        "terminal.received": lambda bad: terminal.received([1.0], width=bad),
+    },
+    "megabytes": {"page.weights": lambda bad: page.weights(X[0], X[0], megabytes=bad)},
+    "path": {"Page.save": lambda bad: page.mask(Causal(), 4).save(bad)},
+    "dtype": {"caches.empty": lambda bad: caches.empty(1, 4, 1, 2, dtype=bad)},
+}
+BAD = {
+    "width": (0, 80.5, "80", None),
+    "megabytes": (0, np.nan, "10", None),
+    "path": (None, 5, ["seen.html"]),
+    "dtype": (3, [1], "int9", None),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [(name, where) for name in CALLS for where in CALLS[name]]
+)
+def test_a_value_of_another_kind_is_refused_in_a_sentence(name, where):
+    for bad in BAD[name]:
+        with pytest.raises(
+            ValueError, match=f"^{where}: `{name}` must .*; (give|convert) "
+        ):
+            CALLS[name][where](bad)

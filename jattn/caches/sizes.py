@@ -51,8 +51,10 @@ def check_vectors(where: str, num_kv_heads, head_dim, value_head_dim, dtype):
 
 def check_dtype(where: str, dtype, known=(*FLOATS, *LARGEST)) -> str:
     """Gives the name of a dtype that a cache can have, one of `known`."""
-    name = "None" if dtype is None else dtype  # NumPy takes None for float64
-    name = str(name) if isinstance(name, str) else jnp.dtype(name).name
+    try:  # NumPy takes None for float64
+        name = str(dtype) if isinstance(dtype, str | None) else jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
     if name == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             f"{where}: `dtype` float64 needs JAX's `jax_enable_x64`, which is off; switch "

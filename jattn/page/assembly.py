@@ -40,8 +40,6 @@ def attending(where: str, facts: dict[str, Any], layers, options, limit: float) 
     Returns:
         The page.
     """
-    if not limit > 0:  # NaN is no size either
-        raise ValueError(f"{where}: `megabytes` must be above 0, got {limit / 1e6:g}.")
     heads = [query.shape[-2] for query, _ in layers]
     k = min(facts["S"], max(_STRONGEST, _MOST_WEIGHTS // (facts["T"] * _slots(heads))))
     looks, entries = [], []

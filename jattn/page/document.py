@@ -64,11 +64,12 @@ class Page:
             replace: Whether an existing file may be replaced.
 
         Raises:
+            ValueError: If `path` is no name of a file, or `replace` no bool.
             FileExistsError: If the file exists and `replace` is False, or it is a device, a
                 pipe or a folder.
         """
         replace = check_flag("Page.save", "replace", replace)
-        path = os.fspath(path)
+        path = _name_of(path)
         if os.path.exists(path) and not replace:
             raise FileExistsError(
                 f"Page.save: the file {path} exists; give another name, or `replace=True`."
@@ -87,6 +88,17 @@ class Page:
     def _repr_html_(self) -> str:
         """Gives the page in its own frame, so that it and a notebook share no style."""
         return _FRAME.format(title=html.escape(self.title), page=html.escape(self.html))
+
+
+def _name_of(path) -> str:
+    """Gives the name of a file as text; raises a ValueError where it is none."""
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise ValueError(
+            f"Page.save: `path` must be the name of a file, got {path!r}; give a `str` or "
+            f"a `pathlib.Path`."
+        ) from None
 
 
 def document(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jattn.arrays.checks import known_number
 from jattn.arrays.integers import known_whole
 from jattn.blocks.kinds import shares
 from jattn.page import assembly
@@ -89,7 +90,8 @@ def weights(
     T, S = layers[0][0].shape[-3], layers[0][1].shape[-3]
     names = _names(where, tokens, key_tokens, T, S)
     facts = {**names, "title": title, "T": T, "S": S}
-    return assembly.attending(where, facts, layers, each, 1e6 * megabytes)
+    limit = 1e6 * _size(where, megabytes)
+    return assembly.attending(where, facts, layers, each, limit)
 
 
 def received(
@@ -207,6 +209,17 @@ def mask(
         **(names if tokens is not None or key_tokens is not None else {}),
     }
     return document("mask.html", _MASK_SCRIPTS, facts, numbers)
+
+
+def _size(where: str, megabytes) -> float:
+    """Gives the largest size of a page, a number above 0."""
+    number = known_number(megabytes)
+    if number is None or not number > 0:  # NaN is no size either
+        raise ValueError(
+            f"{where}: `megabytes` must be a number above 0, got {megabytes!r}; give an "
+            f"`int` or a `float`."
+        )
+    return number
 
 
 def _names(where: str, tokens, key_tokens, T: int, S: int) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def panels(
     Returns:
         The figure and its panels.
     """
-    plan = _plan(names, rows, columns, title or "", note, across, below)
+    plan = _plan(names, rows, columns, title, note, across, below)
     figure = Figure(
         plan.size,
         layout="compressed" if plan.is_square else "constrained",
@@ -202,6 +202,7 @@ def _write(figure: Figure, plan: _Plan) -> None:
         figure.supxlabel(plan.note, y=bottom, fontsize=9 * plan.zoom, **style)
 
 
-def wrap(text: str, size: float, inches: float) -> str:
-    """Breaks the text into lines that fit the width."""
+def wrap(text, size: float, inches: float) -> str:
+    """Breaks what a text or any other object says into lines that fit the width."""
+    text = "" if text is None else str(text)
     return textwrap.fill(text, max(int(inches / (size * _LETTER)), 10))

@@ -87,7 +87,7 @@ def _write(words, lines, drawn, names, top, title) -> Figure:
     letters = max(word.column + len(word.text) for word in words)
     left = 0.25 + (max(map(len, names)) + 2) * _LETTER * any(names)
     width = max(left + letters * _LETTER + 1.2, 4.5)
-    title = wrap(title or "", 12, width)
+    title = wrap(title, 12, width)
     above = 0.15 + 0.22 * len(title.splitlines()) + 0.1 * bool(title)
     height = max(above + len(names) * (lines * _LINE + _GAP) + 0.1, above + 1.3)
     figure = Figure((width, height), facecolor="white")
