@@ -113,7 +113,9 @@ def test_table_of_a_mask_grows_linearly(name):
     few, more, most = (of_table(count, mask=MASKS[name]) for count in (3, 12, 48))
     assert more <= 4.5 * few
     assert most <= 4.5 * more
-    assert more <= 12 * 320
+    # 371 for each array of "pairs of rules" today, in the form for a GPU, which has more
+    # equations than that for a CPU and fewer kernels.
+    assert more <= 12 * 400
 
 
 @pytest.mark.parametrize("name", MODIFIERS)
