@@ -9,7 +9,7 @@ import pytest
 
 import jattn
 from jattn import definition
-from jattn.api.attention import _state
+from jattn.api.attention import _on_one
 from jattn.blocks.kinds import PARTIAL
 from jattn.call.pose import pose
 from jattn.implementations.blockwise import plan as plans
@@ -141,10 +141,10 @@ def test_given_positions_may_lie_anywhere():
 def test_windows_of_about_one_size_share_a_program():
     arrays = inputs()
     attend(*arrays, mask=Window(11, 0))
-    count = _state._cache_size()
+    count = _on_one._cache_size()
     for left in (1, 12, 37):
         attend(*arrays, mask=Window(left, 0))
-    assert _state._cache_size() == count
+    assert _on_one._cache_size() == count
 
 
 @pytest.mark.parametrize("mask", [Window(20, None), Window(100, 0), ~Window(20, 0)])

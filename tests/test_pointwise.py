@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jattn
-from jattn.api.attention import _state
+from jattn.api.attention import _on_one
 from jattn.call.program import Index, trace
 from tests.helpers.draws import normal
 
@@ -65,10 +65,10 @@ def test_new_arrays_of_one_shape_compile_nothing_again():
 
     ids, heat = jnp.arange(6), jnp.ones(2)
     call(ids, heat)
-    before = _state._cache_size()
+    before = _on_one._cache_size()
     for order in ([5, 4, 3, 2, 1, 0], [0, 0, 1, 1, 2, 2]):
         call(ids[jnp.array(order)], 2 * heat)
-    assert _state._cache_size() == before
+    assert _on_one._cache_size() == before
 
 
 def test_result_spreads_over_the_axes_it_depends_on_only():

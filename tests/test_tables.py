@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.api.attention import _state
+from jattn.api.attention import _on_one
 from jattn.blocks import of_call
 from jattn.blocks.kinds import EMPTY, FULL, PARTIAL, resize, spread
 from jattn.call.pose import pose
@@ -166,10 +166,10 @@ def test_new_ids_of_one_shape_compile_nothing_again(with_table):
         attention(*INPUTS, mask=make(mask) if with_table else mask)
 
     call(IDS)
-    before = _state._cache_size()
+    before = _on_one._cache_size()
     for ids in (IDS[::-1], IDS // 2):
         call(ids)
-    assert _state._cache_size() == before
+    assert _on_one._cache_size() == before
 
 
 # ---- every derivative skips the same blocks ----
