@@ -114,3 +114,29 @@ def test_second_derivatives_are_as_exact_as_dense(which, way):
         near.append(errors("dense", way, arguments, want))
     mean = lambda x: np.sqrt(np.mean(np.square(x), axis=0))
     assert np.all(mean(found) <= 1.5 * mean(near)), (mean(found), mean(near))
+
+
+ONE_HOT = {
+    "blockwise": functools.partial(jattn.attention_state, implementation="blockwise"),
+    "small tiles": functools.partial(by_blocks, (16, 32)),
+    "tiles": functools.partial(by_blocks, (12, 8)),
+}
+
+
+@pytest.mark.parametrize("way", ["jvp of jvp", "jvp of grad", "grad of grad"])
+@pytest.mark.parametrize("which", ONE_HOT)
+@pytest.mark.parametrize("sizes", [(17, 17, 8, 8), (40, 70, 16, 4), (4, 40, 8, 8)])
+def test_a_key_with_all_the_weight_leaves_no_second_derivative(sizes, which, way):
+    """The tangent of its logit and the mean of all tangents are the same, to the bit."""
+    rows, keys, head_dim, value_dim = sizes
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    shapes = (1, rows, 2, head_dim), (1, keys, 1, head_dim), (1, keys, 1, value_dim)
+    (query, key, value), direction = ([draw(*x) for x in shapes] for _ in range(2))
+    loss = lambda inputs: jnp.sum(ONE_HOT[which](*inputs).output * cotangent)
+    inputs, cotangent = (1e5 * query, key, value), draw(1, rows, 2, value_dim)
+
+    logits = np.sort(jattn.attention_logits(*inputs[:2]))
+    assert np.min(logits[..., -1] - logits[..., -2]) > 110  # then the others weigh 0
+    found = jax.jit(WAYS[way](loss, tuple(direction)))(inputs)
+    assert not any(np.any(x) for x in jax.tree.leaves(found))

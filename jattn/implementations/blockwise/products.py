@@ -24,14 +24,19 @@ def products_of(layout, query, key):
     """Multiplies each query by each key, BKRH and BKSH to BKRS."""
     wide = layout.problem.wide
     key = key if layout.narrow_logits else key.astype(wide)
-    products = _rows_of(query, key, wide)
+    products = rows_of(query, key, wide)
     if not layout.narrow_logits:
         return products
     # Else XLA computes the maximum of rounded logits, and the weights of others.
     return shared.rounded(products * layout.operands.scale)
 
 
-def _rows_of(query, key, wide):
+def rows_of(query, key, wide):
+    """Multiplies each query by each key, summing up as in the forward pass.
+
+    So do tangents: a logit's tangent and its mean in a row, which come from two passes,
+    differ by no rounding where one key has all the weight.
+    """
     count = key.shape[2]
     if not _are_few(query):  # padding would copy all keys for the sake of a few queries
         key = _whole_lanes(key)
@@ -55,7 +60,7 @@ def columns_of(query, key, wide):
     if _are_few(query) or _are_few(key):
         # Without the barrier XLA merges the product and the swap into another product,
         # which sums in another order.
-        rows = lax.optimization_barrier(_rows_of(query, key, wide))
+        rows = lax.optimization_barrier(rows_of(query, key, wide))
         return jnp.swapaxes(rows, 2, 3)
     products = _each("BKSH,BKRH->BKSR", key, _whole_lanes(query), wide)
     return lax.slice_in_dim(products, 0, query.shape[2], axis=3)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jattn.call.problem import Operands
 from jattn.implementations import shared
 from jattn.implementations.blockwise.layout import Layout
-from jattn.implementations.blockwise.products import dot, products_of, sums_of
+from jattn.implementations.blockwise.products import products_of, rows_of, sums_of
 from jattn.implementations.blockwise.rows import row_sums
 from jattn.implementations.blockwise.tiles import Active, Tile, exponentials
 from jattn.implementations.sums import quotient
@@ -132,10 +132,10 @@ def _logits(view: Tile, head, d_head, given, allowed):
     d_products = jnp.zeros_like(products)
     if d_query is not None:
         key = _cut(layout, head.key, view.j)
-        d_products += dot("BKRH,BKSH->BKRS", d_query, key, products.dtype)
+        d_products += rows_of(d_query, key, products.dtype)
     if d_keys is not None:
         d_key = _cut(layout, d_keys, view.j)
-        d_products += dot("BKRH,BKSH->BKRS", query, d_key, products.dtype)
+        d_products += rows_of(query, d_key, products.dtype)
     d_active = _cut_active(layout, d_actives, T=view.i, S=view.j)
     chosen = view.active.where(d_active)
     d_active = jax.tree.map(lambda d, x: d.astype(x.dtype), d_active, chosen)
