@@ -64,3 +64,16 @@ def test_what_is_shared_or_names_itself_is_taken():
     assert jattn.balanced(8, 2, TABLE, 2).shape == (8,)
     assert jattn.Context(["x", "y"]) == jattn.Context(("x", "y"))
     np.testing.assert_allclose(merged(STATE, ("x",)).output, STATE.output)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blockwise", None])
+@pytest.mark.parametrize("sizes", [(1, 0, 3), (1, 3, 0), (0, 3, 3), (1, 0, 0)])
+def test_nothing_is_masked(sizes, implementation):
+    """No batch, no queries or no keys, with a mask, and their gradients."""
+    B, T, S = sizes
+    inputs = [jnp.ones((B, L, n, 4)) for L, n in ((T, 2), (S, 1), (S, 1))]
+    options = {"mask": lambda b, n, t, s: t >= s, "implementation": implementation}
+    loss = lambda inputs: jnp.sum(jattn.attention(*inputs, **options))
+    assert not np.any(jattn.attention(*inputs, **options))
+    for gradient, x in zip(jax.grad(loss)(inputs), inputs, strict=True):
+        assert gradient.shape == x.shape

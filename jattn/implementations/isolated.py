@@ -50,11 +50,11 @@ class Isolated(Operation):
 
         def spoil(total):
             B, N, T, S = weights.shape
-            K = value.shape[2]
-            rows = lambda x: jnp.broadcast_to(x, weights.shape).reshape(B, K, -1, S)
+            K, D = value.shape[2:]
+            rows = lambda x: jnp.broadcast_to(x, weights.shape).reshape(B, K, N // K * T, S)
             values = jnp.moveaxis(value, 2, 1)
             found = shared.spoiled(rows(weights), values, rows(allowed))
-            return total + jnp.moveaxis(found.reshape(B, N, T, -1), 1, 2)
+            return total + jnp.moveaxis(found.reshape(B, N, T, D), 1, 2)
 
         return [cond_any(jnp.any(jnp.isnan(poison)), spoil, lambda total: total, total)]
 
