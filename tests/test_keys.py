@@ -178,6 +178,13 @@ def _shared(problem):
     return dataclasses.replace(problem, named=None)
 
 
+@pytest.mark.parametrize("length", [40, 128, 1024])
+def test_windows_of_about_one_size_are_one_program(length):
+    x = jnp.ones((length, 1, 4))
+    masks = [Causal() & Window(left, 0) for left in (1, 3, 7, 20, 60)]
+    assert len({_shared(pose("test", x, x, x, mask=mask)[0]) for mask in masks}) == 1
+
+
 @pytest.mark.parametrize(
     "name", ["relu", "vjp", "causal", "window", "prefix", "cap", "counted"]
 )

@@ -121,10 +121,11 @@ def _near(mask, sizes: Sizes) -> tuple[int, int] | None:
 
     Rounded up to multiples of 64, the least size of a tile that is worth it; so windows of
     about one size share a program. A window of an eighth of the keys or more is not narrow:
-    there large tiles are as fast.
+    there large tiles are as fast. Two such tiles have all of a short call.
     """
     before, after = reach(mask)
-    if not sizes.are_known or 8 * (before + after) > min(sizes.T, sizes.S):
+    shorter = min(sizes.T, sizes.S) if sizes.are_known else 0
+    if shorter <= 2 * 64 or 8 * (before + after) > shorter:
         return None
     before, after = (64 * math.ceil(max(x, 0) / 64) for x in (before, after))
     return before, after
