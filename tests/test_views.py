@@ -423,3 +423,32 @@ def test_gradients_in_half_precision_are_rounded_once(view, dtype, what):
         want = jax.grad(total)(given[what].astype("float32"), "float32")
     error = np.max(np.abs(np.float32(got) - np.float32(want)))
     assert error <= float(jnp.finfo(dtype).eps) * np.max(np.abs(np.float32(want)))
+
+
+@pytest.mark.parametrize("sizes", [(300, 2), (1000, 5), (40, 40)])
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("options", [{}, {"mask": masks.Causal(), "sink": np.float32(1)}])
+def test_gradients_of_received_are_as_exact_as_of_all_weights(options, num_kv_heads, sizes):
+    """Of many queries by few keys: two sums over all of them would have to cancel."""
+    (T, S), found, near = sizes, [], []
+
+    def by_weights(query, key):
+        weights = jattn.attention_weights(query, key, **options)
+        return jnp.moveaxis(weights.sum(2), 1, 2)
+
+    def slopes(function, inputs, cotangent):
+        loss = lambda *inputs: jnp.sum(function(*inputs) * cotangent)
+        return [np.asarray(x, "float64") for x in jax.grad(loss, (0, 1))(*inputs)]
+
+    by_view = functools.partial(jattn.attention_received, **options)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        shapes = (1, T, 4, 8), (1, S, num_kv_heads, 8), (1, S, 4)
+        *inputs, cotangent = (rng.standard_normal(x).astype("float32") for x in shapes)
+        with jax.enable_x64(True):
+            wide = [x.astype("float64") for x in inputs]
+            want = slopes(by_weights, wide, cotangent.astype("float64"))
+        for errors, function in ((found, by_view), (near, by_weights)):
+            pairs = zip(slopes(function, inputs, cotangent), want, strict=True)
+            errors.append([np.max(np.abs(x - y)) for x, y in pairs])
+    assert np.all(np.median(found, 0) <= 1.5 * np.median(near, 0))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jattn.api.views import _normalizer, _pose
+from jattn.api.views import _pose
 from jattn.arrays.checks import check_flag
 from jattn.arrays.integers import is_number
 from jattn.arrays.meshes import across
@@ -14,6 +14,7 @@ from jattn.arrays.shapes import unflatten_batch
 from jattn.call.options import WeightOptions
 from jattn.call.problem import Problem, apart
 from jattn.implementations.blockwise.strongest import strongest
+from jattn.implementations.normalize import normalizer
 from jattn.operations.compiled import compiled
 from jattn.operations.varying import locally
 
@@ -89,10 +90,10 @@ def _strongest(problem: Problem, k: int, average: bool, arrays, tile=None):
 def _found(problem: Problem, k: int, average: bool, tile, arrays):
     """Finds the indices and the weights of the strongest keys."""
     operands, spoil = apart(arrays[0])
-    normalizer = _normalizer(problem, operands, *arrays[1:])
-    indices, weights = strongest(problem, operands, normalizer, k, average, tile)
+    rows = normalizer(problem, operands, *arrays[1:])
+    indices, weights = strongest(problem, operands, rows, k, average, tile)
     # A normalizer of NaN makes all weights of the query NaN, and no key the strongest.
-    unknown = jnp.isnan(spoil(normalizer.log_total))
+    unknown = jnp.isnan(spoil(rows.log_total))
     unknown = (jnp.any(unknown, axis=2) if average else unknown)[..., None]
     return jnp.where(unknown, -1, indices), jnp.where(unknown, jnp.nan, weights)
 

@@ -13,7 +13,6 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
 from jattn.arrays.checks import check_array, check_flag
@@ -22,11 +21,9 @@ from jattn.arrays.shapes import flatten_batch, unflatten_batch
 from jattn.call.options import WeightOptions, checked
 from jattn.call.pose import check_sink, pose
 from jattn.call.problem import Operands, Problem, apart, with_wide_vectors
-from jattn.implementations.blockwise import summaries
+from jattn.implementations import summaries
 from jattn.implementations.blockwise.prepare import prepare
-from jattn.implementations.blockwise.sweep import Normalizer
-from jattn.implementations.run import attend
-from jattn.implementations.sums import log_total
+from jattn.implementations.surprise import surprise_of_largest
 
 __all__ = ["attention_entropy", "attention_received"]
 
@@ -157,9 +154,9 @@ def _pose(where, query, key, logsumexp, options):
 
 
 def _read_twice(problem: Problem, operands: Operands, tile):
-    """Gives a call that the two operations of a view read, in the wide precision.
+    """Gives a call whose logits a view computes twice, in the wide precision.
 
-    The normalizer is one, the sum of the weights the other.
+    Once for the normalizer, and once for the sums of the weights.
     """
     if problem.sizes.are_nothing:
         return problem, operands
@@ -167,49 +164,15 @@ def _read_twice(problem: Problem, operands: Operands, tile):
     return prepare(dataclasses.replace(problem, dtype=problem.wide), operands, tile)
 
 
-def _normalizer(problem: Problem, operands: Operands, sink, logsumexp) -> Normalizer:
-    """Computes what the logits are lowered by, the sink counted."""
-    if logsumexp is None:
-        sums = attend(problem, operands, apart=True)  # log weights are of single heads
-        top, rest = lax.stop_gradient(sums.top), log_total(sums)
-    else:  # the constant part of it, and 0 with the slope of it
-        finite = jnp.isfinite(logsumexp)
-        top = lax.stop_gradient(jnp.where(finite, logsumexp, 0))
-        rest = logsumexp - top
-    if sink is not None:
-        excess = _of_rows(sink, top) - top
-        # Of −∞ and −∞ the derivative would be NaN, and so that of the whole sink.
-        nothing = (rest == -jnp.inf) & (excess == -jnp.inf)
-        both = jnp.logaddexp(jnp.where(nothing, 0, rest), excess)
-        rest = jnp.where(nothing, -jnp.inf, both)
-    # A query that sees nothing has weights of 0. A gradient keeps this number, and
-    # `jax.debug_infs` would report ∞ in it.
-    return Normalizer(top, jnp.where(rest == -jnp.inf, jnp.finfo(rest.dtype).max, rest))
-
-
-def _of_rows(sink, rows):
-    """Gives the sink of each row, BTN, in their dtype."""
-    return jnp.broadcast_to(sink.astype(rows.dtype), rows.shape)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
 def _entropy(problem: Problem, average: bool, arrays, tile=None):
     operands, spoil = apart(arrays[0])
     problem, operands = _read_twice(problem, operands, tile)
     _, sink, logsumexp = arrays
-    normalizer = _normalizer(problem, operands, sink, logsumexp)
-    # With a logsumexp of the caller's the weights may add up to other than 1.
-    whole = logsumexp is not None
-    sums = summaries.entropy(problem, operands, normalizer, whole, tile)
-    if sink is not None:
-        # The sink is one more key with the logit `sink`.
-        sink = _of_rows(sink, normalizer.top)
-        share = sink - normalizer.top - normalizer.log_total
-        share = summaries.surprise(jnp.where(sink == jnp.inf, 0, share), whole)
-        sums = jax.tree.map(jnp.add, sums, share)
+    sums = summaries.entropy(problem, operands, sink, logsumexp, tile)
     entropy = sums.surprise
-    if not whole:
-        entropy += summaries.surprise_of_largest(sums.weight)
+    if logsumexp is None:
+        entropy += surprise_of_largest(sums.weight)
     return spoil(jnp.mean(entropy, axis=2) if average else entropy)
 
 
@@ -217,6 +180,6 @@ def _entropy(problem: Problem, average: bool, arrays, tile=None):
 def _received(problem: Problem, average: bool, arrays, tile=None):
     operands, spoil = apart(arrays[0])
     problem, operands = _read_twice(problem, operands, tile)
-    normalizer = _normalizer(problem, operands, *arrays[1:])
-    received = summaries.received(problem, operands, normalizer, tile)
+    _, sink, logsumexp = arrays
+    received = summaries.received(problem, operands, sink, logsumexp, tile)
     return spoil(jnp.mean(received, axis=2) if average else received)

@@ -19,5 +19,8 @@
 `agree`         what makes the results of a kernel and blockwise ones fit together
 `attention`     the operation: a kernel where there is one, blockwise for all the rest
 `run`           a call by the operation, with or without kernels
+`normalize`     what turns logits into log weights, for views of the weights
+`surprise`      −weight · log weight, and its sums
+`summaries`     entropy and what each key receives
 `dispatch`      which implementation runs, and why
 """

@@ -52,8 +52,13 @@ def of_state(state: State) -> Sums:
 
 def log_total(sums: Sums) -> jax.Array:
     """Gives log Σₛ exp(logitₛ − top), −∞ where a row sees nothing."""
-    seen = sums.total != 0
-    return jnp.where(seen, jnp.log(jnp.where(seen, sums.total, 1)), -jnp.inf)
+    return log_where(sums.total)
+
+
+def log_where(total) -> jax.Array:
+    """Gives the logarithm of a total, −∞ of 0, whose derivative is 0."""
+    seen = total != 0
+    return jnp.where(seen, jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
 
 
 def with_sink(sums: Sums, sink: jax.Array | None) -> jax.Array:

@@ -22,6 +22,5 @@ are computed without the mask.
 `tangent`       tangents, over the tiles of a query block
 `whole_rows`    the same function plainly, for derivatives of higher order
 `sweep`         the log weights of every tile, for views of the weights
-`summaries`     entropy and what each key receives
 `strongest`     the strongest keys of each query
 """

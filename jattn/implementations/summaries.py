@@ -1,11 +1,13 @@
 """Summaries of the weights, tile by tile: their entropy, and what each key receives.
 
-Both summaries are operations, with derivatives of every order.
+Both summaries are operations, with derivatives of every order. Backward takes a few whole
+rows at a time. There the derivative of a weight is one product, weight (d − mean of d), and
+no two sums over all queries have to cancel each other.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,83 +17,53 @@ from jattn.call.problem import Operands, Problem
 from jattn.implementations.blockwise.join import join
 from jattn.implementations.blockwise.layout import Layout
 from jattn.implementations.blockwise.plan import Plan, plan, rows_plan
-from jattn.implementations.blockwise.sweep import (
-    Normalizer,
-    laid,
-    log_weights,
-    rows_of,
-    sweep,
-)
+from jattn.implementations.blockwise.sweep import log_weights, sweep
 from jattn.implementations.blockwise.tiles import Tile
 from jattn.implementations.blockwise.whole_rows import row_logits
+from jattn.implementations.normalize import normalizer, normalizer_of
+from jattn.implementations.surprise import Surprise, both, share_of, surprise
 from jattn.operations.join import Joined, Leading
 from jattn.operations.operation import Operation, retype
 
-# The share of a key that is left out of sums. Two equal keys have a half each, which may be
-# rounded to more; so it is clearly more than a half.
-_MOST = 0.6
 
+def entropy(problem: Problem, operands: Operands, sink, logsumexp, tile=None) -> Surprise:
+    """Sums up −weightₛ log weightₛ over the keys and the sink, and weightₛ, BTN each.
 
-class Surprise(NamedTuple):
-    """−weight · log weight of a key, and its weight; or sums of both."""
-
-    surprise: jax.Array
-    weight: jax.Array
-
-
-def entropy(
-    problem: Problem, operands: Operands, normalizer: Normalizer, whole: bool, tile=None
-) -> Surprise:
-    """Sums up −weightₛ log weightₛ over the keys, and weightₛ, BTN each.
-
-    Unless the `whole` is wanted, both leave out a key with more than `_MOST` of the weight,
-    whose logarithm has lost its digits; see `surprise_of_largest`.
+    Without a given logsumexp, both leave out a key with more than `_MOST` of the weight,
+    whose logarithm has lost its digits; see `surprise_of_largest`. With one the weights may
+    add up to other than 1.
     """
     B, N, T, _ = problem.sizes.BNTS
     if problem.sizes.are_nothing:
         zeros = jnp.zeros((B, T, N), problem.wide)
         return Surprise(zeros, zeros)
-    leaves, tree = jax.tree.flatten(operands)
-    return Surprise(*Entropy(problem, tree, tile, whole)(*leaves, *normalizer))
+    leaves, tree = jax.tree.flatten((operands, _by_example(sink), logsumexp))
+    return Surprise(*Entropy(problem, tree, tile)(*leaves))
 
 
-def received(
-    problem: Problem, operands: Operands, normalizer: Normalizer, tile=None
-) -> jax.Array:
+def received(problem: Problem, operands: Operands, sink, logsumexp, tile=None) -> jax.Array:
     """Sums up the weights of each key over all queries, BSN."""
     B, N, _, S = problem.sizes.BNTS
     if problem.sizes.are_nothing:
         return jnp.zeros((B, S, N), problem.wide)
-    leaves, tree = jax.tree.flatten(operands)
-    return Received(problem, tree, tile)(*leaves, *normalizer)[0]
+    leaves, tree = jax.tree.flatten((operands, _by_example(sink), logsumexp))
+    return Received(problem, tree, tile)(*leaves)[0]
 
 
-def surprise(log_weights, whole: bool) -> Surprise:
-    """Computes −weight · log weight and the weight, 0 for those that are left out."""
-    weights = jnp.exp(log_weights)
-    # The inner `where` keeps 0 · ∞ out of the derivative, which a `where` outside does not.
-    none = weights == 0 if whole else (weights == 0) | (weights > _MOST)
-    weights = jnp.where(none, 0, weights)
-    return Surprise(-weights * jnp.where(none, 0, log_weights), weights)
-
-
-def surprise_of_largest(rest):
-    """Computes −weight · log weight of the key with more than `_MOST`, 0 if there is none.
-
-    Its weight is 1 − rest, where `rest` is the sum of all other weights, the sink's too:
-
-        −weight · log weight = −(1 − rest) · log(1 − rest)
-
-    The logarithm of a weight near 1 is a small difference of large numbers, but `rest` has
-    all its digits. Where no key has so much, the rest is 1, to the last places.
-    """
-    rest = jnp.where(rest < 0.75, rest, 0)  # it is 1 − _MOST at most, or about 1
-    return -(1 - rest) * jnp.log1p(-rest)
+def _by_example(sink):
+    """Gives the sink of each head as B1N, with B = 1: an axis of `vmap` joins the first."""
+    return None if sink is None else sink[None, None]
 
 
 @dataclasses.dataclass(frozen=True)
 class _View(Operation):
-    """An operation on the leaves of `Operands` and the two numbers of the normalizer."""
+    """An operation on the leaves of (operands, sink, logsumexp); the last two may be None.
+
+    Attributes:
+        problem: The call.
+        tree: The structure of the three.
+        tile: How many queries and keys a tile has; replaces the choice of `plan`.
+    """
 
     problem: Problem
     tree: Any
@@ -109,36 +81,48 @@ class _View(Operation):
 
     def joined(self, size, mapped, apart):
         """Joins the slices into a call with more examples; None if they share keys."""
-        found = join(self.problem, self.tree, size, mapped[:-2], apart[:-2])
+        operands, *others = self.tree.unflatten(mapped)
+        mapped, tree = jax.tree.flatten(operands)
+        found = join(self.problem, tree, size, mapped, apart[: len(mapped)])
         if found is None:
             return None
         problem, slots = found
         whole = Leading(size, self.problem.sizes.B, apart=True)
+        slots = *slots, *(whole for x in others if x is not None)
         operation = dataclasses.replace(self, problem=problem)
-        return Joined(operation, (*slots, whole, whole), (whole,) * self.outputs)
+        return Joined(operation, slots, (whole,) * self.outputs)
 
-    def lay(self, leaves, plan: Plan):
-        """Lays out the call, and separates the normalizer from its leaves."""
-        *leaves, top, log_total = leaves
-        layout = Layout(self.problem, self.tree.unflatten(leaves), plan)
-        return layout, Normalizer(top, log_total)
+    def lay(self, leaves, spread: bool):
+        """Lays out the call; gives the sink and the normalizer of its rows as well."""
+        operands, sink, logsumexp = self.tree.unflatten(leaves)
+        rows = normalizer(self.problem, operands, sink, logsumexp)
+        return Layout(self.problem, operands, self.plan(spread)), sink, rows
 
     def by_rows(self, leaves, function):
         """Lays out the call in whole rows.
 
         Also gives a function of a block number: it applies `function` to the log weights
-        of that block of rows. Backward computes the log weights again, so that no T × S of
-        them is kept.
+        of that block of rows, and to that of their sink. Backward computes the log weights
+        again, so that no T × S of them is kept.
         """
-        layout, normalizer = self.lay(leaves, rows_plan(self.problem))
+        operands, *others = self.tree.unflatten(leaves)
+        layout = Layout(self.problem, operands, rows_plan(self.problem))
         key = jnp.moveaxis(layout.key.astype(self.problem.wide), 2, 1)
-        normalizer = laid(layout, normalizer)
+        B, N, T, _ = self.problem.sizes.BNTS
+        nothing = jnp.zeros((B, T, N), self.problem.wide)
+        others = [None if x is None else layout.queries(nothing + x) for x in others]
+        # What pads the queries has +∞ in its log total, and weights of 0.
+        padding = layout.queries(nothing, fill=jnp.inf)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def of_block(i):
             view = Tile(layout, layout.aligned, i, 0)
             logits, allowed = row_logits(layout, view, key, i)
-            return function(log_weights(logits, allowed, rows_of(layout, normalizer, T=i)))
+            own = lambda x: None if x is None else layout.rows(x, T=i)
+            sink, logsumexp = map(own, others)
+            rows = normalizer_of(logits, sink, logsumexp)
+            rows = rows._replace(log_total=rows.log_total + layout.rows(padding, T=i))
+            return function(log_weights(logits, allowed, rows), share_of(sink, rows))
 
         return layout, of_block
 
@@ -147,7 +131,10 @@ class _View(Operation):
 class Entropy(_View):
     """The two sums of `entropy` for each query."""
 
-    whole: bool = False
+    @property
+    def whole(self) -> bool:
+        """Says whether the weight of the largest key counts: if a logsumexp is given."""
+        return self.tree.unflatten(range(self.tree.num_leaves))[2] is not None
 
     @property
     def outputs(self) -> int:
@@ -162,7 +149,7 @@ class Entropy(_View):
 
     def fast(self, *leaves, spread):
         """Computes them tile by tile."""
-        layout, normalizer = self.lay(leaves, self.plan(spread))
+        layout, sink, normalizer = self.lay(leaves, spread)
         rows = (layout.plan.B, layout.plan.K, layout.plan.G * layout.plan.T)
         put = lambda i, at: lambda x, part: layout.put_rows(x, part, T=i, **at)
         totals = sweep(
@@ -170,14 +157,16 @@ class Entropy(_View):
             normalizer,
             self.nothing(layout.query.shape[:3]),
             start=lambda totals: self.nothing(rows),
-            step=lambda part, logs, at: jax.tree.map(jnp.add, part, self.sums(logs)),
+            step=lambda part, logs, at: both(part, self.sums(logs)),
             finish=lambda totals, part, i, at: jax.tree.map(put(i, at), totals, part),
         )
-        return [layout.unqueries(x) for x in totals]
+        totals = Surprise(*map(layout.unqueries, totals))
+        return both(totals, self.of_sink(share_of(sink, normalizer)))
 
     def reference(self, *leaves):
         """Computes them a few whole rows at a time."""
-        layout, of_block = self.by_rows(leaves, self.sums)
+        sums = lambda logs, share: both(self.sums(logs), self.of_sink(share))
+        layout, of_block = self.by_rows(leaves, sums)
         parts = jax.lax.map(of_block, jnp.arange(layout.counts["T"]))
         pairs = zip(self.nothing(layout.query.shape[:3]), parts, strict=True)
         return [layout.unqueries(layout.put_row_blocks(x, part)) for x, part in pairs]
@@ -191,6 +180,10 @@ class Entropy(_View):
         each = surprise(log_weights, self.whole)
         return Surprise(*(jnp.sum(x, axis=-1) for x in each))
 
+    def of_sink(self, share) -> Surprise | None:
+        """Gives what the sink adds, one more key with this log weight."""
+        return None if share is None else surprise(share, self.whole)
+
 
 class Received(_View):
     """The sums of the weights of each key over all queries."""
@@ -202,7 +195,7 @@ class Received(_View):
 
     def fast(self, *leaves, spread):
         """Computes it tile by tile."""
-        layout, normalizer = self.lay(leaves, self.plan(spread))
+        layout, _, normalizer = self.lay(leaves, spread)
         # The sums are over queries, so one total passes through all query blocks.
         total = self.nothing(layout)
         add = lambda total, logs, at: layout.add(
@@ -214,7 +207,7 @@ class Received(_View):
 
     def reference(self, *leaves):
         """Computes it a few whole rows at a time."""
-        layout, of_block = self.by_rows(leaves, lambda x: self.columns(layout, x))
+        layout, of_block = self.by_rows(leaves, lambda x, _: self.columns(layout, x))
         step = lambda total, i: (total + of_block(i), None)
         total, _ = lax.scan(step, self.nothing(layout), jnp.arange(layout.counts["T"]))
         return [self.as_keys(total)]
