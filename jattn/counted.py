@@ -66,9 +66,10 @@ def counted_from(rule, *, b=0, n=0, B: int | None = None, N: int | None = None):
                 f"counted_from: `{name}` must be one whole number, got shape "
                 f"{np.shape(number)}; give the number of the first."
             )
-    for name, count in (("B", B), ("N", N)):
-        if count is not None:
-            known_whole("counted_from", name, count, least=0)
+    B, N = (
+        None if count is None else known_whole("counted_from", name, count, least=0)
+        for name, count in (("B", B), ("N", N))
+    )
     if isinstance(rule, Dropout):
         if rule.shared:  # the same draw for all examples and heads: no numbers needed
             return rule

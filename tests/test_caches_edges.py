@@ -83,6 +83,26 @@ def test_a_size_is_a_whole_number(name):
     assert caches.empty([2, np.int64(3)], 4, K, H).batch == (2, 3)
 
 
+SMALL = {  # whose sums and products are more than int8 or uint8 holds
+    "empty": lambda of: caches.empty(of(2), of(100), of(2), of(4), of(3)),
+    "rolling": lambda of: caches.rolling(of(1), of(100), of(1), of(4), sinks=of(90)),
+    "more sinks": lambda of: caches.rolling((), of(127), of(1), of(4), sinks=of(127)),
+    "paged": lambda of: caches.paged(
+        of(40), of(8), of(1), of(4), batch_size=of(2), max_pages=of(40)
+    ),
+    "latent": lambda of: caches.latent(of(1), of(8), of(100), of(64)),
+}
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64])
+@pytest.mark.parametrize("name", SMALL)
+def test_sizes_of_numpy_are_those_of_python(name, kind):
+    got, want = (SMALL[name](x) for x in (kind, int))
+    assert got.capacity == want.capacity
+    # With all that is static, where `np.int8(4)` is not written as 4 is.
+    assert repr(jax.tree.map(jnp.shape, got)) == repr(jax.tree.map(jnp.shape, want))
+
+
 @pytest.mark.parametrize("dtype", [None, "float64"])
 def test_a_dtype_that_jax_has_not_is_refused(dtype):
     with pytest.raises(ValueError, match="`dtype`"):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType
@@ -96,3 +97,16 @@ def test_what_is_counted_lies_within_the_whole():
             counted_from(modifiers.ALiBi(), N=count)
     with pytest.raises(ValueError, match="`b` must be one whole number, got shape"):
         counted_from(masks.Causal(), b=jnp.arange(2))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.asarray, jnp.asarray])
+def test_the_counts_of_the_whole_are_numbers_of_python(kind):
+    query = QUERY[:2]
+    attend = jax.jit(lambda mask: jattn.attention(query, query, query, mask=mask))
+    for rule in (masks.Lengths(LENGTHS), lambda b, n, t, s: s < LENGTHS[b]):
+        make = lambda of, b, rule=rule: counted_from(rule, b=b, B=of(B), N=of(N))
+        assert make(kind, 1) == make(int, 1)
+        for b in (0, 1):  # the second asks whether both have one program
+            np.testing.assert_array_equal(attend(make(kind, b)), attend(make(int, b)))
+    modifier = counted_from(modifiers.ALiBi(), N=kind(N))
+    assert modifier == counted_from(modifiers.ALiBi(), N=N)

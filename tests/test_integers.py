@@ -248,6 +248,29 @@ def test_wide_integers_of_masks_that_are_called():
     np.testing.assert_array_equal(got, BOTH)
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int64])
+def test_sizes_of_numpy_are_those_of_python(kind):
+    rule = Causal()
+    for args in ((96, 2), (96, 2, rule), (96, 3, rule, 16), (64, 32, rule, 2)):
+        numbers = [kind(x) if isinstance(x, int) else x for x in args]
+        np.testing.assert_array_equal(jattn.balanced(*numbers), jattn.balanced(*args))
+    long = jattn.balanced(256, kind(2), rule, kind(64))
+    np.testing.assert_array_equal(long, jattn.balanced(256, 2, rule, 64))
+    inputs = [jax.ShapeDtypeStruct((x(100), x(2), x(64)), "float32") for x in (kind, int)]
+    got, want = (jattn.block_table(rule, x, x, block=kind(100)) for x in inputs)
+    assert got == want
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
+def test_rows_of_few_bits_count_in_full(dtype):
+    query = normal(0, (300, 1, 4))
+    rows = np.array([0, 127] if dtype.startswith("u") else [-1, -128, 127], dtype)
+    want = jattn.attention_weights(query, query)[:, rows.astype(int)]
+    look = lambda rows: jattn.attention_weights(query, query, rows=rows)
+    for got in (look(rows), jax.jit(look)(rows)):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 def test_known_lengths_of_64_bits_are_read_inside_jit():
     with jax.enable_x64(True):
         lengths = jnp.array([1], jnp.int64)

@@ -109,6 +109,7 @@ def test_content_and_kind_tell_values_apart():
     assert SoftCap(2) == SoftCap(np.float16(2))
     assert counted_from(rule, b=1) == counted_from(counted_from(rule), b=np.int8(1))
     assert counted_from(rule, b=1) != counted_from(rule, b=2)
+    assert counted_from(rule, B=jnp.asarray(8)) == counted_from(rule, B=np.int8(8))
     assert as_mask(rule) != as_mask(lambda b, n, t, s: t >= s)
     assert log_bucket(8, 16) != log_bucket(8, 17)
 

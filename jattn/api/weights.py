@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jattn.arrays.checks import check_array
+from jattn.arrays.checks import check_array, saturate
 from jattn.arrays.meshes import across
 from jattn.arrays.shapes import Sizes, unflatten_batch
 from jattn.call.options import LogitOptions, Options, checked
@@ -132,4 +132,5 @@ def _check_rows(where: str, rows, sizes: Sizes):
             raise ValueError(
                 f"{where}: `rows` must be within the T={sizes.T} queries, got {low}…{high}."
             )
-    return rows.reshape(-1)
+    # JAX counts −1 from the end in the type of the index, and 300 wraps around in int8.
+    return saturate(rows).reshape(-1)

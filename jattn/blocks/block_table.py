@@ -172,7 +172,7 @@ def _kinds(where, sizes, dtype, blocks, mask, places):
 
 def _check_shape(where, name, array):
     if isinstance(array, jax.ShapeDtypeStruct):
-        return array
+        return jax.eval_shape(lambda x: x, array)  # whose sizes are numbers of Python
     return check_array(where, name, array)
 
 

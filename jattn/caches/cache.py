@@ -209,10 +209,9 @@ def empty(
         (Array([[[[3., 3.]]]], dtype=float32), 1)
     """
     where, batch = "caches.empty", batch_axes("caches.empty", batch_size)
-    check_sizes(where, capacity=(capacity, 0))
-    vectors = num_kv_heads, head_dim, value_head_dim, dtype
-    value_dim, dtype = check_vectors(where, *vectors)
-    store = blank(batch, capacity, num_kv_heads, head_dim, value_dim, dtype, apart=True)
+    (slots,) = check_sizes(where, capacity=(capacity, 0))
+    vectors = check_vectors(where, num_kv_heads, head_dim, value_head_dim, dtype)
+    store = blank(batch, slots, *vectors, apart=True)
     return Cache(store, no_tokens(where, batch, ragged))
 
 

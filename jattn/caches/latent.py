@@ -173,8 +173,8 @@ def latent(
         (1, 1, 2, 4)
     """
     where, batch = "caches.latent", batch_axes("caches.latent", batch_size)
-    check_sizes(where, capacity=(capacity, 0), latent_dim=(latent_dim, 0))
-    check_sizes(where, rope_dim=(rope_dim, 0))
+    sizes = {"capacity": capacity, "latent_dim": latent_dim, "rope_dim": rope_dim}
+    slots, C, R = check_sizes(where, **{name: (x, 0) for name, x in sizes.items()})
     dtype = check_dtype(where, dtype)
-    store = blank(batch, capacity, 1, latent_dim + rope_dim, latent_dim, dtype, shared=True)
+    store = blank(batch, slots, 1, C + R, C, dtype, shared=True)
     return LatentCache(Cache(store, no_tokens(where, batch, ragged)))

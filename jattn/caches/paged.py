@@ -242,9 +242,9 @@ def paged(
         4
     """
     where, some = "caches.paged", {"num_pages": (num_pages, 1), "page_size": (page_size, 1)}
-    check_sizes(where, **some, max_pages=(max_pages, 1), batch_size=(batch_size, 0))
-    vectors = num_kv_heads, head_dim, value_head_dim, dtype
-    value_dim, dtype = check_vectors(where, *vectors)
-    store = blank((num_pages,), page_size, num_kv_heads, head_dim, value_dim, dtype)
-    table = jnp.full((batch_size, max_pages), -1, jnp.int32)
-    return PagedCache(store, table, jnp.zeros(batch_size, jnp.int32), full_pool(num_pages))
+    some |= {"max_pages": (max_pages, 1), "batch_size": (batch_size, 0)}
+    P, size, most, B = check_sizes(where, **some)
+    vectors = check_vectors(where, num_kv_heads, head_dim, value_head_dim, dtype)
+    table = jnp.full((B, most), -1, jnp.int32)
+    length = jnp.zeros(B, jnp.int32)
+    return PagedCache(blank((P,), size, *vectors), table, length, full_pool(P))

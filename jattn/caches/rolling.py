@@ -241,9 +241,8 @@ def rolling(
         Array([0. , 0.5, 1.5, 2.5], dtype=float32)
     """
     where, batch = "caches.rolling", batch_axes("caches.rolling", batch_size)
-    check_sizes(where, window=(window, 1), sinks=(sinks, 0))  # 1: the query's own token
-    vectors = num_kv_heads, head_dim, value_head_dim, dtype
-    value_dim, dtype = check_vectors(where, *vectors)
-    sizes = window + sinks, num_kv_heads, head_dim, value_dim
-    store = blank(batch, *sizes, dtype, apart=True)
+    least = {"window": (window, 1), "sinks": (sinks, 0)}  # 1: the query's own token
+    window, sinks = check_sizes(where, **least)
+    vectors = check_vectors(where, num_kv_heads, head_dim, value_head_dim, dtype)
+    store = blank(batch, window + sinks, *vectors, apart=True)
     return RollingCache(store, no_tokens(where, batch, ragged), window, sinks)

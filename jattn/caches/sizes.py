@@ -1,7 +1,5 @@
 """What a cache is made with: sizes and a dtype, or a sentence that names the wrong one."""
 
-import operator
-
 import jax
 import jax.numpy as jnp
 
@@ -15,17 +13,18 @@ def batch_axes(where: str, batch_size) -> tuple[int, ...]:
     """Gives the axes of examples, from one number or from several."""
     several = isinstance(batch_size, tuple | list)
     axes = tuple(batch_size) if several else (batch_size,)
-    for size in axes:
-        check_sizes(where, batch_size=(size, 0))
-    return tuple(map(operator.index, axes))
+    return tuple(x for size in axes for x in check_sizes(where, batch_size=(size, 0)))
 
 
-def check_sizes(where: str, **sizes) -> None:
-    """Raises for a size that is no whole number, or is less than it can be.
+def check_sizes(where: str, **sizes) -> list[int]:
+    """Gives sizes as numbers of Python: sums of small ones of NumPy would wrap.
 
     Args:
         where: The public function.
         **sizes: By the name of its argument, each size and the least that it can be.
+
+    Raises:
+        ValueError: For a size that is no whole number, or is less than it can be.
     """
     for name, (size, least) in sizes.items():
         if not is_number(size) or size < least:
@@ -34,6 +33,7 @@ def check_sizes(where: str, **sizes) -> None:
                 f"{size!r}; memory is laid out before a program runs, so give a number "
                 f"of Python."
             )
+    return [int(size) for size, _ in sizes.values()]
 
 
 def no_tokens(where: str, batch: tuple[int, ...], ragged) -> jax.Array:
@@ -42,11 +42,11 @@ def no_tokens(where: str, batch: tuple[int, ...], ragged) -> jax.Array:
 
 
 def check_vectors(where: str, num_kv_heads, head_dim, value_head_dim, dtype):
-    """Checks what keys and values are; gives the size of values and the dtype's name."""
+    """Checks what keys and values are; gives K, H, D and the dtype's name."""
     value_dim = head_dim if value_head_dim is None else value_head_dim
-    check_sizes(where, num_kv_heads=(num_kv_heads, 0), head_dim=(head_dim, 0))
-    check_sizes(where, value_head_dim=(value_dim, 0))
-    return value_dim, check_dtype(where, dtype)
+    K, H = check_sizes(where, num_kv_heads=(num_kv_heads, 0), head_dim=(head_dim, 0))
+    (D,) = check_sizes(where, value_head_dim=(value_dim, 0))
+    return K, H, D, check_dtype(where, dtype)
 
 
 def check_dtype(where: str, dtype, known=(*FLOATS, *LARGEST)) -> str:

@@ -52,12 +52,13 @@ def balanced(length: int, devices: int, mask=None, block: int = 128):
         >>> balanced(8, 2)
         Array([0, 1, 6, 7, 2, 3, 4, 5], dtype=int32)
     """
-    whole = all(map(is_number, (length, devices, block))) and block > 0
-    if not whole or devices < 1 or length % devices or length < 1:
+    given = devices, length, block  # of Python from here on: small ones of NumPy would wrap
+    devices, length, block = (int(x) if is_number(x) else 0 for x in given)
+    if min(devices, length, block) < 1 or length % devices:
         raise ValueError(
             f"balanced: `devices` must divide `length`, and `block` be at least 1, all "
-            f"whole numbers, got {devices}, {length} and {block}; pad the tokens to a "
-            f"multiple."
+            f"whole numbers, got {given[0]}, {given[1]} and {given[2]}; pad the tokens to "
+            f"a multiple."
         )
     if mask is None:
         return jnp.asarray(_zigzag(length, devices))
