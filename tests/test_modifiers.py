@@ -152,11 +152,23 @@ def test_log_bucket_is_that_of_t5(offset, index):
         ((64, 50, False), 40, [46, 48]),
         ((36, 8192, False), 384, [26, 27]),
         ((32, 8192, False), 5548, [30, 31]),  # 5547 is 30.9999997
+        ((32, 2**31 - 1, True), 189812532, [14, 15]),  # 8 · (2³¹ / 8)^(7/8) = 189812531.2
     ],
 )
 def test_a_bucket_begins_where_its_formula_says(sizes, far, indices):
     bucket = jax.jit(log_bucket(*sizes))
     assert [int(bucket(jnp.int32(-x))) for x in (far - 1, far)] == indices
+
+
+@pytest.mark.parametrize("distant", [2**31, 2**40, 2**70, 10**400], ids=int.bit_length)
+def test_a_distance_is_one_that_positions_can_have(distant):
+    for make in (lambda: log_bucket(32, distant), lambda: log_bucket(distant, distant)):
+        with pytest.raises(ValueError, match=r"log_bucket: `max_dis.* at most 2147483647"):
+            make()
+    with pytest.raises(ValueError, match=r"distance: `radius`.* at most 1073741823"):
+        distance(distant)
+    far = jnp.int32(2**31 - 1)
+    assert [int(distance(2**30 - 1)(x)) for x in (-far, far)] == [0, 2**31 - 2]
 
 
 def test_log_bucket_of_one_direction_has_no_place_for_later_keys():

@@ -378,8 +378,12 @@ def test_empty_tiles_are_skipped(monkeypatch, run):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"k": 0}, "`k` must be a Python integer above 0, got 0"),
-        ({"k": 2.0}, "`k` must be a Python integer above 0, got 2.0"),
+        ({"k": 0}, "`k` must be a Python integer above 0 and below 2³⁰, got 0"),
+        (
+            {"k": 2**31},
+            "`k` must be a Python integer above 0 and below 2³⁰, got 2147483648",
+        ),
+        ({"k": 2.0}, "`k` must be a Python integer above 0 and below 2³⁰, got 2.0"),
         (
             {"logsumexp": jnp.zeros((3, 2))},
             r"`logsumexp` must be BTN = \(3, 1\) and floating, got float32\[3, 2\]",

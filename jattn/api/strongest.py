@@ -74,8 +74,12 @@ def strongest_keys(
                [0.5, 0.5]], dtype=float32))
     """
     where = "strongest_keys"
-    if not is_number(k) or k < 1:
-        raise ValueError(f"{where}: `k` must be a Python integer above 0, got {k!r}.")
+    # k keys are ranked together with those of a tile, and int32 numbers them all.
+    if not is_number(k) or not 1 <= k < 2**30:
+        raise ValueError(
+            f"{where}: `k` must be a Python integer above 0 and below 2³⁰, got {k!r}; "
+            f"give S to find all keys."
+        )
     average = check_flag(where, "average", average)
     problem, arrays = _pose(where, query, key, logsumexp, options)
     found = _strongest(problem, int(k), average, arrays)

@@ -1,5 +1,7 @@
 """Whole numbers and ids in masks: compared in full, or refused with their name."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,15 +79,17 @@ def padding_number(where: str, value, dtype):
     return one_number(where, "padding_id", number).astype(dtype)
 
 
-def known_whole(where: str, name: str, value, least: int) -> int:
-    """Gives a whole number that a program is made with, known and at least `least`."""
+def known_whole(where: str, name: str, value, least: int, most=math.inf) -> int:
+    """Gives a whole number that a program is made with, known and within its limits."""
     number = known_number(value)
-    if not isinstance(number, int) or number < least:
-        raise ValueError(
-            f"{where}: `{name}` must be a whole number, at least {least}, got {value!r}; "
-            f"give an `int`."
-        )
-    return number
+    if isinstance(number, int) and least <= number <= most:
+        return number
+    limit, cure = f"at least {least}", "give an `int`"
+    if isinstance(number, int) and number > most:
+        limit, cure = f"at most {most}", "give a smaller one"
+    raise ValueError(
+        f"{where}: `{name}` must be a whole number, {limit}, got {value!r}; {cure}."
+    )
 
 
 def check_whole(where: str, name: str, value, signed: bool = True) -> None:

@@ -62,7 +62,8 @@ def log_bucket(num_buckets: int = 32, max_distance: int = 128, bidirectional: bo
     """
     where = "modifiers.log_bucket"
     num_buckets = known_whole(where, "num_buckets", num_buckets, 1)
-    max_distance = known_whole(where, "max_distance", max_distance, 1)
+    # Positions are int32, and so are the distances that begin a bucket.
+    max_distance = known_whole(where, "max_distance", max_distance, 1, most=2**31 - 1)
     both = check_flag(where, "bidirectional", bidirectional)
     return LogBucket(num_buckets, max_distance, both)
 
@@ -100,4 +101,6 @@ class ClippedBucket:
 
 def distance(radius: int):
     """Makes a bucket for each s − t up to ±radius; farther pairs join the last bucket."""
-    return ClippedBucket(known_whole("modifiers.distance", "radius", radius, 0))
+    # The last bucket is the one with the number 2 · radius, which int32 must hold.
+    radius = known_whole("modifiers.distance", "radius", radius, 0, most=2**30 - 1)
+    return ClippedBucket(radius)
