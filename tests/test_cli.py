@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import types
+import zipfile
 
 import jax
 import numpy as np
@@ -220,6 +221,7 @@ ATTEND_REFUSALS = {
     "no_key.npz": "no_key.npz: has no array `key`, only `query`; save one with",
     "objects.npz": "objects.npz: `query` cannot be read, Object arrays cannot be loaded",
     "words.npz": "words.npz: `query` must hold numbers that JAX knows, got dtype <U1",
+    "bytes.npz": "bytes.npz: `query` must be an array, got a file of 4 bytes; write it",
     "whole.npz": "`query` must have one of the dtypes float16, bfloat16, float32, float64, "
     "got int64; convert it with",
     "sizes.npz": "sizes.npz: `key` has shape (3, 1, 4) = …SKH, but H=2 in `query`",
@@ -244,6 +246,7 @@ ATTEND_REFUSALS = {
     "a.npz --plot o.html": "a.npz: a page shows one example, and there are 2; write them",
     "few.npz --plot o.html": "few.npz: there are 2 tokens, and T=3",
     "numbers.npz --plot o.html": "numbers.npz: `tokens` must be strings in one axis, got",
+    "text.npz --plot o.html": "text.npz: `tokens` must be an array, got a file of 3 bytes",
     "none.npz --plot o.png": "none.npz: there are no weights to draw",
     "a.npz --sca 1": "unrecognized arguments: --sca 1",
     "": "the following arguments are required: FILE.npz",
@@ -270,6 +273,11 @@ def bad_files(arrays, tmp_path):
     threes = {name: ones(3, 1, 2) for name in arrays}
     np.savez("few.npz", **threes, tokens=["a", "b"])
     np.savez("numbers.npz", **threes, tokens=ones(3))
+    np.savez("text.npz", **threes)
+    for name, entries in {"bytes": arrays, "text": ["tokens"]}.items():
+        with zipfile.ZipFile(f"{name}.npz", "a") as file:
+            for entry in entries:
+                file.writestr(entry, b"text"[: 4 if name == "bytes" else 3])
     np.savez("none.npz", query=ones(0, 1, 2), key=ones(0, 1, 2), value=ones(0, 1, 2))
 
 

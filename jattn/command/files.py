@@ -42,11 +42,8 @@ def read_words(path: str, name: str) -> list[str]:
     Raises:
         Refusal: If the array is not one axis of strings.
     """
-    try:
-        with np.load(path, allow_pickle=False) as entries:
-            words = entries[name]
-    except _BROKEN as error:
-        raise Refusal(f"{path}: `{name}` cannot be read, {error}.") from None
+    with np.load(path, allow_pickle=False) as entries:
+        words = _array(entries, path, name)
     if words.dtype.kind != "U" or words.ndim != 1:
         raise Refusal(
             f"{path}: `{name}` must be strings in one axis, got {words.dtype} of shape "
@@ -128,17 +125,28 @@ def _entry(entries, path: str, name: str, names: Sequence[str]) -> np.ndarray:
     if name not in entries.files:
         has = ", ".join(f"`{other}`" for other in entries.files) or "nothing"
         raise Refusal(f"{path}: has no array `{name}`, only {has}; {_advice(names)}.")
-    try:
-        array = entries[name]
-    except _BROKEN as error:
-        reason = str(error).rstrip(".")
-        raise Refusal(f"{path}: `{name}` cannot be read, {reason}.") from None
+    array = _array(entries, path, name)
     # NumPy's long double has more than 8 bytes, which JAX does not support.
     is_long = array.dtype.kind == "f" and array.dtype.itemsize > 8
     if is_long or array.dtype.kind not in "biufc":
         raise Refusal(
             f"{path}: `{name}` must hold numbers that JAX knows, got dtype {array.dtype}; "
             f"save float16, float32 or float64 (np.savez does not keep bfloat16)."
+        )
+    return array
+
+
+def _array(entries, path: str, name: str) -> np.ndarray:
+    """Reads one entry; NumPy gives an entry that is no array as its bytes."""
+    try:
+        array = entries[name]
+    except _BROKEN as error:
+        reason = str(error).rstrip(".")
+        raise Refusal(f"{path}: `{name}` cannot be read, {reason}.") from None
+    if not isinstance(array, np.ndarray):
+        raise Refusal(
+            f"{path}: `{name}` must be an array, got a file of {len(array)} bytes; write "
+            f"it with np.savez(file, {name}=…)."
         )
     return array
 
