@@ -16,16 +16,8 @@ from matplotlib.patches import Patch
 from jattn.arrays.integers import known_whole
 from jattn.blocks.block_table import BlockTable
 from jattn.pictures.colours import paint
-from jattn.pictures.numbers import (
-    EMPTY,
-    FULL,
-    PARTIAL,
-    by_layer,
-    cells,
-    lengths,
-    pool,
-    shown_of,
-)
+from jattn.pictures.given import by_layer, lengths, shown_of
+from jattn.pictures.numbers import EMPTY, FULL, PARTIAL, cells, pool
 from jattn.pictures.panels import INK, panels, side
 from jattn.pictures.words import received
 
@@ -120,7 +112,8 @@ def mask(
         if isinstance(mask, BlockTable):  # whole blocks of the table
             whole = max(mask.blocks)
             block = whole * math.ceil(block / whole)
-    block = known_whole("plot.mask", "block", block, 1)
+    # A larger block has no more pairs.
+    block = min(known_whole("plot.mask", "block", block, 1), max(length, key_length))
     kinds = cells(mask, length, key_length, (block, block))
     rows, columns = side(None, length, block), side(None, key_length, block)
     figure, (axis,) = panels([""], rows, columns, title=title, below=0.6)
@@ -150,7 +143,7 @@ def entropy(entropies: Sequence, *, title: str | None = None) -> Figure:
     Raises:
         ValueError: If there is no layer, or a layer has no head.
     """
-    means = by_layer(entropies)
+    means, _ = by_layer("plot.entropy", entropies)
     rows, columns = (side(None, length, 1) for length in means.shape)
     note = "mean over queries; log S: all S keys alike"
     note += "" if np.isfinite(means).all() else "; grey: none, or not a number"

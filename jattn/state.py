@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jattn.arrays.checks import check_array, check_real
 from jattn.arrays.meshes import across
 from jattn.arrays.shapes import wide_dtype
 
@@ -75,7 +76,7 @@ def merge(state: State, *states: State) -> State:
         Array([[[2., 2.]]], dtype=float32)
     """
     parts = (state, *states)
-    _check(parts)
+    parts = _checked(parts)
     # States without a shape (EMPTY, sinks) come last: they take the shape of the others.
     parts = tuple(sorted(parts, key=lambda part: jnp.ndim(part.output) == 0))
     like = parts[0].output if jnp.ndim(parts[0].output) else None
@@ -171,7 +172,7 @@ def _spread(state: State, shape) -> State:
     return state._replace(logsumexp=logsumexp)
 
 
-def _check(parts) -> None:
+def _checked(parts) -> tuple[State, ...]:
     """Checks that all outputs are …TND of one shape and all logsumexps fit them."""
     for part in parts:
         if not isinstance(part, State):
@@ -179,6 +180,7 @@ def _check(parts) -> None:
                 f"merge: takes states, got {type(part).__name__}; give what "
                 f"`attention_state` returns, or `State(output, logsumexp)`."
             )
+    parts = tuple(map(_of_arrays, parts))
     outputs = {shape for part in parts if (shape := jnp.shape(part.output))}
     whole = max(outputs, default=(), key=len)
     for part in parts:
@@ -198,3 +200,14 @@ def _check(parts) -> None:
                 f"got {output} and {logsumexp} beside {whole}; merge states of the "
                 f"same queries."
             )
+    return parts
+
+
+def _of_arrays(part: State) -> State:
+    """Gives a state of arrays; a number of Python, which takes any dtype, stays one."""
+    checks, fields = {"output": check_array, "logsumexp": check_real}, part._asdict()
+    for name, field in fields.items():
+        if not isinstance(field, int | float):
+            fields[name] = checks[name]("merge", name, field)
+    same = all(fields[name] is field for name, field in part._asdict().items())
+    return part if same else State(**fields)

@@ -9,15 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jattn.arrays.integers import known_whole
-from jattn.pictures.numbers import (
-    by_layer,
-    cells,
-    grid,
-    heads_of,
-    lengths,
-    pool,
-    shown_of,
-)
+from jattn.pictures.given import by_layer, heads_of, lengths, shown_of
+from jattn.pictures.numbers import cells, grid, pool
 from jattn.pictures.shades import (
     as_shares,
     bar,
@@ -153,15 +146,13 @@ def entropy(entropies: Sequence, *, width: int = 80) -> str:
         layer 1 ░░ 0.50 ▓▓ 2.00
     """
     width = known_whole("terminal.entropy", "width", width, 1)
-    means = by_layer(entropies)
+    means, counts = by_layer("terminal.entropy", entropies)
     labels = [f"layer {layer}" for layer in range(len(means))]
     # A column is 8 letters wide with its number, ` ██ 3.00`, and 3 without it, ` ██`.
     margin, wide = max(map(len, labels)), 8
     numbers = margin + wide * means.shape[1] <= width
     wide = wide if numbers else 3
-    known = [
-        row[: np.shape(layer)[-1]] for row, layer in zip(means, entropies, strict=True)
-    ]
+    known = [row[:count] for row, count in zip(means, counts, strict=True)]
     lines = [legend("entropy in nats", np.concatenate(known))]
     lines.append(
         f"{'head':<{margin}}" + "".join(f"{n:>{wide}}" for n in range(means.shape[1]))

@@ -53,7 +53,7 @@ MESSAGES = {
     ),
     "no_kv_heads": (
         lambda: attend(key=jnp.zeros((2, 6, 0, 8))),
-        "must be a multiple of num_kv_heads K=0",
+        "must be a multiple of num_kv_heads K=0 in `key` (2, 6, 0, 8) = …SKH; give `key`",
     ),
     "heads_before_positions": (
         lambda: attend(jnp.zeros((2, 8, 100, 64)), jnp.zeros((2, 8, 48, 64))),
@@ -172,7 +172,11 @@ MESSAGES = {
     ),
     "integer_sink": (
         lambda: attend(sink=jnp.zeros(4, int)),
-        "attention: `sink` must be floating, got int32.",
+        "attention: `sink` must be floating, got int32; convert it with `.astype`.",
+    ),
+    "integer_bias": (
+        lambda: attend(bias=jnp.zeros((5, 6), int)),
+        "attention: `bias` must be floating, got int32; convert it with `.astype`.",
     ),
     "scale_per_head": (
         lambda: attend(scale=jnp.ones(4)),
@@ -377,7 +381,7 @@ MESSAGES = {
     ),
     "rows_out_of_range": (
         lambda: jattn.attention_weights(QUERY, KEY, rows=[5]),
-        "attention_weights: `rows` must be within the T=5 queries, got 5…5.",
+        "attention_weights: `rows` must be within the T=5 queries, got 5…5; count them",
     ),
     "floating_rows": (
         lambda: jattn.attention_weights(QUERY, KEY, rows=jnp.zeros(2)),

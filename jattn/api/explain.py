@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jattn.api.explanation import Blocks, Explanation
+from jattn.arrays.checks import is_word
 from jattn.arrays.meshes import across
 from jattn.blocks import of_call
 from jattn.blocks.kinds import EMPTY, PARTIAL, spread
@@ -54,9 +55,10 @@ def explain(
         ValueError: As `attention` would.
     """
     where, platform = "explain", jax.default_backend() if platform is None else platform
-    if platform not in ("cpu", "gpu", "cuda", "rocm", "tpu"):
+    if not is_word(platform, ("cpu", "gpu", "cuda", "rocm", "tpu")):
         raise ValueError(
-            f'{where}: `platform` must be "cpu", "gpu" or "tpu", got {platform!r}.'
+            f'{where}: `platform` must be "cpu", "gpu" or "tpu", got {platform!r}; give '
+            f"one of these names, or leave it out."
         )
     given = checked(where, options, Options)
     problem = _posed(where, query, key, value, given)

@@ -122,7 +122,7 @@ def _check_rows(where: str, rows, sizes: Sizes):
     if rows.ndim > 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise ValueError(
             f"{where}: `rows` must be the indices of queries, integers in one axis, got "
-            f"{rows.dtype}{list(rows.shape)}."
+            f"{rows.dtype}{list(rows.shape)}; give a list of integers."
         )
     if not isinstance(rows, jax.core.Tracer) and rows.size:
         # Asked of NumPy: inside `jit`, what JAX computes of known numbers is not known.
@@ -130,7 +130,8 @@ def _check_rows(where: str, rows, sizes: Sizes):
         low, high = int(known.min()), int(known.max())
         if low < -sizes.T or high >= sizes.T:
             raise ValueError(
-                f"{where}: `rows` must be within the T={sizes.T} queries, got {low}…{high}."
+                f"{where}: `rows` must be within the T={sizes.T} queries, got {low}…"
+                f"{high}; count them from 0, or back from −1."
             )
     # JAX counts −1 from the end in the type of the index, and 300 wraps around in int8.
     return saturate(rows).reshape(-1)

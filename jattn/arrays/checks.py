@@ -70,6 +70,11 @@ def known_number(value) -> int | float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def is_word(value, words) -> bool:
+    """Says whether a value is one of the words; an array or a list is none of them."""
+    return isinstance(value, str) and value in words
+
+
 def check_flag(where: str, name: str, value) -> bool:
     """Gives an argument that is True or False, also of NumPy or JAX, as a `bool`.
 
@@ -88,6 +93,15 @@ def check_flag(where: str, name: str, value) -> bool:
 
 def _is_real(dtype) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+
+
+def check_callable(where: str, function, form: str, cure: str) -> None:
+    """Raises for a `function` that cannot be called."""
+    if not callable(function):
+        raise ValueError(
+            f"{where}: `function` must be a function {form}, got "
+            f"{type(function).__name__}; {cure}."
+        )
 
 
 def check_arguments(where: str, name: str, function, arguments: str) -> None:

@@ -100,10 +100,10 @@ def measure(where: str, query, key, value) -> Sizes:
             f"{key.shape} = …SKH; all axes but the last must agree."
         )
     if K == 0 or N % K:
+        cure = "repeat or regroup the keys" if K else "give `key` and `value` a head"
         raise ValueError(
             f"{where}: num_heads N={N} in `query` {query.shape} = …TNH must be a multiple "
-            f"of num_kv_heads K={K} in `key` {key.shape} = …SKH; repeat or regroup the "
-            f"keys.{hint}"
+            f"of num_kv_heads K={K} in `key` {key.shape} = …SKH; {cure}.{hint}"
         )
     return Sizes(tuple(batch), T=T, S=S, N=N, K=K, H=H, D=value.shape[-1])
 

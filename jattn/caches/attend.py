@@ -64,7 +64,7 @@ def _attended(query, where: str, source, end, options, form: Form) -> Any:
     if 0 in sizes.BNTS:
         return given_as(form, _nothing(query, sizes), None, query.dtype)
     dtype = dtype_of(query, source)
-    if options.get("implementation") or (plain and not is_few):
+    if options.get("implementation") is not None or (plain and not is_few):
         given = query if form == "sums" else query.astype(dtype)
         found = attended(where, form, given, *source.vectors(dtype), **options)
         return found._replace(output=found.output.astype(query.dtype))

@@ -180,8 +180,10 @@ def _trace_modifier(where, modifier, sizes, wide):
 def _check_floating(where, name, array):
     array = check_array(where, name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        hint = "; a Boolean array belongs in `mask`" if array.dtype == jnp.bool_ else ""
-        raise ValueError(f"{where}: `{name}` must be floating, got {array.dtype}{hint}.")
+        cure = "convert it with `.astype`"
+        if array.dtype == jnp.bool_:
+            cure = "a Boolean array belongs in `mask`"
+        raise ValueError(f"{where}: `{name}` must be floating, got {array.dtype}; {cure}.")
     return array
 
 

@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh
 
+from jattn.arrays.checks import is_word
+
 __all__ = ["Axes", "Context", "Place"]
 
 Strategy = Literal["ring", "gather", "exchange", "merge"]
@@ -47,11 +49,11 @@ class Context:
                 f"Context: `mesh` must be a jax.sharding.Mesh, got "
                 f"{type(self.mesh).__name__}; `jax.make_mesh` makes one."
             )
-        if self.strategy not in (None, *STRATEGIES):
+        if self.strategy is not None and not is_word(self.strategy, STRATEGIES):
             names = ", ".join(f'"{name}"' for name in STRATEGIES)
             raise ValueError(
                 f"Context: `strategy` must be None or one of {names}, got "
-                f"{self.strategy!r}."
+                f"{self.strategy!r}; give one of these names, or leave it out."
             )
         if not 1 <= len(axes_of(self.axis)) <= 2:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType
 
+from jattn.arrays.checks import is_word
 from jattn.context.place import Axes, Context, axes_of
 
 __all__ = ["told_by_types"]
@@ -24,7 +25,7 @@ def told_by_types(function):
     @functools.wraps(function)
     def told(*args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
-        whole_rows = given.get("implementation") in ("dense", "cudnn")
+        whole_rows = is_word(given.get("implementation"), ("dense", "cudnn"))
         if given.get("context") is None and not whole_rows:
             context = _context(given.get("query"), given.get("key"))
             if context is not None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jattn.arrays.checks import align, check_arguments, check_array
+from jattn.arrays.checks import align, check_arguments, check_array, check_callable
 from jattn.arrays.shapes import Sizes
 from jattn.pytree import as_written, pytree
 
@@ -108,6 +108,10 @@ class Pointwise(Mask):
     """A mask from any function (b, n, t, s) → bool, written for scalars."""
 
     function: Callable
+
+    def __post_init__(self):
+        cure = "a Boolean array is a `masks.Explicit`"
+        check_callable("masks.Pointwise", self.function, "(b, n, t, s) → bool", cure)
 
     def allows(self, b, n, t, s, elements) -> jax.Array:
         """Calls the function."""

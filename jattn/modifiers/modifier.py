@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.arrays.checks import check_arguments
+from jattn.arrays.checks import check_arguments, check_callable
 from jattn.arrays.shapes import Sizes
 from jattn.pytree import as_written, pytree
 
@@ -69,6 +69,10 @@ class Pointwise(Modifier):
     """A modifier from any function (logit, b, n, t, s) → logit, written for scalars."""
 
     function: Callable
+
+    def __post_init__(self):
+        form, cure = "(logit, b, n, t, s) → logit", "an array is a `modifiers.Bias`"
+        check_callable("modifiers.Pointwise", self.function, form, cure)
 
     def modify(self, logit, b, n, t, s, elements) -> jax.Array:
         """Calls the function."""

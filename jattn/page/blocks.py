@@ -70,13 +70,17 @@ def blocks_of(where: str, mask, T: int, S: int, block: int | None) -> Blocks:
 def _table(where: str, mask, T: int, S: int, block: int | None) -> BlockTable:
     if isinstance(mask, BlockTable):
         if mask.lengths != (T, S):
-            raise ValueError(f"{where}: {mask!r} is not of {T} × {S} pairs.")
+            raise ValueError(
+                f"{where}: {mask!r} is not of {T} × {S} pairs; "
+                f"give the lengths of the table."
+            )
         return mask
     if block is None:
         # A short mask has eight blocks on a side, so that there is something to see.
         block = min(128, max(max(T, S) // 8, 1))
     query, key = (jax.ShapeDtypeStruct((length, 1, 1), "float32") for length in (T, S))
-    return block_table(mask, query, key, block=block)
+    # A larger block has no more pairs, but would take its room.
+    return block_table(mask, query, key, block=(min(block, T), min(block, S)))
 
 
 def _why_not(table: BlockTable) -> str:

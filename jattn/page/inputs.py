@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jattn.arrays.checks import check_array
-from jattn.pictures.numbers import check_tokens
+from jattn.pictures.given import check_tokens, real_numbers
 
 __all__ = ["layers_of", "named_tokens", "options_of", "per_layer"]
 
@@ -78,18 +78,19 @@ def per_layer(
         ValueError: If there is no layer, or one does not fit.
     """
     # A list of numbers is one array; any other list has an array for each layer.
-    is_many = isinstance(layers, list | tuple) and not (layers and np.ndim(layers[0]) == 0)
-    arrays = [np.asarray(layer, np.float64) for layer in (layers if is_many else [layers])]
+    has_axes = lambda x: isinstance(x, list | tuple) or np.ndim(x) > 0
+    is_many = isinstance(layers, list | tuple) and (not layers or has_axes(layers[0]))
+    arrays = [real_numbers(where, name, x) for x in (layers if is_many else [layers])]
     arrays = [x[0] if x.ndim == 3 and len(x) == 1 else x for x in arrays]
     one_axis = (lambda x: x[None]) if means else (lambda x: x[:, None])
     arrays = [one_axis(x) if x.ndim == 1 else x for x in arrays]
-    lengths = {len(x) for x in arrays}
+    lengths = {x.shape[:1] for x in arrays}
     if not arrays or any(x.ndim != 2 or not x.size for x in arrays) or len(lengths) > 1:
         alone = "N" if means else letter
         raise ValueError(
             f"{where}: `{name}` must be {letter}N or {alone}, of one example and not "
             f"empty, or one such array for each layer, all of one length {letter}; got "
-            f"shapes {[x.shape for x in arrays]}."
+            f"shapes {[x.shape for x in arrays]}; take one example by its index."
         )
     return arrays
 

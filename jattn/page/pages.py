@@ -11,7 +11,7 @@ from jattn.page.blocks import blocks_of
 from jattn.page.document import Page, document
 from jattn.page.inputs import layers_of, named_tokens, options_of, per_layer
 from jattn.page.packing import packed
-from jattn.pictures.numbers import lengths
+from jattn.pictures.given import lengths
 
 _MASK_SCRIPTS = ("unpack.js", "theme.js", "pairs.js", "names.js", "mask.js")
 

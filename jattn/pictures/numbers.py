@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.api.weights import attention_logits
-from jattn.arrays.checks import known_number
-from jattn.arrays.integers import known_whole
 from jattn.blocks.block_table import BlockTable
 from jattn.blocks.kinds import EMPTY, FULL, PARTIAL, resize, spread
 
@@ -26,12 +24,8 @@ __all__ = [
     "PARTIAL",
     "allowed",
     "bar",
-    "by_layer",
     "cells",
-    "check_tokens",
     "grid",
-    "heads_of",
-    "lengths",
     "pool",
 ]
 
@@ -65,14 +59,6 @@ def allowed(mask, length: int, key_length: int | None = None, *, rows=None) -> n
     return np.asarray(attention_logits(query, key, mask=mask, rows=rows)[0] == 0)
 
 
-def lengths(where: str, length, key_length) -> tuple[int, int]:
-    """Checks how many queries and keys a picture of a mask has; as many keys by default."""
-    length = known_whole(where, "length", length, 1)
-    return length, known_whole(
-        where, "key_length", length if key_length is None else key_length, 1
-    )
-
-
 def cells(mask, length: int, key_length: int, block: tuple[int, int]) -> np.ndarray:
     """Classifies each block of a mask: EMPTY, PARTIAL or FULL.
 
@@ -91,6 +77,8 @@ def cells(mask, length: int, key_length: int, block: tuple[int, int]) -> np.ndar
     Raises:
         ValueError: If the mask does not fit these lengths.
     """
+    # A larger block has no more pairs, but would take its room.
+    block = min(block[0], length), min(block[1], key_length)
     if isinstance(mask, BlockTable):
         return _table_cells(mask, (length, key_length), block)
     rows = block[0]
@@ -124,67 +112,6 @@ def pool(weights: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     starts = np.arange(0, weights.shape[-2], block[0])
     counts = np.diff(starts, append=weights.shape[-2])  # the last block may have fewer
     return np.add.reduceat(sums, starts, axis=-2) / counts[:, None]
-
-
-def by_layer(entropies) -> np.ndarray:
-    """Computes the mean entropy of each head, a row per layer; missing heads are NaN.
-
-    Raises:
-        ValueError: If there is no layer, or one has no head or query.
-    """
-    layers = [np.asarray(layer, np.float64) for layer in entropies]
-    if not layers or any(layer.ndim == 0 or layer.size == 0 for layer in layers):
-        raise ValueError(
-            f"entropy: `entropies` must be one array BTN, TN or N for each layer, none of "
-            f"them empty, got shapes {[layer.shape for layer in layers]}."
-        )
-    means = np.full((len(layers), max(layer.shape[-1] for layer in layers)), np.nan)
-    for row, layer in zip(means, layers, strict=True):
-        row[: layer.shape[-1]] = layer.reshape(-1, layer.shape[-1]).mean(axis=0)
-    return means
-
-
-def shown_of(where: str, weights, query_tokens, key_tokens, heads):
-    """Gives the weights to draw for each panel, the panels' names, and both sides' tokens.
-
-    Raises:
-        ValueError: If `weights` is not BNTS, NTS or TS, or tokens or heads do not fit it.
-    """
-    array = np.asarray(weights, np.float64)
-    if array.ndim < 2 or 0 in array.shape:
-        raise ValueError(
-            f"{where}: `weights` must be BNTS, NTS or TS with no axis of size 0, got "
-            f"shape {array.shape}."
-        )
-    N, T, S = (1, *array.shape)[-3:]
-    chosen = _chosen(where, heads, N)
-    drawn = array.reshape(-1, N, T, S)[:, chosen]
-    examples = [f"example {b}, " for b in range(len(drawn))] if len(drawn) > 1 else [""]
-    names = [f"{example}head {head % N}" for example in examples for head in chosen]
-    key_tokens = query_tokens if key_tokens is None and T == S else key_tokens
-    check_tokens(where, "query_tokens", query_tokens, "T", T)
-    check_tokens(where, "key_tokens", key_tokens, "S", S)
-    names = names if array.ndim > 2 else [""]
-    return drawn.reshape(-1, T, S), names, query_tokens, key_tokens
-
-
-def heads_of(where: str, received, tokens, heads) -> tuple[np.ndarray, list[str]]:
-    """Gives what the keys of one example receive, a row for each chosen head; and names.
-
-    Raises:
-        ValueError: If `received` is not SN or S, or tokens or heads do not fit it.
-    """
-    array = np.asarray(received, np.float64)
-    if array.ndim not in (1, 2) or array.size == 0:
-        raise ValueError(
-            f"{where}: `received` must be SN or S, of one example and not empty, got shape "
-            f"{array.shape}; take one example by its index."
-        )
-    S, N = array.shape[0], array.size // array.shape[0]
-    check_tokens(where, "tokens", tokens, "S", S)
-    chosen = _chosen(where, heads, N)
-    names = [f"head {head % N}" for head in chosen] if array.ndim == 2 else [""]
-    return array.reshape(S, N).T[chosen], names
 
 
 def printable(token, most: int) -> str:
@@ -224,26 +151,3 @@ def _over_blocks(combine: np.ufunc, pairs: np.ndarray, block: tuple[int, int]):
     for axis, size in enumerate(block):
         pairs = combine.reduceat(pairs, np.arange(0, pairs.shape[axis], size), axis=axis)
     return pairs
-
-
-def _chosen(where: str, heads, N: int) -> list[int]:
-    if heads is None:
-        return list(range(N))
-    found = [known_number(head) for head in np.atleast_1d(np.asarray(heads, object))]
-    chosen = [x for x in found if isinstance(x, int) and -N <= x < N]
-    if not chosen or len(chosen) < len(found):
-        raise ValueError(
-            f"{where}: `heads` must be indices of the N={N} heads, whole numbers, got "
-            f"{heads!r}."
-        )
-    return chosen
-
-
-def check_tokens(where: str, name: str, tokens, letter: str, length: int) -> None:
-    """Checks that tokens, if there are any, are a string for each query or key."""
-    if tokens is not None and (isinstance(tokens, str) or len(tokens) != length):
-        got = "one string" if isinstance(tokens, str) else str(len(tokens))
-        raise ValueError(
-            f"{where}: `{name}` must have {letter}={length} tokens, got {got}; give one "
-            f"string for each."
-        )

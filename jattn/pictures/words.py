@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from jattn.pictures.colours import add_scale, colours, ink, paint
-from jattn.pictures.numbers import heads_of, printable
+from jattn.pictures.given import heads_of
+from jattn.pictures.numbers import printable
 from jattn.pictures.panels import INK, panels, side, wrap
 
 __all__ = ["received"]
