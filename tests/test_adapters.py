@@ -354,16 +354,30 @@ def test_implementations_of_both_libraries_are_taken(name):
         ),
         ({"local_window_size": 1.5}, "`local_window_size` must be one whole number or a"),
         ({"local_window_size": (1, 2, 3)}, r"a pair \(left, right\), got \(1, 2, 3\)"),
-        ({"local_window_size": (-1, 2)}, "`left` must be ≥ 0"),
+        ({"local_window_size": (-1, 2)}, "must be ≥ 0 on each side, got -1; "),
+        ({"local_window_size": ("a", 2)}, "must be a whole number, got 'a'"),
+        ({"local_window_size": (lengths(1, 2), 2)}, r"must be one whole number, got sh"),
+        ({"local_window_size": True}, "must be one whole number or a pair .* got True; "),
+        ({"implementation": lengths(1, 2)}, "must be None or one of .*; give one of"),
+        (
+            {"key_value_seq_lengths": lengths(1, 2, 3)},
+            r"must have shape \(\) or B = ",
+        ),
+        ({"key_value_seq_lengths": [1.0, 2.0]}, "must hold integers, got float32"),
+        ({"query_seq_lengths": "abc"}, "must be an array, got str"),
         ({"mask": jnp.ones((T, S))}, "`mask` must be Boolean .* belongs in `bias`"),
         ({"mask": booleans(3, 1, T, S)}, "must broadcast to BNTS"),
         ({"bias": booleans(T, S)}, "`bias` must be floating, got bool"),
-        ({"query_seq_lengths": lengths(1, 2, 3)}, "`query_lengths` must have shape"),
+        ({"query_seq_lengths": lengths(1, 2, 3)}, "must have shape"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         dot_product_attention(*inputs(), **options)
+    (name,) = options
+    if name not in ("mask", "bias") and "NVIDIA" not in message:
+        start = f"jax_nn.dot_product_attention: `{name}` must "
+        assert str(error.value).startswith(start)
 
 
 def test_integers_are_refused():

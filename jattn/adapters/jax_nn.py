@@ -1,16 +1,17 @@
 """`jax.nn.dot_product_attention`, argument for argument, with the meaning of `jattn`."""
 
 import jax
-import numpy as np
 
 from jattn.adapters import pairs
 from jattn.api.attention import attention, attention_state
-from jattn.arrays.checks import check_array, check_flag
+from jattn.arrays.checks import check_array, check_flag, is_word, known_number
+from jattn.arrays.integers import check_lengths, check_whole, is_number, one_number
+from jattn.implementations.dispatch import IMPLEMENTATIONS
 from jattn.masks import Causal, Lengths, Mask, Window, as_mask
 
 __all__ = ["dot_product_attention"]
 
-WHERE = "dot_product_attention"
+WHERE = "jax_nn.dot_product_attention"
 
 
 def dot_product_attention(
@@ -88,10 +89,8 @@ def dot_product_attention(
     query = check_array(WHERE, "query", query)
     key, value = (check_array(WHERE, *pair) for pair in (("key", key), ("value", value)))
     arrays = [_batched(x) for x in (query, key, value)]
-    every_key = arrays[1].shape[-3]
-    masks = _masks(
-        is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, every_key
-    )
+    lengths = query_seq_lengths, key_value_seq_lengths
+    masks = _masks(is_causal, lengths, local_window_size, *arrays[:2])
     if mask is not None:
         mask = pairs.by_last_axes(check_array(WHERE, "mask", mask), *arrays[:2])
         masks.append(as_mask(mask, WHERE))
@@ -108,34 +107,46 @@ def dot_product_attention(
     return output.reshape(*rows, D), logsumexp.reshape(rows)
 
 
-def _masks(
-    is_causal, query_seq_lengths, key_value_seq_lengths, local_window_size, every_key
-) -> list[Mask]:
+def _masks(is_causal, lengths, window, query, key) -> list[Mask]:
     """Turns each of `jax.nn`'s arguments that hide keys into a mask."""
-    masks: list[Mask] = []
-    if is_causal:
-        masks.append(Causal())
-    if local_window_size is not None:
-        masks.append(Window(*_sides(local_window_size)))
-    if key_value_seq_lengths is not None or query_seq_lengths is not None:
+    masks: list[Mask] = [Causal()] if is_causal else []
+    if window is not None:
+        masks.append(Window(*_sides(window)))
+    names = "query_seq_lengths", "key_value_seq_lengths"
+    of_queries, of_keys = (
+        x if x is None else check_lengths(WHERE, name, x, query.shape[:-3])
+        for name, x in zip(names, lengths, strict=True)
+    )
+    if of_keys is not None or of_queries is not None:
         # If only queries have lengths, all keys count.
-        lengths = every_key if key_value_seq_lengths is None else key_value_seq_lengths
-        masks.append(Lengths(lengths, query_seq_lengths))
+        masks.append(Lengths(key.shape[-3] if of_keys is None else of_keys, of_queries))
     return masks
 
 
-def _sides(size) -> tuple:
+def _sides(size) -> list:
     """Gives how far a window reaches to the left and to the right."""
-    if isinstance(size, int | np.integer):
-        return size, size
+    if is_number(size):
+        size = size, size
     try:
         left, right = size
     except (TypeError, ValueError):
         raise ValueError(
             f"{WHERE}: `local_window_size` must be one whole number or a pair (left, "
-            f"right), got {size!r}."
+            f"right), got {size!r}; give an `int` or two."
         ) from None
-    return left, right
+    return [None if side is None else _side(side) for side in (left, right)]
+
+
+def _side(side):
+    check_whole(WHERE, "local_window_size", side)
+    one_number(WHERE, "local_window_size", side)
+    number = known_number(side)
+    if number is not None and number < 0:
+        raise ValueError(
+            f"{WHERE}: `local_window_size` must be ≥ 0 on each side, got {side}; a window "
+            f"always holds the query's own position."
+        )
+    return side
 
 
 def _batched(array: jax.Array) -> jax.Array:
@@ -145,4 +156,11 @@ def _batched(array: jax.Array) -> jax.Array:
 
 def _name(implementation: str | None) -> str | None:
     """Translates `jax.nn`'s name of an implementation to jattn's."""
+    known = *IMPLEMENTATIONS, "xla"
+    if implementation is not None and not is_word(implementation, known):
+        names = ", ".join(f'"{name}"' for name in known)
+        raise ValueError(
+            f"{WHERE}: `implementation` must be None or one of {names}, got "
+            f"{implementation!r}; give one of these names, or leave it out."
+        )
     return "dense" if implementation == "xla" else implementation

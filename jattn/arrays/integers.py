@@ -116,14 +116,20 @@ def check_whole(where: str, name: str, value, signed: bool = True) -> None:
     raise ValueError(f"{where}: `{name}` must be a whole number, got {got}.")
 
 
+def check_lengths(where: str, name: str, array, batch: tuple[int, ...]):
+    """Gives one integer for all examples, or one for each, in int32."""
+    array = as_int32(where, name, array)
+    if array.shape not in ((), batch, (1,) * len(batch)):
+        raise ValueError(
+            f"{where}: `{name}` must have shape () or B = {batch}, got {array.shape}; give "
+            f"one length for all or one per example."
+        )
+    return array
+
+
 def per_example(where: str, name: str, array, sizes: Sizes) -> jax.Array:
     """Gives one integer for all examples, or one for each, as B111 or 1111 in int32."""
-    array = as_int32(where, name, array)
-    if array.shape not in ((), sizes.batch, (1,) * len(sizes.batch)):
-        raise ValueError(
-            f"{where}: `{name}` must have shape () or B = {sizes.batch}, got "
-            f"{array.shape}; give one length for all or one per example."
-        )
+    array = check_lengths(where, name, array, sizes.batch)
     if array.ndim == 0:
         return array.reshape(1, 1, 1, 1)
     return align(where, name, array, sizes, "")
