@@ -151,6 +151,8 @@ def test_a_query_that_sees_no_key_gives_zero():
     ("made", "given", "message"),
     [
         ({"num_kv_heads": 3}, {}, "must be a multiple of `num_kv_heads`, got 3"),
+        ({"num_kv_heads": "a"}, {}, "must be a multiple of `num_kv_heads`, got 'a'; give"),
+        ({"dropout_p": 1.0}, {}, r"MultiheadAttention: `dropout_p` must .* got 1.0; give"),
         ({"dropout_p": 0.5}, {}, "equinox.MultiheadAttention: dropout at rate 0.5 needs"),
         ({}, {"process_heads": lambda q, k, v: (q, k, v[1:])}, "must keep the shapes"),
         ({}, {"mask": jnp.ones((T, 3))}, "must broadcast to NTS"),

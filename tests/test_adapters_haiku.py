@@ -125,9 +125,10 @@ def test_nothing_to_attend_from_or_to_has_a_shape(B, T, S):
 
 def test_what_cannot_be_honoured_is_refused():
     x = normal(T, FEATURES)
-    module = transform(adapter.MultiHeadAttention, {}, num_kv_heads=-1)
-    with pytest.raises(ValueError, match="`num_kv_heads` must be ≥ 1, got -1"):
-        module.init(jax.random.key(0), x, x, x)
+    for bad in (-1, "a", 1.5):
+        module = transform(adapter.MultiHeadAttention, {}, num_kv_heads=bad)
+        with pytest.raises(ValueError, match=f"`num_kv_heads` must be ≥ 1, got {bad!r}; "):
+            module.init(jax.random.key(0), x, x, x)
     module = transform(adapter.MultiHeadAttention, {}, num_kv_heads=3)
     with pytest.raises(ValueError, match=r"N=4 .* must be a multiple of num_kv_heads K=3"):
         module.init(jax.random.key(0), x, x, x)

@@ -5,6 +5,7 @@ import jax
 
 from jattn import caches
 from jattn.adapters import layer, pairs
+from jattn.arrays.integers import is_number
 
 __all__ = ["MultiheadAttention"]
 
@@ -43,10 +44,11 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if self.num_kv_heads == num_heads:
             return
-        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+        is_whole = is_number(self.num_kv_heads) and self.num_kv_heads >= 1
+        if not is_whole or num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{WHERE}: num_heads={num_heads} must be a multiple of `num_kv_heads`, got "
-                f"{num_kv_heads}."
+                f"{num_kv_heads!r}; give an `int` that divides it."
             )
         # Two projections are made again with fewer heads, from the keys that equinox uses.
         _, key_rng, value_rng, _ = jax.random.split(key, 4)
@@ -119,7 +121,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             *heads,
             mask=pairs.any_mask(WHERE, mask, *heads[:2]),
             bias=bias,
-            dropout=layer.dropout(WHERE, self.dropout.p, key, inference),
+            dropout=layer.dropout(WHERE, self.dropout.p, key, inference, name="dropout_p"),
             options=options,
         )
         return self._joined(output)

@@ -7,6 +7,7 @@ import jax
 
 from jattn import caches
 from jattn.adapters import layer, pairs
+from jattn.arrays.integers import is_number
 
 __all__ = ["MultiHeadAttention"]
 
@@ -41,8 +42,11 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         """
         super().__init__(num_heads, key_size, w_init_scale, **rest)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if self.num_kv_heads < 1:
-            raise ValueError(f"{WHERE}: `num_kv_heads` must be ≥ 1, got {num_kv_heads}.")
+        if not is_number(self.num_kv_heads) or self.num_kv_heads < 1:
+            raise ValueError(
+                f"{WHERE}: `num_kv_heads` must be ≥ 1, got {num_kv_heads!r}; give an `int` "
+                f"that divides N={num_heads}."
+            )
 
     def __call__(
         self, query, key, value, mask=None, *, bias=None, dropout=None, **options

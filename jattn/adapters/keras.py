@@ -182,7 +182,9 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         if not layer.flag(WHERE, "training", training) or self._dropout == 0:
             return None
         seed = self._dropout_layer.seed_generator.next()
-        return layer.dropout(WHERE, self._dropout, seed, deterministic=False)
+        return layer.dropout(
+            WHERE, self._dropout, seed, deterministic=False, name="dropout"
+        )
 
     def _flatten(self, array) -> jax.Array:
         """Moves the attention axes of BT…NH before N, and joins them into one axis."""

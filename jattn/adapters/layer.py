@@ -13,6 +13,8 @@ from jattn.adapters import pairs
 from jattn.api.attention import attention
 from jattn.api.weights import attention_weights
 from jattn.arrays.checks import check_flag, known_number
+from jattn.arrays.positions import positions
+from jattn.arrays.shapes import measure
 from jattn.dropout import Dropout
 from jattn.masks import Causal
 
@@ -110,11 +112,35 @@ def one_batch(*heads: jax.Array) -> list[jax.Array]:
     return [jnp.broadcast_to(x, (*batch, *x.shape[-3:])) for x in heads]
 
 
-def dropout(where: str, rate, rng, deterministic, shared=False) -> Dropout | None:
-    """Makes the dropout of a layer; None if it is off."""
+def placed(where: str, options: dict[str, Any], input_positions, query, key):
+    """Adds the positions that a layer gave to the options."""
+    if input_positions is None:
+        return options
+    if options.get("query_position") is not None:
+        raise ValueError(
+            f"{where}: positions must come from one place, got both `input_positions` and "
+            f"`query_position`; leave one out."
+        )
+    sizes = measure(where, query, key, key)
+    positions(where, "input_positions", input_positions, sizes, "T")  # only checked
+    options = {**options, "query_position": input_positions}
+    if query.shape[-3] == key.shape[-3]:
+        options.setdefault("key_position", input_positions)
+    return options
+
+
+def dropout(
+    where: str, rate, rng, deterministic, shared=False, *, name: str = "dropout_rate"
+) -> Dropout | None:
+    """Makes the dropout of a layer, whose rate has a `name`; None if it is off."""
     shared = check_flag(where, "broadcast_dropout", shared)
     if check_flag(where, "deterministic", deterministic) or known_number(rate) == 0:
         return None
+    if not 0 < (known_number(rate) or -1) < 1:
+        raise ValueError(
+            f"{where}: `{name}` must be a known number in [0, 1), got {rate!r}; give a "
+            f"`float`."
+        )
     if rng is None:
         raise ValueError(
             f"{where}: dropout at rate {rate} needs a random key, got None; give one, or "

@@ -89,7 +89,7 @@ def attention(
             position.
     """
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
-    options = _placed(options, input_positions, query, key)
+    options = layer.placed(WHERE, options, input_positions, query, key)
     layer.check_step(WHERE, query, key, and_mask, options)
     # In decoding the mask already says which keys of the cache are filled.
     decodes = query.shape[-3] == 1 < key.shape[-3] and mask is not None
@@ -108,21 +108,6 @@ def attention(
         sow=None if module is None else sow,
         options=options,
     )
-
-
-def _placed(options, input_positions, query, key):
-    """Adds the positions that the layer gave to the options."""
-    if input_positions is None:
-        return options
-    if options.get("query_position") is not None:
-        raise ValueError(
-            f"{WHERE}: positions must come from one place, got both `input_positions` and "
-            f"`query_position`; leave one out."
-        )
-    options = {**options, "query_position": input_positions}
-    if query.shape[-3] == key.shape[-3]:
-        options.setdefault("key_position", input_positions)
-    return options
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
