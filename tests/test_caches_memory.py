@@ -9,7 +9,7 @@ import pytest
 
 import jattn
 from jattn import caches
-from jattn.masks import Causal
+from jattn.masks import Causal, Lengths
 
 S = 1024  # 128 at most alone, chunks of 256 to the half, then all at once
 
@@ -72,3 +72,20 @@ def test_what_rows_of_keys_have_beyond_the_slots_is_never_read(dtype):
         lambda kv: jax.grad(lambda q: kv.attend(q).sum())(query),
     ):
         np.testing.assert_array_equal(read(other), read(kv))
+
+
+def test_an_axis_of_vmap_copies_no_buffer():
+    """Of each example's own length, the same as in a batch; XLA lays no key out anew."""
+    B, S, K, H = 4, 2048, 4, 64
+    buffer = jax.ShapeDtypeStruct((B, S, K, H), jnp.float32)
+    query = jax.ShapeDtypeStruct((B, 1, K, H), jnp.float32)
+    lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
+
+    def attend(query, buffer, other, length):
+        options = {"mask": Lengths(length), "implementation": "decode"}
+        return jattn.attention(query, buffer, other, **options)
+
+    program = jax.jit(jax.vmap(attend)).lower(query, buffer, buffer, lengths).compile()
+    memory = program.memory_analysis()
+    # An eighth each: a chunk of keys, one of values, and both again with heads first.
+    assert memory.temp_size_in_bytes < 0.75 * B * S * K * H * 4

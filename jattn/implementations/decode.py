@@ -146,6 +146,10 @@ class Decode(Kernel):
 
     def forward(self, problem: Problem, operands: Operands) -> Sums:
         """Computes the output and the sums of each row."""
+        # The barrier: XLA would move what joins an axis of `vmap` into the branch for all
+        # keys, and copy them there into another order of axes.
+        key, value = lax.optimization_barrier((operands.key, operands.value))
+        operands = operands._replace(key=key, value=value)
         source = _buffer(problem, operands)
         # One list serves all slices of a `vmap`, or each chunk would be a gather.
         live = in_any_slice(jnp.asarray(_live(problem, operands)))
