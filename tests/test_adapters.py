@@ -205,13 +205,13 @@ def test_float32_is_as_exact_as_jax_nn(name):
 
 
 def mean_distance(x, exact, counts) -> float:
-    """The root of the mean square, for the largest of so few is a matter of luck."""
+    """Computes the root of the mean square; the largest of so few is a matter of luck."""
     difference = np.asarray(x, float)[counts] - np.asarray(exact)[counts]
     return np.sqrt(np.mean(difference**2))
 
 
 def _seen(options) -> np.ndarray:
-    """Which queries see a key, BTN, by what `jax.nn` documents."""
+    """Says which queries see a key, BTN, by what `jax.nn` documents."""
     t, s = np.arange(T)[:, None], np.arange(S)
     seen = np.broadcast_to(options.get("mask", np.bool_(True)), (B, N, T, S)).copy()
     if options.get("is_causal"):

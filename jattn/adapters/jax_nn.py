@@ -4,7 +4,7 @@ import jax
 
 from jattn.adapters import pairs
 from jattn.api.attention import attention, attention_state
-from jattn.arrays.checks import check_array, check_flag, is_word, known_number
+from jattn.arrays.checks import check_array, check_flag, check_word, known_number
 from jattn.arrays.integers import check_lengths, check_whole, is_number, one_number
 from jattn.implementations.dispatch import IMPLEMENTATIONS
 from jattn.masks import Causal, Lengths, Mask, Window, as_mask
@@ -156,11 +156,5 @@ def _batched(array: jax.Array) -> jax.Array:
 
 def _name(implementation: str | None) -> str | None:
     """Translates `jax.nn`'s name of an implementation to jattn's."""
-    known = *IMPLEMENTATIONS, "xla"
-    if implementation is not None and not is_word(implementation, known):
-        names = ", ".join(f'"{name}"' for name in known)
-        raise ValueError(
-            f"{WHERE}: `implementation` must be None or one of {names}, got "
-            f"{implementation!r}; give one of these names, or leave it out."
-        )
+    check_word(WHERE, "implementation", implementation, (*IMPLEMENTATIONS, "xla"))
     return "dense" if implementation == "xla" else implementation

@@ -75,6 +75,16 @@ def is_word(value, words) -> bool:
     return isinstance(value, str) and value in words
 
 
+def check_word(where: str, name: str, value, words) -> None:
+    """Raises a ValueError for an argument that is neither None nor one of the words."""
+    if value is not None and not is_word(value, words):
+        known = ", ".join(f'"{word}"' for word in words)
+        raise ValueError(
+            f"{where}: `{name}` must be None or one of {known}, got {value!r}; give one of "
+            f"these names, or leave it out."
+        )
+
+
 def check_flag(where: str, name: str, value) -> bool:
     """Gives an argument that is True or False, also of NumPy or JAX, as a `bool`.
 

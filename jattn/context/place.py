@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh
 
-from jattn.arrays.checks import is_word
+from jattn.arrays.checks import check_word
 
 __all__ = ["Axes", "Context", "Place"]
 
@@ -49,12 +49,7 @@ class Context:
                 f"Context: `mesh` must be a jax.sharding.Mesh, got "
                 f"{type(self.mesh).__name__}; `jax.make_mesh` makes one."
             )
-        if self.strategy is not None and not is_word(self.strategy, STRATEGIES):
-            names = ", ".join(f'"{name}"' for name in STRATEGIES)
-            raise ValueError(
-                f"Context: `strategy` must be None or one of {names}, got "
-                f"{self.strategy!r}; give one of these names, or leave it out."
-            )
+        check_word("Context", "strategy", self.strategy, STRATEGIES)
         if not 1 <= len(axes_of(self.axis)) <= 2:
             raise ValueError(
                 f"Context: `axis` must be the name of a mesh axis, or a pair of them "

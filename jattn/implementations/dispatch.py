@@ -9,7 +9,7 @@ implementation is never replaced by another one.
 import itertools
 from typing import Any
 
-from jattn.arrays.checks import is_word
+from jattn.arrays.checks import check_word
 from jattn.call.problem import Operands, Problem
 from jattn.implementations import cudnn, run
 from jattn.implementations.decode import Decode
@@ -77,12 +77,7 @@ def choose(where: str, problem: Problem, platform: str, implementation=None) -> 
     if implementation is None:
         answers = refusals(problem, platform)
         return next(name for name, sentence in answers.items() if sentence is None)
-    if not is_word(implementation, IMPLEMENTATIONS):
-        names = ", ".join(f'"{name}"' for name in IMPLEMENTATIONS)
-        raise ValueError(
-            f"{where}: `implementation` must be None or one of {names}, got "
-            f"{implementation!r}; give one of these names, or leave it out."
-        )
+    check_word(where, "implementation", implementation, IMPLEMENTATIONS)
     sentence = IMPLEMENTATIONS[implementation].refusal(problem, platform)
     if sentence is not None:
         raise ValueError(f'{where}(implementation="{implementation}"): {sentence}')

@@ -148,7 +148,7 @@ def inverse_of(total):
 
 
 def doubts(total, output, d_output, eps):
-    """Computes how far rounding may part v · d_output and δ; −1 where no keys share a row.
+    """Computes how far rounding may part v · d_output and δ; −1 unless total is whole.
 
     Where total = 1, one key has all the weight of the row, to the last place; where it is
     2, 3 …, as many keys tie, such as a token that is there twice. If they have one value,

@@ -21,7 +21,7 @@ from jattn.implementations.blockwise.sweep import log_weights, sweep
 from jattn.implementations.blockwise.tiles import Tile
 from jattn.implementations.blockwise.whole_rows import row_logits
 from jattn.implementations.normalize import normalizer, normalizer_of
-from jattn.implementations.surprise import Surprise, both, share_of, surprise
+from jattn.implementations.surprise import Surprise, surprise, with_sink
 from jattn.operations.join import Joined, Leading
 from jattn.operations.operation import Operation, retype
 
@@ -102,8 +102,8 @@ class _View(Operation):
         """Lays out the call in whole rows.
 
         Also gives a function of a block number: it applies `function` to the log weights
-        of that block of rows, and to that of their sink. Backward computes the log weights
-        again, so that no T × S of them is kept.
+        of that block of rows, their sink and their normalizer. Backward computes the log
+        weights again, so that no T × S of them is kept.
         """
         operands, *others = self.tree.unflatten(leaves)
         layout = Layout(self.problem, operands, rows_plan(self.problem))
@@ -122,7 +122,7 @@ class _View(Operation):
             sink, logsumexp = map(own, others)
             rows = normalizer_of(logits, sink, logsumexp)
             rows = rows._replace(log_total=rows.log_total + layout.rows(padding, T=i))
-            return function(log_weights(logits, allowed, rows), share_of(sink, rows))
+            return function(log_weights(logits, allowed, rows), sink, rows)
 
         return layout, of_block
 
@@ -157,15 +157,15 @@ class Entropy(_View):
             normalizer,
             self.nothing(layout.query.shape[:3]),
             start=lambda totals: self.nothing(rows),
-            step=lambda part, logs, at: both(part, self.sums(logs)),
+            step=lambda part, logs, at: jax.tree.map(jnp.add, part, self.sums(logs)),
             finish=lambda totals, part, i, at: jax.tree.map(put(i, at), totals, part),
         )
         totals = Surprise(*map(layout.unqueries, totals))
-        return both(totals, self.of_sink(share_of(sink, normalizer)))
+        return with_sink(totals, sink, normalizer, self.whole)
 
     def reference(self, *leaves):
         """Computes them a few whole rows at a time."""
-        sums = lambda logs, share: both(self.sums(logs), self.of_sink(share))
+        sums = lambda logs, sink, rows: with_sink(self.sums(logs), sink, rows, self.whole)
         layout, of_block = self.by_rows(leaves, sums)
         parts = jax.lax.map(of_block, jnp.arange(layout.counts["T"]))
         pairs = zip(self.nothing(layout.query.shape[:3]), parts, strict=True)
@@ -179,10 +179,6 @@ class Entropy(_View):
         """Sums up over the keys of a tile."""
         each = surprise(log_weights, self.whole)
         return Surprise(*(jnp.sum(x, axis=-1) for x in each))
-
-    def of_sink(self, share) -> Surprise | None:
-        """Gives what the sink adds, one more key with this log weight."""
-        return None if share is None else surprise(share, self.whole)
 
 
 class Received(_View):
@@ -207,7 +203,7 @@ class Received(_View):
 
     def reference(self, *leaves):
         """Computes it a few whole rows at a time."""
-        layout, of_block = self.by_rows(leaves, lambda x, _: self.columns(layout, x))
+        layout, of_block = self.by_rows(leaves, lambda x, *_: self.columns(layout, x))
         step = lambda total, i: (total + of_block(i), None)
         total, _ = lax.scan(step, self.nothing(layout), jnp.arange(layout.counts["T"]))
         return [self.as_keys(total)]

@@ -42,15 +42,11 @@ def surprise_of_largest(rest):
     return -(1 - rest) * jnp.log1p(-rest)
 
 
-def share_of(sink, normalizer):
-    """Computes the log weight of the sink in each row; None without one."""
+def with_sink(sums: Surprise, sink, normalizer, whole: bool) -> Surprise:
+    """Adds the sink of each row to its sums, as one more key; None is no sink."""
     if sink is None:
-        return None
+        return sums
     sink = of_rows(sink, normalizer.top)
-    share = sink - normalizer.top - normalizer.log_total
-    return jnp.where(sink == jnp.inf, 0, share)
-
-
-def both(sums: Surprise, more: Surprise | None) -> Surprise:
-    """Adds up two sums of each, the second of which may be missing."""
-    return sums if more is None else jax.tree.map(jnp.add, sums, more)
+    log_weights = sink - normalizer.top - normalizer.log_total
+    of_sink = surprise(jnp.where(sink == jnp.inf, 0, log_weights), whole)
+    return jax.tree.map(jnp.add, sums, of_sink)
